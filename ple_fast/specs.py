@@ -1,0 +1,265 @@
+"""What an expert and a gate are made of: two frozen dataclasses, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+Norm = Literal["batch", "layer"] | None
+NormPosition = Literal["before", "after"]
+T = TypeVar("T")
+
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "dice",
+)
+
+
+class Activation(NamedTuple):
+    """An activation by name with its constant: the slope of leaky_relu, the initial slope of prelu, dice's epsilon."""
+
+    name: str
+    value: float = 0.0
+
+
+_DEFAULT_VALUE = {"leaky_relu": 0.01, "prelu": 0.25, "dice": 1e-8}
+_ALIASES = {"linear": "identity", "none": "identity", "leakyrelu": "leaky_relu", "swish": "silu", "gelu_erf": "gelu"}
+
+
+def parse_activation(activation: Any) -> Activation:
+    """``Activation`` from a name, a class or an instance of ``torch.nn`` (or anything with such a class name).
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if activation is None:
+        return Activation("identity")
+    if isinstance(activation, str):
+        name = activation.lower()
+    else:
+        name = (activation if isinstance(activation, type) else type(activation)).__name__.lower()
+        if name == "gelu" and getattr(activation, "approximate", "none") == "tanh":
+            name = "gelu_tanh"
+    name = _ALIASES.get(name, name)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    value = _DEFAULT_VALUE.get(name, 0.0)
+    if name == "leaky_relu":
+        value = float(getattr(activation, "negative_slope", value))
+    if name == "prelu" and getattr(activation, "num_parameters", 1) != 1:
+        raise ValueError(f"activation: prelu has one slope per expert layer, got num_parameters={activation.num_parameters}")
+    return Activation(name, value)
+
+
+def _per_layer(name: str, value: T | Sequence[T], layers: int) -> tuple[T, ...]:
+    if isinstance(value, (list, tuple)) and not isinstance(value, Activation):
+        if len(value) != layers:
+            raise ValueError(f"{name}: expected one value or one per layer ({layers}), got {len(value)}: {value}")
+        return tuple(value)
+    return (value,) * layers  # type: ignore[return-value]  # a scalar T after the branch above
+
+
+def _check_units(name: str, units: Any, *, allow_empty: bool) -> tuple[int, ...]:
+    if isinstance(units, int) and not isinstance(units, bool):
+        units = (units,)
+    if not isinstance(units, (list, tuple)):
+        raise TypeError(f"{name}: expected a tuple of layer widths, got {units!r}")
+    for width in units:
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise TypeError(f"{name}: expected ints, got {width!r} in {tuple(units)}")
+        if width < 1:
+            raise ValueError(f"{name}: expected widths of 1 or more, got {tuple(units)}")
+    if not units and not allow_empty:
+        raise ValueError(f"{name}: expected at least one layer width, got none")
+    return tuple(units)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_dropout(name: str, p: Any) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name}: expected a probability, got {p!r}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
+    return float(p)
+
+
+class LayerSpec(NamedTuple):
+    """One layer of an expert or gate: linear, then norm and activation in the order of ``norm_position``, then dropout."""
+
+    units: int
+    activation: Activation
+    norm: Norm
+    norm_position: NormPosition
+    bias: bool
+    dropout: float
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """An expert: ``linear -> [norm] -> activation -> [norm] -> dropout`` per layer.
+
+    Args:
+        units: output width of each layer.
+        activation: one, or one per layer; names in ``ACTIVATIONS``, or a ``torch.nn`` class or instance.
+        last_activation: replaces the activation of the last layer; None keeps ``activation`` (``"identity"`` removes it).
+        norm: None, ``"batch"`` or ``"layer"``; one, or one per layer.
+        norm_position: ``"before"`` or ``"after"`` the activation; one, or one per layer.
+        bias: of the linear layers; one, or one per layer.
+        dropout: probability after each layer; one, or one per layer.
+
+    Raises:
+        TypeError, ValueError: a value is not one of the above; the message names it.
+    """
+
+    units: tuple[int, ...]
+    activation: Any = "relu"
+    last_activation: Any = None
+    norm: Any = None
+    norm_position: Any = "before"
+    bias: Any = True
+    dropout: Any = 0.0
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        units = _check_units("units", self.units, allow_empty=False)
+        n = len(units)
+        activations = [parse_activation(a) for a in _per_layer("activation", self.activation, n)]
+        if self.last_activation is not None:
+            activations[-1] = parse_activation(self.last_activation)
+        put("units", units)
+        put("activation", tuple(activations))
+        put("last_activation", None)
+        put("norm", _per_layer("norm", self.norm, n))
+        put("norm_position", _per_layer("norm_position", self.norm_position, n))
+        put("bias", _per_layer("bias", self.bias, n))
+        put("dropout", tuple(_check_dropout("dropout", p) for p in _per_layer("dropout", self.dropout, n)))
+        for norm in self.norm:
+            _check_choice("norm", norm, (None, "batch", "layer"))
+        for position in self.norm_position:
+            _check_choice("norm_position", position, ("before", "after"))
+        for bias in self.bias:
+            if not isinstance(bias, bool):
+                raise TypeError(f"bias: expected a bool, got {bias!r}")
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layers, first to last."""
+        return tuple(
+            LayerSpec(*row)
+            for row in zip(
+                self.units, self.activation, self.norm, self.norm_position, self.bias, self.dropout, strict=True
+            )
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready keywords that rebuild this spec."""
+        return {
+            "units": list(self.units),
+            "activation": [list(a) for a in self.activation],
+            "norm": list(self.norm),
+            "norm_position": list(self.norm_position),
+            "bias": list(self.bias),
+            "dropout": list(self.dropout),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MLPSpec:
+        """The spec that ``to_config`` described."""
+        return cls(**{**config, "activation": tuple(Activation(*a) for a in config["activation"])})
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """A gate: hidden layers (as in ``MLPSpec``), a final linear layer, optional batch norm on the logits, a softmax.
+
+    Args:
+        units: widths of the hidden layers; ``()`` is the paper's single linear layer (eq. 3).
+        activation: of the hidden layers; one, or one per layer.
+        norm: of the hidden layers, before their activation: None, ``"batch"`` or ``"layer"``.
+        dropout: after each hidden layer.
+        bias: of the final linear layer (hidden layers always have one).
+        logits_norm: None or ``"batch"``: batch norm on the logits.
+        temperature: the logits are divided by it before the softmax; positive and finite.
+        input: ``"previous"`` (the level's slots, as in the paper) or ``"raw"`` (the model's input, passed as ``gate_input``).
+
+    Raises:
+        TypeError, ValueError: a value is not one of the above; the message names it.
+    """
+
+    units: tuple[int, ...] = ()
+    activation: Any = "relu"
+    norm: Any = None
+    dropout: Any = 0.0
+    bias: bool = True
+    logits_norm: Literal["batch"] | None = None
+    temperature: float = 1.0
+    input: Literal["previous", "raw"] = "previous"
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        units = _check_units("gate units", self.units, allow_empty=True)
+        n = len(units)
+        put("units", units)
+        put("activation", tuple(parse_activation(a) for a in _per_layer("gate activation", self.activation, n)))
+        put("norm", _per_layer("gate norm", self.norm, n))
+        put("dropout", tuple(_check_dropout("gate dropout", p) for p in _per_layer("gate dropout", self.dropout, n)))
+        for norm in self.norm:
+            _check_choice("gate norm", norm, (None, "batch", "layer"))
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"gate bias: expected a bool, got {self.bias!r}")
+        _check_choice("logits_norm", self.logits_norm, (None, "batch"))
+        _check_choice("gate input", self.input, ("previous", "raw"))
+        temperature = self.temperature
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature: expected a number, got {temperature!r}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a positive finite number, got {temperature}: the logits would be NaN")
+        put("temperature", float(temperature))
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The hidden layers, first to last."""
+        return tuple(
+            LayerSpec(units, activation, norm, "before", True, dropout)
+            for units, activation, norm, dropout in zip(
+                self.units, self.activation, self.norm, self.dropout, strict=True
+            )
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready keywords that rebuild this spec."""
+        return {
+            "units": list(self.units),
+            "activation": [list(a) for a in self.activation],
+            "norm": list(self.norm),
+            "dropout": list(self.dropout),
+            "bias": self.bias,
+            "logits_norm": self.logits_norm,
+            "temperature": self.temperature,
+            "input": self.input,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GateSpec:
+        """The spec that ``to_config`` described."""
+        return cls(**{**config, "activation": tuple(Activation(*a) for a in config["activation"])})

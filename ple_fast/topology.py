@@ -1,0 +1,235 @@
+"""The wiring of an extraction network: which slot each expert reads, and which experts each mixture weighs.
+
+No tensors here. Everything a backend needs is derived once, in ``__post_init__``, as plain tuples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MixtureKind = Literal["softmax", "static"]
+
+
+def _int_tuple(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence of ints, got {type(values).__name__}")
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, int):
+            raise TypeError(f"{name}: expected ints, got {v!r} ({type(v).__name__})")
+        if v < 0:
+            raise ValueError(f"{name}: expected indices >= 0, got {v} in {tuple(values)}")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The wiring of one extraction network (Tang et al., RecSys 2020, section 4), hashable.
+
+    Args:
+        expert_slot: slot that expert ``e`` reads; non-decreasing, so expert ``e`` is row ``e`` of every stacked tensor.
+        mixture_slot: slot that the gate of mixture ``o`` reads.
+        mixture_experts: for each mixture the ordered, duplicate-free, non-empty experts that it weighs.
+        mixture_kind: ``"softmax"`` (a gate) or ``"static"`` (constant weights 1, no gate) per mixture; default all softmax.
+        mixture_offset: per mixture one bool per entry of ``mixture_experts``: True adds a learned scalar to that weight
+            after the softmax (AdaTT's native-expert residual); default none.
+        num_slots: number of input slots ``S``; default the highest slot used, plus one.
+
+    Raises:
+        TypeError: an entry is not an int.
+        ValueError: an empty expert set, a mixture without experts, an expert that no mixture reads, experts not sorted
+            by slot (the message holds the permutation that sorts them), or an index out of range.
+    """
+
+    expert_slot: tuple[int, ...]
+    mixture_slot: tuple[int, ...]
+    mixture_experts: tuple[tuple[int, ...], ...]
+    mixture_kind: tuple[MixtureKind, ...] | None = None
+    mixture_offset: tuple[tuple[bool, ...], ...] | None = None
+    num_slots: int | None = None
+
+    # Derived (plain tuples, never part of equality).
+    num_experts: int = field(init=False, repr=False, compare=False)
+    num_mixtures: int = field(init=False, repr=False, compare=False)
+    num_weights: int = field(init=False, repr=False, compare=False)
+    """``sum_o |A(o)|``: weights over all mixtures, static ones included."""
+    num_logits: int = field(init=False, repr=False, compare=False)
+    """``G``: gate logits, the weights of softmax mixtures only."""
+    weight_offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """First column of mixture ``o`` in the weights ``P`` of shape ``(B, num_weights)``."""
+    logit_offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """First row of mixture ``o`` in ``gate.weight``; -1 for a static mixture."""
+    gated_mixtures: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """The softmax mixtures, in order."""
+    slot_experts: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    """Per slot the half-open range of experts that read it."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("expert_slot", _int_tuple("expert_slot", self.expert_slot))
+        put("mixture_slot", _int_tuple("mixture_slot", self.mixture_slot))
+        put("mixture_experts", tuple(_int_tuple(f"mixture_experts[{o}]", a) for o, a in enumerate(self.mixture_experts)))
+        n_experts, n_mixtures = len(self.expert_slot), len(self.mixture_slot)
+        if n_experts == 0:
+            raise ValueError("expert_slot: expected at least one expert, got an empty set")
+        if n_mixtures == 0:
+            raise ValueError("mixture_slot: expected at least one mixture, got none")
+        if list(self.expert_slot) != sorted(self.expert_slot):
+            order = tuple(sorted(range(n_experts), key=self.expert_slot.__getitem__))
+            raise ValueError(
+                f"expert_slot: must be non-decreasing, got {self.expert_slot}; renumber the experts in the order {order}"
+            )
+        if len(self.mixture_experts) != n_mixtures:
+            raise ValueError(
+                f"mixture_experts: expected one tuple per mixture ({n_mixtures}), got {len(self.mixture_experts)}"
+            )
+        for o, experts in enumerate(self.mixture_experts):
+            if not experts:
+                raise ValueError(f"mixture_experts[{o}]: a mixture needs at least one expert, got none")
+            if len(set(experts)) != len(experts):
+                raise ValueError(f"mixture_experts[{o}]: expected each expert once, got {experts}")
+            if max(experts) >= n_experts:
+                raise ValueError(f"mixture_experts[{o}]: expected experts below {n_experts}, got {experts}")
+        unread = sorted(set(range(n_experts)) - {e for experts in self.mixture_experts for e in experts})
+        if unread:
+            raise ValueError(f"mixture_experts: experts {unread} are read by no mixture; remove them or add them to one")
+        self._check_kinds(n_mixtures)
+        used = max(*self.expert_slot, *self.mixture_slot) + 1
+        if self.num_slots is None:
+            put("num_slots", used)
+        elif isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
+            raise TypeError(f"num_slots: expected an int, got {self.num_slots!r}")
+        elif self.num_slots < used:
+            raise ValueError(f"num_slots: the wiring uses slots up to {used - 1}, so at least {used}; got {self.num_slots}")
+        self._derive(put)
+
+    def _check_kinds(self, n_mixtures: int) -> None:
+        kinds = ("softmax",) * n_mixtures if self.mixture_kind is None else tuple(self.mixture_kind)
+        if len(kinds) != n_mixtures:
+            raise ValueError(f"mixture_kind: expected one per mixture ({n_mixtures}), got {len(kinds)}")
+        for kind in kinds:
+            if kind not in ("softmax", "static"):
+                raise ValueError(f'mixture_kind: expected "softmax" or "static", got {kind!r}')
+        object.__setattr__(self, "mixture_kind", kinds)
+        offsets = self.mixture_offset
+        if offsets is None:
+            offsets = tuple((False,) * len(experts) for experts in self.mixture_experts)
+        else:
+            offsets = tuple(tuple(bool(v) for v in row) for row in offsets)
+            if tuple(map(len, offsets)) != tuple(map(len, self.mixture_experts)):
+                raise ValueError(
+                    "mixture_offset: expected one bool per entry of mixture_experts, lengths "
+                    f"{tuple(map(len, self.mixture_experts))}, got {tuple(map(len, offsets))}"
+                )
+        object.__setattr__(self, "mixture_offset", offsets)
+
+    def _derive(self, put: Any) -> None:
+        assert self.mixture_kind is not None and self.num_slots is not None
+        sizes = [len(experts) for experts in self.mixture_experts]
+        put("num_experts", len(self.expert_slot))
+        put("num_mixtures", len(self.mixture_slot))
+        put("num_weights", sum(sizes))
+        put("weight_offset", tuple(sum(sizes[:o]) for o in range(len(sizes))))
+        logit_offset, logits = [], 0
+        for size, kind in zip(sizes, self.mixture_kind, strict=True):
+            logit_offset.append(logits if kind == "softmax" else -1)
+            logits += size if kind == "softmax" else 0
+        put("num_logits", logits)
+        put("logit_offset", tuple(logit_offset))
+        put("gated_mixtures", tuple(o for o, kind in enumerate(self.mixture_kind) if kind == "softmax"))
+        ranges, start = [], 0
+        for slot in range(self.num_slots):
+            stop = start + self.expert_slot.count(slot)
+            ranges.append((start, stop))
+            start = stop
+        put("slot_experts", tuple(ranges))
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether any weight has a learned scalar added to it."""
+        assert self.mixture_offset is not None
+        return any(any(row) for row in self.mixture_offset)
+
+    @classmethod
+    def ple(
+        cls,
+        num_tasks: int,
+        task_experts: int | Sequence[int],
+        shared_experts: int,
+        *,
+        last: bool,
+        shared_gate_scope: Literal["all", "shared"] = "all",
+    ) -> Topology:
+        """One PLE level (paper section 4.2; ``last=True``: CGC, section 4.1).
+
+        Experts are numbered task 0's, task 1's, ..., shared. A task's mixture weighs its own experts, then the shared
+        ones; the shared mixture (absent when ``last``) weighs all experts, or the shared ones with
+        ``shared_gate_scope="shared"``. With no shared experts there are T slots and T mixtures.
+        """
+        counts = check_task_counts("task_experts", task_experts, num_tasks)
+        if isinstance(shared_experts, bool) or not isinstance(shared_experts, int):
+            raise TypeError(f"shared_experts: expected an int, got {shared_experts!r}")
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts: expected 0 or more, got {shared_experts}")
+        if shared_gate_scope not in ("all", "shared"):
+            raise ValueError(f'shared_gate_scope: expected "all" or "shared", got {shared_gate_scope!r}')
+        total = sum(counts)
+        for task, count in enumerate(counts):
+            if count + shared_experts == 0:
+                raise ValueError(f"task {task}: has no expert of its own and there are no shared ones; give it one")
+        shared = tuple(range(total, total + shared_experts))
+        starts = [sum(counts[:t]) for t in range(num_tasks)]
+        own = [tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+        slots = tuple(t for t, count in enumerate(counts) for _ in range(count)) + (num_tasks,) * shared_experts
+        mixtures = [experts + shared for experts in own]
+        if shared_experts and not last:
+            mixtures.append(tuple(range(total + shared_experts)) if shared_gate_scope == "all" else shared)
+        return cls(
+            expert_slot=slots,
+            mixture_slot=tuple(range(len(mixtures))),
+            mixture_experts=tuple(mixtures),
+            num_slots=num_tasks + (1 if shared_experts else 0),
+        )
+
+    @classmethod
+    def mmoe(cls, num_tasks: int, experts: int) -> Topology:
+        """MMoE (Ma et al., KDD 2018): one slot, every expert shared, one mixture per task over all experts."""
+        check_count("num_tasks", num_tasks)
+        check_count("experts", experts)
+        return cls((0,) * experts, (0,) * num_tasks, (tuple(range(experts)),) * num_tasks)
+
+    @classmethod
+    def hard_sharing(cls, num_tasks: int) -> Topology:
+        """One expert that every task reads with weight 1 (shared bottom)."""
+        check_count("num_tasks", num_tasks)
+        return cls((0,), (0,) * num_tasks, ((0,),) * num_tasks, mixture_kind=("static",) * num_tasks)
+
+    @classmethod
+    def single_task(cls, num_tasks: int) -> Topology:
+        """One expert per task, nothing shared but the input."""
+        check_count("num_tasks", num_tasks)
+        own = tuple((t,) for t in range(num_tasks))
+        return cls((0,) * num_tasks, (0,) * num_tasks, own, mixture_kind=("static",) * num_tasks)
+
+
+def check_count(name: str, value: int) -> int:
+    """A positive int, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {value}")
+    return value
+
+
+def check_task_counts(name: str, counts: int | Sequence[int], num_tasks: int) -> tuple[int, ...]:
+    """One count per task from an int or a sequence."""
+    check_count("num_tasks", num_tasks)
+    if isinstance(counts, int) and not isinstance(counts, bool):
+        counts = (counts,) * num_tasks
+    counts = _int_tuple(name, counts)
+    if len(counts) != num_tasks:
+        raise ValueError(f"{name}: expected one count per task ({num_tasks}), got {len(counts)}: {counts}")
+    return counts
