@@ -1,0 +1,145 @@
+"""The pictures show the numbers they were given; matplotlib itself is not tested."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ple_fast import Topology, viz
+
+pytest.importorskip("matplotlib")
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.patches import Rectangle
+
+TASKS = ("income", "never married")
+PLE = [Topology.ple(2, 2, 1, last=False), Topology.ple(2, 2, 1, last=True)]
+
+
+def _gates(topologies: list[Topology], batch: int = 50) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn(batch, len(experts), generator=generator).softmax(1) for experts in topology.mixture_experts]
+        for topology in topologies
+    ]
+
+
+def _heights(axes: Axes) -> list[float]:
+    return [patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
+def test_gate_use_is_mean_and_std_per_expert_with_the_owners_of_the_topology() -> None:
+    gates = _gates(PLE)
+    uses = viz.gate_use(gates, PLE, TASKS, model="PLE")
+    assert [(use.level, use.gate) for use in uses] == [
+        ("PLE level 1", "income"),
+        ("PLE level 1", "never married"),
+        ("PLE level 1", "shared"),
+        ("PLE level 2", "income"),
+        ("PLE level 2", "never married"),
+    ]
+    assert uses[1].experts == ("never married", "never married", "shared")
+    assert uses[2].experts == ("income", "income", "never married", "never married", "shared")
+    for use, weight in zip(uses, [w for level in gates for w in level], strict=True):
+        assert use.mean == pytest.approx(weight.double().mean(0).tolist())
+        assert use.std == pytest.approx(weight.double().std(0, correction=0).tolist())
+
+
+def test_gate_use_names_mmoe_experts_and_topologies_with_slots_of_their_own() -> None:
+    mmoe = Topology.mmoe(2, 3)
+    assert {use.experts for use in viz.gate_use(_gates([mmoe]), [mmoe], TASKS, model="MMoE")} == {("any",) * 3}
+    other = Topology((0, 1, 2, 3), (0,), ((0, 1, 2, 3),))
+    (use,) = viz.gate_use(_gates([other]), [other], TASKS)
+    assert (use.level, use.gate, use.experts[3]) == ("level 1", "mixture 0", "slot 3")
+
+
+def test_gate_use_takes_gates_that_require_grad_and_half_precision() -> None:
+    gates = [[weight.to(torch.bfloat16).requires_grad_() for weight in level] for level in _gates(PLE)]
+    assert all(sum(use.mean) == pytest.approx(1, abs=2e-2) for use in viz.gate_use(gates, PLE, TASKS))
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        (_gates(PLE)[:1], r"one entry per topology \(2\), got 1"),
+        ([_gates(PLE)[1], _gates(PLE)[1]], r"gates\[0\]: expected 3 mixtures, got 2"),
+        (_gates(PLE, batch=0), r"gates\[0\]\[0\]: expected shape \(B >= 1, 3\), got \(0, 3\)"),
+        ([[w[:, :2] for w in level] for level in _gates(PLE)], r"\(B >= 1, 3\), got \(50, 2\)"),
+    ],
+)
+def test_gate_use_refuses_gates_of_another_wiring(gates: list[list[torch.Tensor]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        viz.gate_use(gates, PLE, TASKS)
+
+
+def test_plot_gate_use_draws_one_bar_per_expert_at_its_mean(tmp_path: Path) -> None:
+    uses = viz.gate_use(_gates(PLE), PLE, TASKS, model="PLE")
+    figure = viz.plot_gate_use(uses, title="utilisation", path=tmp_path / "gates.png")
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == [f"{use.gate} gate" for use in uses]
+    for axes, use in zip(panels, uses, strict=True):
+        assert _heights(axes) == pytest.approx(list(use.mean))
+        assert [label.get_text() for label in axes.get_xticklabels()][-1] == "1"  # the only shared expert
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_scores_shows_every_seed_and_the_mean(tmp_path: Path) -> None:
+    scores = {
+        "single task": {"income": [0.93, 0.95], "college": [0.8, 0.8]},
+        "PLE": {"income": [0.9], "college": [0.7]},
+    }
+    figure = viz.plot_scores(scores, path=tmp_path / "auc.svg")
+    income, college = figure.axes
+    assert (income.get_xlabel(), college.get_xlabel()) == ("AUC, income", "AUC, college")
+    assert [text.get_text() for text in income.texts] == ["0.9400", "0.9000"]
+    assert np.asarray(income.collections[0].get_offsets())[:, 0].tolist() == pytest.approx([0.93, 0.95])
+    assert (tmp_path / "auc.svg").read_text().startswith("<?xml")
+
+
+def test_plot_lines_draws_means_and_the_baseline() -> None:
+    series = {"task A": {"PLE": [[1.0, 3.0], [4.0]], "MMoE": [[0.0], [1.0]]}}
+    (axes,) = viz.plot_lines([0, 1], series, xlabel="correlation", ylabel="gain", baseline=0.0).axes
+    lines = {c.get_label(): c.lines for c in axes.containers if isinstance(c, ErrorbarContainer)}
+    ple, _, (spread,) = lines["PLE"]
+    assert np.asarray(ple.get_ydata()).tolist() == [2, 4]
+    whisker = np.asarray(spread.get_paths()[0].vertices)[:, 1]
+    assert whisker.tolist() == pytest.approx([2 - 2**0.5, 2 + 2**0.5])  # standard deviation of 1 and 3
+    (baseline,) = (line for line in axes.lines if line.get_linestyle() == "--")
+    assert np.asarray(baseline.get_ydata()).tolist() == [0, 0]
+
+
+def test_plot_bars_leaves_absent_contestants_out() -> None:
+    groups = {"256": {"ple_fast": 1.0, "loop": 2.0}, "4096": {"loop": 8.0}}
+    (axes,) = viz.plot_bars(groups, ylabel="ms", log=True).axes
+    assert sorted(_heights(axes)) == [1, 2, 8]
+    assert axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: viz.plot_gate_use([]), "at least one gate, got none"),
+        (lambda: viz.plot_scores({}), "at least one model, got none"),
+        (lambda: viz.plot_scores({"a": {"t": []}}), r"scores\['a'\]: expected at least one score"),
+        (lambda: viz.plot_scores({"a": {"t": [1.0]}, "b": {"u": [1.0]}}), r"scores\['b'\]"),
+        (lambda: viz.plot_lines([0], {}, xlabel="", ylabel=""), "at least one panel"),
+        (lambda: viz.plot_lines([0, 1], {"p": {"l": [[1.0]]}}, xlabel="", ylabel=""), r"series\['p'\]\['l'\]"),
+        (lambda: viz.plot_bars({"a": {}}, ylabel=""), r"at least one bar in each group, got {'a': 0}"),
+        (lambda: viz.plot_bars({"a": {"x": 0.0}}, ylabel="", log=True), r"finite height, 0 or more, got 0.0"),
+        (lambda: viz.plot_bars({"a": {"x": float("nan")}}, ylabel=""), "got nan"),
+    ],
+)
+def test_wrong_values_are_named(draw: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'ple-fast\[viz\]'"):
+        viz.plot_scores({"PLE": {"income": [0.9]}})
