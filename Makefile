@@ -1,0 +1,44 @@
+# Every target sets up .venv when it is missing or older than pyproject.toml. Arguments go through ARGS="...".
+PYTHON ?= python3
+# Pinned here alone, because the newest torch may pull gigabytes; the package itself takes any torch >= 2.10.
+TORCH_VERSION ?= 2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := .venv/.ready
+BENCH_READY := .venv/.ready-bench
+export PIP_NO_INPUT := 1
+
+.PHONY: help example test test-all bench style types
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
+	$(BIN)/python examples/census_income.py $(ARGS)
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BENCH_READY)  ## time forward, training step and inference against the peers, and render the report
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+style: $(READY)  ## lint and format, checked (mend with .venv/bin/ruff check --fix, .venv/bin/ruff format)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy --strict
+	$(BIN)/mypy $(ARGS)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==$(TORCH_VERSION)
+	$(PIP) --editable ".[dev,viz,examples]"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	$(PIP) --editable ".[dev,viz,examples,bench]"
+	@touch $@
