@@ -1,0 +1,89 @@
+"""What every test gets: seeds, few threads, and fresh memory of the library that reads as NaN until it is written."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import register_random, settings
+
+# No deadline: the first example of a test pays for warm-up. The rest is hypothesis' own choice (in CI: a fixed seed).
+settings.register_profile("ple_fast", parent=settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("ple_fast")
+
+
+class _TorchGenerator:
+    """PyTorch's global generator as hypothesis sees one, so that an example draws the same tensors again."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH_GENERATOR = _TorchGenerator()  # hypothesis holds it weakly
+register_random(TORCH_GENERATOR)
+
+OURS = ("ple_fast", "ple_fast_kernels")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tests that take the fixture `device`")
+
+
+def pytest_configure() -> None:
+    # The tensors of the tests are small: more threads only cost, and a fixed number gives the same sums everywhere.
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test, from ``--device``; a test fails, and is not skipped, where that device is absent."""
+    return torch.device(str(request.config.getoption("--device")))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # libraries under comparison draw from the global generator
+    torch.manual_seed(0)
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``allocate``, but what our own modules get from it is filled with NaN (floating and complex dtypes)."""
+
+    @functools.wraps(allocate)
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a traced program has no caller, and keeps no fill of ours
+            return tensor
+        caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        if caller in OURS and (tensor.is_floating_point() or tensor.is_complex()):
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An element that a backend forgets to write then shows as NaN, and not as whatever lay in memory before."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
