@@ -1,0 +1,197 @@
+"""The rules of CONTRIBUTING.md that a machine can hold: layers, docstrings, banned strings, what the documents name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ple_fast
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels"
+
+# The layers of ple_fast, lowest first. A module imports only from rows below its own; a sub-package is one module here.
+LAYERS = (
+    ("topology", "specs"),
+    ("reference", "checks", "backend"),
+    ("torch_backend",),
+    ("autograd",),
+    ("ops",),
+    ("functional",),
+    ("modules", "losses", "synthetic"),
+    ("model", "convert", "viz"),
+    ("__init__",),
+)
+RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
+# What modules may import besides the standard library; what is optional is imported by the function that needs it.
+RUN_TIME = {"torch", "numpy", "safetensors"}
+WITHOUT_TENSORS = ("topology", "specs")
+KERNEL_DEPENDENCIES = {"torch", "triton"}
+
+OURS = sorted((ROOT / "ple_fast").rglob("*.py"))
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(f for d in ("docs", "kernels", "examples", "benchmarks") for f in (ROOT / d).rglob("*.md"))]
+)
+SOURCES = sorted(
+    [
+        *DOCUMENTS,
+        *(ROOT / name for name in ("pyproject.toml", "Makefile", ".pre-commit-config.yaml", ".ci/run")),
+        *(f for d in ("ple_fast", "kernels", "tests", "benchmarks", "examples") for f in (ROOT / d).rglob("*.py")),
+        *(ROOT / "benchmarks").rglob("*.json"),
+    ]
+)
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def import_statements(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Imports that run, each with whether it waits for a call; what only a type checker reads is left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, lazy
+        yield from import_statements(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def imports(file: Path, root: Path) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Absolute dotted names, split, that ``file`` of a package in ``root`` imports, and whether lazily."""
+    package = file.relative_to(root).parent.parts
+    for statement, lazy in import_statements(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
+            yield from ((tuple(alias.name.split(".")), lazy) for alias in statement.names)
+        else:
+            base = package[: len(package) + 1 - statement.level] if statement.level else ()
+            prefix = (*base, *(statement.module or "").split(".")) if statement.module else base
+            yield from (((*prefix, alias.name), lazy) for alias in statement.names)
+
+
+def module_of(dotted: tuple[str, ...]) -> str:
+    """The entry of ``LAYERS`` that a name inside ple_fast belongs to; what the package defines is ``__init__``'s."""
+    name = dotted[1] if len(dotted) > 1 else "__init__"
+    folder = ROOT / "ple_fast"
+    return name if (folder / f"{name}.py").is_file() or (folder / name).is_dir() else "__init__"
+
+
+@pytest.mark.parametrize("file", OURS, ids=name_of)
+def test_a_module_imports_only_from_the_layers_below_it(file: Path) -> None:
+    module = file.relative_to(ROOT / "ple_fast").parts[0].removesuffix(".py")
+    assert module in RANK, f"{name_of(file)}: give {module!r} a place in LAYERS"
+    used = {module_of(dotted) for dotted, _ in imports(file, ROOT) if dotted[0] == "ple_fast"} - {module}
+    assert not (unplaced := used - RANK.keys()), f"{name_of(file)} imports {unplaced}: give it a place in LAYERS"
+    upward = {name for name in used if RANK[name] >= RANK[module]}
+    assert not upward, f"{name_of(file)} imports {sorted(upward)}, not below {module!r}"
+    assert "reference" not in used, (
+        "the reference is the oracle of tests and benchmarks: no part of the library uses it"
+    )
+
+
+@pytest.mark.parametrize("file", OURS, ids=name_of)
+def test_a_module_needs_only_the_run_time_dependencies_to_be_imported(file: Path) -> None:
+    allowed = set() if file.stem in WITHOUT_TENSORS else RUN_TIME
+    outside = {dotted[0] for dotted, lazy in imports(file, ROOT) if not lazy} - sys.stdlib_module_names - {"ple_fast"}
+    assert outside <= allowed
+
+
+@pytest.mark.parametrize("file", sorted((KERNELS / "ple_fast_kernels").rglob("*.py")), ids=name_of)
+def test_a_kernel_module_imports_relatively_and_never_ple_fast(file: Path) -> None:
+    absolute = {
+        name
+        for statement, _ in import_statements(ast.parse(file.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in statement.names]
+            if isinstance(statement, ast.Import)
+            else ([] if statement.level else [statement.module or ""])
+        )
+    }
+    assert {name.partition(".")[0] for name in absolute} - sys.stdlib_module_names <= KERNEL_DEPENDENCIES
+
+
+def test_the_folder_of_the_kernels_is_no_package() -> None:
+    assert (KERNELS / "ple_fast_kernels" / "__init__.py").is_file()
+    assert not (KERNELS / "__init__.py").exists(), "`kernels` is a package on PyPI: ours would shadow it"
+
+
+@pytest.mark.parametrize(
+    "name", ["ple_fast", *(m.name for m in pkgutil.walk_packages(ple_fast.__path__, prefix="ple_fast."))]
+)
+def test_modules_and_their_public_names_are_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    for public in getattr(module, "__all__", ()):
+        value = getattr(module, public)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            # A class inherits no __doc__, but a dataclass is given one that only repeats its signature.
+            doc = value.__doc__ or ""
+            assert doc, f"{name}.{public} has no docstring"
+            assert not doc.startswith(f"{public}("), f"{name}.{public} has no docstring of its own"
+
+
+# What, in which files, and why or what instead. The classes of one letter keep the patterns from finding themselves.
+BANNED = (
+    (r"make_block[_]ptr|tl\.advance\b", r"\.py$", "deprecated: plain pointers, or tensor descriptors"),
+    (r"\.cuda\(\)", r"^(tests|benchmarks|examples)/", "take the fixture `device`, or an argument"),
+    (r"/(work|tmp|root)/", r"", "a path of one machine"),
+    (r"\b(TO[D]O|FIX[M]E|XX[X])\b", r"", "do it, or open an issue"),
+)
+
+
+@pytest.mark.parametrize(("pattern", "where", "why"), BANNED, ids=[ban[0] for ban in BANNED])
+def test_banned_strings_do_not_occur(pattern: str, where: str, why: str) -> None:
+    found = [
+        f"{name_of(file)}:{number}: {line.strip()}"
+        for file in SOURCES
+        if re.search(where, name_of(file))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not found, f"{why}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_of_a_document_lead_to_files(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", text) if not re.match(r"[a-z]+:|#", link)]
+    missing = [link for link in links if not (document.parent / link.partition("#")[0]).exists()]
+    assert not missing, f"{name_of(document)} links to {missing}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / ".ci" / "run"], ids=name_of)
+def test_make_commands_of_a_document_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    text = document.read_text(encoding="utf-8")
+    if document.suffix == ".md":  # in prose "make" is a verb: only what is set as code counts
+        text = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL)).replace("`", "\n")
+    commands = re.findall(r"^\s*(?:\$ )?make((?: [a-z][a-z-]*)+)", text, flags=re.MULTILINE)
+    named = {target for command in commands for target in command.split()}
+    assert named <= targets, f"{name_of(document)} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make example" in readme
+    assert "make test" in readme
+
+
+@pytest.mark.parametrize("caller", ["ple_fast.torch_backend.level", "ple_fast_kernels"])
+def test_fresh_memory_of_the_library_reads_as_nan(caller: str) -> None:
+    scope: dict[str, Any] = {"__name__": caller, "torch": torch, "x": torch.zeros(4, 3)}
+    exec(
+        "fresh = torch.empty(4, 3), torch.empty_like(x), torch.empty_strided((4, 3), (3, 1)), x.new_empty(4, 3)\n"
+        "whole = torch.empty(4, dtype=torch.int64)",  # integers have no NaN: they stay as they are
+        scope,
+    )
+    assert all(tensor.isnan().all() for tensor in scope["fresh"])
+    assert scope["whole"].dtype is torch.int64
