@@ -43,6 +43,10 @@ def parse_activation(activation: Any) -> Activation:
         ValueError: the activation is unknown.
     """
     if isinstance(activation, Activation):
+        if activation.name not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
+        if not math.isfinite(activation.value):
+            raise ValueError(f"activation: expected a finite constant, got {activation}: the outputs would be NaN")
         return activation
     if activation is None:
         return Activation("identity")
@@ -58,9 +62,13 @@ def parse_activation(activation: Any) -> Activation:
     value = _DEFAULT_VALUE.get(name, 0.0)
     if name == "leaky_relu":
         value = float(getattr(activation, "negative_slope", value))
-    if name == "prelu" and getattr(activation, "num_parameters", 1) != 1:
-        raise ValueError(f"activation: prelu has one slope per expert layer, got num_parameters={activation.num_parameters}")
-    return Activation(name, value)
+    if name == "prelu":
+        if getattr(activation, "num_parameters", 1) != 1:
+            raise ValueError(
+                f"activation: prelu has one slope per expert layer, got num_parameters={activation.num_parameters}"
+            )
+        value = float(getattr(activation, "init", value))
+    return parse_activation(Activation(name, value))
 
 
 def _per_layer(name: str, value: T | Sequence[T], layers: int) -> tuple[T, ...]:
@@ -100,7 +108,7 @@ def _check_dropout(name: str, p: Any) -> float:
 
 
 class LayerSpec(NamedTuple):
-    """One layer of an expert or gate: linear, then norm and activation in the order of ``norm_position``, then dropout."""
+    """One layer of an expert or gate: linear, then norm and activation as ``norm_position`` says, then dropout."""
 
     units: int
     activation: Activation
@@ -117,7 +125,7 @@ class MLPSpec:
     Args:
         units: output width of each layer.
         activation: one, or one per layer; names in ``ACTIVATIONS``, or a ``torch.nn`` class or instance.
-        last_activation: replaces the activation of the last layer; None keeps ``activation`` (``"identity"`` removes it).
+        last_activation: replaces the activation of the last layer (``"identity"`` removes it); None keeps it.
         norm: None, ``"batch"`` or ``"layer"``; one, or one per layer.
         norm_position: ``"before"`` or ``"after"`` the activation; one, or one per layer.
         bias: of the linear layers; one, or one per layer.
@@ -198,7 +206,7 @@ class GateSpec:
         bias: of the final linear layer (hidden layers always have one).
         logits_norm: None or ``"batch"``: batch norm on the logits.
         temperature: the logits are divided by it before the softmax; positive and finite.
-        input: ``"previous"`` (the level's slots, as in the paper) or ``"raw"`` (the model's input, passed as ``gate_input``).
+        input: ``"previous"`` (the level's slots, as in the paper) or ``"raw"`` (the model's input: ``gate_input``).
 
     Raises:
         TypeError, ValueError: a value is not one of the above; the message names it.
@@ -233,7 +241,9 @@ class GateSpec:
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(f"temperature: expected a number, got {temperature!r}")
         if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}: the logits would be NaN")
+            raise ValueError(
+                f"temperature: expected a positive finite number, got {temperature}: the logits would be NaN"
+            )
         put("temperature", float(temperature))
 
     @property

@@ -12,15 +12,20 @@ from typing import Any, Literal
 MixtureKind = Literal["softmax", "static"]
 
 
-def _int_tuple(name: str, values: Sequence[int]) -> tuple[int, ...]:
+def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: expected a sequence of ints, got {type(values).__name__}")
-    for v in values:
+        raise TypeError(f"{name}: expected a sequence of {what}, got {values!r} ({type(values).__name__})")
+    return tuple(values)
+
+
+def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
+    row: tuple[int, ...] = _tuple(name, values, "ints")
+    for v in row:
         if isinstance(v, bool) or not isinstance(v, int):
             raise TypeError(f"{name}: expected ints, got {v!r} ({type(v).__name__})")
         if v < 0:
-            raise ValueError(f"{name}: expected indices >= 0, got {v} in {tuple(values)}")
-    return tuple(values)
+            raise ValueError(f"{name}: expected 0 or more, got {v} in {row}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,13 @@ class Topology:
         expert_slot: slot that expert ``e`` reads; non-decreasing, so expert ``e`` is row ``e`` of every stacked tensor.
         mixture_slot: slot that the gate of mixture ``o`` reads.
         mixture_experts: for each mixture the ordered, duplicate-free, non-empty experts that it weighs.
-        mixture_kind: ``"softmax"`` (a gate) or ``"static"`` (constant weights 1, no gate) per mixture; default all softmax.
+        mixture_kind: per mixture ``"softmax"`` (a gate) or ``"static"`` (constant weights 1, no gate); default softmax.
         mixture_offset: per mixture one bool per entry of ``mixture_experts``: True adds a learned scalar to that weight
             after the softmax (AdaTT's native-expert residual); default none.
         num_slots: number of input slots ``S``; default the highest slot used, plus one.
 
     Raises:
-        TypeError: an entry is not an int.
+        TypeError: an argument is not a sequence, or an entry is not an int (``mixture_offset``: not a bool).
         ValueError: an empty expert set, a mixture without experts, an expert that no mixture reads, experts not sorted
             by slot (the message holds the permutation that sorts them), or an index out of range.
     """
@@ -71,7 +76,8 @@ class Topology:
 
         put("expert_slot", _int_tuple("expert_slot", self.expert_slot))
         put("mixture_slot", _int_tuple("mixture_slot", self.mixture_slot))
-        put("mixture_experts", tuple(_int_tuple(f"mixture_experts[{o}]", a) for o, a in enumerate(self.mixture_experts)))
+        rows = _tuple("mixture_experts", self.mixture_experts, "tuples, one per mixture")
+        put("mixture_experts", tuple(_int_tuple(f"mixture_experts[{o}]", row) for o, row in enumerate(rows)))
         n_experts, n_mixtures = len(self.expert_slot), len(self.mixture_slot)
         if n_experts == 0:
             raise ValueError("expert_slot: expected at least one expert, got an empty set")
@@ -80,7 +86,8 @@ class Topology:
         if list(self.expert_slot) != sorted(self.expert_slot):
             order = tuple(sorted(range(n_experts), key=self.expert_slot.__getitem__))
             raise ValueError(
-                f"expert_slot: must be non-decreasing, got {self.expert_slot}; renumber the experts in the order {order}"
+                f"expert_slot: must be non-decreasing, got {self.expert_slot}; "
+                f"renumber the experts in the order {order}"
             )
         if len(self.mixture_experts) != n_mixtures:
             raise ValueError(
@@ -95,7 +102,9 @@ class Topology:
                 raise ValueError(f"mixture_experts[{o}]: expected experts below {n_experts}, got {experts}")
         unread = sorted(set(range(n_experts)) - {e for experts in self.mixture_experts for e in experts})
         if unread:
-            raise ValueError(f"mixture_experts: experts {unread} are read by no mixture; remove them or add them to one")
+            raise ValueError(
+                f"mixture_experts: experts {unread} are read by no mixture; remove them or add them to one"
+            )
         self._check_kinds(n_mixtures)
         used = max(*self.expert_slot, *self.mixture_slot) + 1
         if self.num_slots is None:
@@ -103,11 +112,15 @@ class Topology:
         elif isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
             raise TypeError(f"num_slots: expected an int, got {self.num_slots!r}")
         elif self.num_slots < used:
-            raise ValueError(f"num_slots: the wiring uses slots up to {used - 1}, so at least {used}; got {self.num_slots}")
+            raise ValueError(
+                f"num_slots: the wiring uses slots up to {used - 1}, so at least {used}; got {self.num_slots}"
+            )
         self._derive(put)
 
     def _check_kinds(self, n_mixtures: int) -> None:
-        kinds = ("softmax",) * n_mixtures if self.mixture_kind is None else tuple(self.mixture_kind)
+        kinds: tuple[str, ...] = ("softmax",) * n_mixtures
+        if self.mixture_kind is not None:
+            kinds = _tuple("mixture_kind", self.mixture_kind, 'kinds, "softmax" or "static"')
         if len(kinds) != n_mixtures:
             raise ValueError(f"mixture_kind: expected one per mixture ({n_mixtures}), got {len(kinds)}")
         for kind in kinds:
@@ -118,7 +131,11 @@ class Topology:
         if offsets is None:
             offsets = tuple((False,) * len(experts) for experts in self.mixture_experts)
         else:
-            offsets = tuple(tuple(bool(v) for v in row) for row in offsets)
+            rows = _tuple("mixture_offset", offsets, "tuples, one per mixture")
+            offsets = tuple(_tuple(f"mixture_offset[{o}]", row, "bools") for o, row in enumerate(rows))
+            for o, row in enumerate(offsets):
+                if not all(isinstance(v, bool) for v in row):
+                    raise TypeError(f"mixture_offset[{o}]: expected bools (the scalars are learned), got {row}")
             if tuple(map(len, offsets)) != tuple(map(len, self.mixture_experts)):
                 raise ValueError(
                     "mixture_offset: expected one bool per entry of mixture_experts, lengths "
@@ -205,14 +222,19 @@ class Topology:
     def hard_sharing(cls, num_tasks: int) -> Topology:
         """One expert that every task reads with weight 1 (shared bottom)."""
         check_count("num_tasks", num_tasks)
-        return cls((0,), (0,) * num_tasks, ((0,),) * num_tasks, mixture_kind=("static",) * num_tasks)
+        return cls((0,), (0,) * num_tasks, ((0,),) * num_tasks, mixture_kind=_static(num_tasks))
 
     @classmethod
     def single_task(cls, num_tasks: int) -> Topology:
         """One expert per task, nothing shared but the input."""
         check_count("num_tasks", num_tasks)
         own = tuple((t,) for t in range(num_tasks))
-        return cls((0,) * num_tasks, (0,) * num_tasks, own, mixture_kind=("static",) * num_tasks)
+        return cls((0,) * num_tasks, (0,) * num_tasks, own, mixture_kind=_static(num_tasks))
+
+
+def _static(count: int) -> tuple[MixtureKind, ...]:
+    kind: MixtureKind = "static"
+    return (kind,) * count
 
 
 def check_count(name: str, value: int) -> int:
@@ -229,7 +251,7 @@ def check_task_counts(name: str, counts: int | Sequence[int], num_tasks: int) ->
     check_count("num_tasks", num_tasks)
     if isinstance(counts, int) and not isinstance(counts, bool):
         counts = (counts,) * num_tasks
-    counts = _int_tuple(name, counts)
-    if len(counts) != num_tasks:
-        raise ValueError(f"{name}: expected one count per task ({num_tasks}), got {len(counts)}: {counts}")
-    return counts
+    row = _int_tuple(name, counts)
+    if len(row) != num_tasks:
+        raise ValueError(f"{name}: expected one count per task ({num_tasks}), got {len(row)}: {row}")
+    return row

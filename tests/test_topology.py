@@ -1,0 +1,145 @@
+"""The wiring: what each family looks like, what is derived from it, and every wiring that is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from ple_fast import Topology
+
+
+def test_ple_level_as_in_the_paper() -> None:
+    topology = Topology.ple(3, [2, 0, 1], 2, last=False)
+    assert topology.expert_slot == (0, 0, 2, 3, 3)
+    assert topology.mixture_slot == (0, 1, 2, 3)
+    assert topology.mixture_experts == ((0, 1, 3, 4), (3, 4), (2, 3, 4), (0, 1, 2, 3, 4))
+    assert topology.num_slots == 4
+
+
+def test_the_last_level_has_no_shared_mixture_and_keeps_the_shared_slot() -> None:
+    topology = Topology.ple(2, 2, 1, last=True)
+    assert topology.mixture_experts == ((0, 1, 4), (2, 3, 4))
+    assert (topology.num_slots, topology.num_mixtures) == (3, 2)
+
+
+def test_the_shared_mixture_may_read_shared_experts_only() -> None:
+    topology = Topology.ple(2, 1, 2, last=False, shared_gate_scope="shared")
+    assert topology.mixture_experts[-1] == (2, 3)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_without_shared_experts_there_are_as_many_slots_and_mixtures_as_tasks(last: bool) -> None:
+    topology = Topology.ple(3, [1, 2, 1], 0, last=last)
+    assert (topology.num_slots, topology.num_mixtures) == (3, 3)
+    assert topology.mixture_experts == ((0,), (1, 2), (3,))
+
+
+def test_mmoe_hard_sharing_and_single_task() -> None:
+    assert Topology.mmoe(2, 3) == Topology((0, 0, 0), (0, 0), ((0, 1, 2), (0, 1, 2)))
+    assert Topology.hard_sharing(3).mixture_experts == ((0,), (0,), (0,))
+    assert Topology.single_task(3).mixture_experts == ((0,), (1,), (2,))
+    for topology in (Topology.hard_sharing(3), Topology.single_task(3)):
+        assert topology.mixture_kind == ("static",) * 3
+        assert topology.num_logits == 0
+        assert topology.gated_mixtures == ()
+
+
+def test_derived_tables() -> None:
+    topology = Topology(
+        expert_slot=(0, 2, 2),
+        mixture_slot=(0, 3, 2),
+        mixture_experts=((2, 0), (1,), (1, 0, 2)),
+        mixture_kind=("softmax", "static", "softmax"),
+        mixture_offset=((False, False), (True,), (False, True, False)),
+    )
+    assert (topology.num_experts, topology.num_mixtures, topology.num_slots) == (3, 3, 4)
+    assert (topology.num_weights, topology.num_logits) == (6, 5)
+    assert topology.weight_offset == (0, 2, 3)
+    assert topology.logit_offset == (0, -1, 2)
+    assert topology.gated_mixtures == (0, 2)
+    assert topology.slot_experts == ((0, 1), (1, 1), (1, 3), (3, 3))
+    assert topology.has_offsets
+
+
+def test_equal_wirings_are_equal_hashable_and_survive_copies() -> None:
+    topology = Topology.ple(2, 1, 1, last=False)
+    listed: Any = Topology([0, 1, 2], [0, 1, 2], [[0, 2], [1, 2], [0, 1, 2]])  # type: ignore[arg-type]  # lists pass too
+    assert listed == topology
+    assert hash(listed) == hash(topology)
+    assert topology != Topology.ple(2, 1, 1, last=True)
+    for other in (copy.deepcopy(topology), pickle.loads(pickle.dumps(topology))):
+        assert other == topology
+        assert other.slot_experts == topology.slot_experts
+    assert dataclasses.replace(topology, num_slots=5).slot_experts[-1] == (3, 3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        topology.num_slots = 7  # type: ignore[misc]  # frozen: that is the test
+
+
+OK: dict[str, Any] = {"expert_slot": (0, 1), "mixture_slot": (0, 0), "mixture_experts": ((0, 1), (1,))}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"expert_slot": ()}, ValueError, "at least one expert, got an empty set"),
+        ({"mixture_slot": ()}, ValueError, "at least one mixture"),
+        ({"mixture_experts": ((0, 1),)}, ValueError, r"one tuple per mixture \(2\), got 1"),
+        ({"mixture_experts": ((0, 1), ())}, ValueError, r"mixture_experts\[1\]: a mixture needs at least one expert"),
+        ({"mixture_experts": ((0, 1), (1, 1))}, ValueError, r"mixture_experts\[1\]: expected each expert once"),
+        ({"mixture_experts": ((0, 1), (2,))}, ValueError, r"mixture_experts\[1\]: expected experts below 2"),
+        ({"mixture_experts": ((0,), (0,))}, ValueError, r"experts \[1\] are read by no mixture"),
+        ({"mixture_experts": 3}, TypeError, "mixture_experts: expected a sequence"),
+        ({"mixture_experts": (0, 1)}, TypeError, r"mixture_experts\[0\]: expected a sequence of ints, got 0 \(int\)"),
+        ({"expert_slot": "01"}, TypeError, "expert_slot: expected a sequence of ints, got '01'"),
+        ({"expert_slot": (0, 1.0)}, TypeError, r"expert_slot: expected ints, got 1.0 \(float\)"),
+        ({"expert_slot": (False, 1)}, TypeError, "expert_slot: expected ints, got False"),
+        ({"mixture_slot": (0, -1)}, ValueError, "mixture_slot: expected 0 or more, got -1"),
+        ({"expert_slot": (1, 0)}, ValueError, r"renumber the experts in the order \(1, 0\)"),
+        ({"mixture_kind": ("softmax",)}, ValueError, r"mixture_kind: expected one per mixture \(2\), got 1"),
+        ({"mixture_kind": ("softmax", "hard")}, ValueError, "got 'hard'"),
+        ({"mixture_kind": "softmax"}, TypeError, "mixture_kind: expected a sequence"),
+        ({"mixture_offset": ((True,), (True,))}, ValueError, r"lengths \(2, 1\), got \(1, 1\)"),
+        ({"mixture_offset": (True, True)}, TypeError, r"mixture_offset\[0\]: expected a sequence of bools"),
+        ({"mixture_offset": ((0.5, False), (True,))}, TypeError, r"mixture_offset\[0\]: expected bools"),
+        ({"num_slots": 1}, ValueError, "at least 2; got 1"),
+        ({"num_slots": 2.0}, TypeError, "num_slots: expected an int"),
+    ],
+)
+def test_a_wiring_that_cannot_be_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    Topology(**OK)
+    with pytest.raises(error, match=message):
+        Topology(**{**OK, **change})
+
+
+def test_the_permutation_that_is_printed_sorts_the_experts() -> None:
+    slots = (2, 0, 1, 0)
+    with pytest.raises(ValueError, match=r"\(1, 3, 2, 0\)"):
+        Topology(slots, (0,), ((0, 1, 2, 3),))
+    assert [slots[e] for e in (1, 3, 2, 0)] == sorted(slots)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 2, 1), ValueError, "num_tasks: expected 1 or more, got 0"),
+        ((True, 2, 1), TypeError, "num_tasks: expected an int"),
+        ((2, [1], 1), ValueError, r"task_experts: expected one count per task \(2\), got 1"),
+        ((2, True, 1), TypeError, "task_experts"),
+        ((2, -1, 1), ValueError, "task_experts: expected 0 or more, got -1"),
+        ((2, 1, -1), ValueError, "shared_experts: expected 0 or more, got -1"),
+        ((2, 1, 1.0), TypeError, "shared_experts: expected an int"),
+        ((2, [1, 0], 0), ValueError, "task 1: has no expert of its own"),
+    ],
+)
+def test_a_ple_level_that_cannot_be_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Topology.ple(*arguments, last=False)
+
+
+def test_an_unknown_scope_of_the_shared_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match='expected "all" or "shared", got'):
+        Topology.ple(2, 1, 1, last=False, shared_gate_scope="none")  # type: ignore[arg-type]  # that is the test
