@@ -13,7 +13,7 @@ export PIP_NO_INPUT := 1
 .PHONY: help example test test-all bench style types
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
 	$(BIN)/python examples/census_income.py $(ARGS)
@@ -34,6 +34,7 @@ types: $(READY)  ## mypy --strict
 	$(BIN)/mypy $(ARGS)
 
 $(READY): pyproject.toml
+	@echo "Setting up .venv; this takes a minute or two"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==$(TORCH_VERSION)
 	$(PIP) --editable ".[dev,viz,examples]"
