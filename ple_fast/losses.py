@@ -222,9 +222,10 @@ class JointLoss(nn.Module):
 def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
     """The logit of pCTCVR = pCTR * pCVR (ESMM), from the logits of the two towers.
 
-    With ``p = sigmoid(a) sigmoid(b)``: ``1 / p - 1 = exp(-a) + exp(-b) + exp(-a - b)``, so that ``logit(p)`` is minus
-    one logsumexp: finite, with finite gradients, however large the logits are. Give it to a binary task over all
-    impressions, beside that of the click: ``{"ctr": a, "ctcvr": entire_space(a, b)}``; its sigmoid is the probability.
+    With ``p = sigmoid(a) sigmoid(b)``: ``1 / p - 1 = exp(-a) + exp(-b) + exp(-a - b)``, and ``logit(p)`` is minus its
+    logarithm, taken so that values and gradients are exact to rounding however large the logits are. Give it to a
+    binary task over all impressions, beside that of the click: ``{"ctr": a, "ctcvr": entire_space(a, b)}``; its
+    sigmoid is the probability.
 
     Args:
         ctr_logit, cvr_logit: floating, of one shape and device.
@@ -241,8 +242,13 @@ def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
             raise TypeError(f"{name}: expected floating logits, got {logit.dtype}")
     if ctr_logit.shape != cvr_logit.shape:
         raise ValueError(f"expected logits of one shape, got {tuple(ctr_logit.shape)} and {tuple(cvr_logit.shape)}")
-    a, b = -_wide(ctr_logit), -_wide(cvr_logit)
-    return -torch.logsumexp(torch.stack((a, b, a + b)), dim=0)
+    a, b = _wide(ctr_logit), _wide(cvr_logit)
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    # The largest term goes out of the sum: exp(-low) where high >= 0, exp(-low - high) elsewhere. Both cases are one
+    # formula in min(high, 0), so that all its uses take the derivative of the same side at 0. A logsumexp would not do:
+    # its derivative exp(term - result) is off by the rounding of large logits.
+    negative = -torch.relu(-high)
+    return low + negative - torch.log1p(torch.exp(low - high + negative) + torch.exp(2 * negative - high))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -273,7 +279,7 @@ def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | 
     rows = {f"predictions{where}": prediction, f"labels{where}": label}
     if mask is not None:
         if mask.dtype != torch.bool:
-            raise TypeError(f"masks{where}: expected bool, got {mask.dtype}; say `weights > 0` or `mask.bool()`")
+            raise TypeError(f"masks{where}: expected bool, got {mask.dtype}; say `mask.bool()`")
         rows[f"masks{where}"] = mask = _column("masks" + where, mask)
     for name, given in rows.items():
         if given.shape[0] != prediction.shape[0]:
