@@ -1,0 +1,217 @@
+"""The seesaw on synthetic tasks: what a trunk gains over single tasks, by how much the tasks have in common.
+
+Two regression tasks of controlled correlation (``ple_fast.synthetic``), five trunks, several seeds, in a training loop
+of its own: a trunk, a linear tower per task, ``JointLoss``. Prints a table per correlation and draws the picture of
+``docs/images/seesaw.png``. "Seesaw" counts the runs in which one task gains and the other loses.
+
+    python examples/seesaw.py            # minutes on one core
+    python examples/seesaw.py --quick    # seconds: shows that it runs; its figures mean nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from ple_fast import CGC, PLE, ExtractionNetwork, GateSpec, MLPSpec, MMoE, Topology
+from ple_fast.losses import JointLoss, TaskLoss
+from ple_fast.synthetic import synthetic_tasks
+from ple_fast.viz import plot_lines
+
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "seesaw.png"
+TASKS = ("task 1", "task 2")
+IN_FEATURES = 32
+SCALE = 1.5  # of the labels' sinusoids: enough waves for experts of this size to run short of units
+SINGLE = "single task"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained."""
+
+    correlations: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seeds: int = 8
+    train_rows: int = 8000
+    test_rows: int = 4000
+    epochs: int = 30
+    batch_size: int = 256
+    learning_rate: float = 0.01
+
+
+QUICK = Settings(correlations=(0.0, 1.0), seeds=2, train_rows=1024, test_rows=512, epochs=2)
+
+
+def static(topology: Topology, units: tuple[int, ...]) -> ExtractionNetwork:
+    """A level without gates: each task reads what the topology gives it."""
+    return ExtractionNetwork(IN_FEATURES, topology, experts=MLPSpec(units), gate=GateSpec())
+
+
+# Experts of (8, 4) units; hard sharing's one is twice as wide, for about as many parameters as two single tasks have.
+# MMoE, CGC and PLE have three experts for the two tasks; PLE has their first layer on level 1, the second on level 2.
+TRUNKS: dict[str, Callable[[], nn.Module]] = {
+    SINGLE: lambda: static(Topology.single_task(2), (8, 4)),
+    "hard sharing": lambda: static(Topology.hard_sharing(2), (16, 8)),
+    "MMoE": lambda: MMoE(IN_FEATURES, 2, experts=3, expert_units=(8, 4)),
+    "CGC": lambda: CGC(IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=(8, 4)),
+    "PLE": lambda: PLE(IN_FEATURES, 2, num_levels=2, task_experts=1, shared_experts=1, expert_units=((8,), (4,))),
+}
+
+
+class Regressor(nn.Module):
+    """A trunk ``(B, D) -> (B, T, H)`` and a linear tower per task."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.towers = nn.ModuleDict({task: nn.LazyLinear(1) for task in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        shared = self.trunk(x).unbind(1)  # one copy-free backward for all tasks, which y[:, k] has not
+        return {task: tower(y) for (task, tower), y in zip(self.towers.items(), shared, strict=True)}
+
+
+def train(model: Regressor, x: Tensor, labels: dict[str, Tensor], settings: Settings) -> None:
+    """Adam on the joint loss, one cycle of learning rates."""
+    joint_loss = JointLoss([TaskLoss(task, "regression") for task in TASKS])
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    batches = len(x) // settings.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.epochs * batches
+    )
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(x))[: batches * settings.batch_size].split(settings.batch_size):
+            loss = joint_loss(model(x[rows]), {task: label[rows] for task, label in labels.items()})
+            optimizer.zero_grad()
+            loss.total.backward()
+            optimizer.step()
+            schedule.step()
+        joint_loss.step_epoch()
+
+
+@torch.no_grad()
+def test_errors(model: Regressor, x: Tensor, labels: dict[str, Tensor]) -> list[float]:
+    """Mean squared error per task: the labels have variance 1, so 0 is perfect and 1 is the mean's."""
+    predictions = model(x)
+    return [float((predictions[task].squeeze(1) - labels[task]).square().mean()) for task in TASKS]
+
+
+def run(trunk: Callable[[], nn.Module], correlation: float, seed: int, settings: Settings) -> list[float]:
+    """Draws data, trains one model and tests it; a seed has the same data for every trunk."""
+    rows = settings.train_rows
+    x, y = synthetic_tasks(rows + settings.test_rows, IN_FEATURES, correlation=correlation, scale=SCALE, seed=seed)
+    y = (y - y[:rows].mean(0)) / y[:rows].std(0)
+    labels = dict(zip(TASKS, y.unbind(1), strict=True))
+    torch.manual_seed(seed)
+    model = Regressor(trunk())
+    model(x[:2])  # the towers take their width
+    train(model, x[:rows], {task: label[:rows] for task, label in labels.items()}, settings)
+    return test_errors(model, x[rows:], {task: label[rows:] for task, label in labels.items()})
+
+
+Errors = dict[str, dict[float, list[list[float]]]]
+"""``errors[trunk][correlation][seed][task]``"""
+
+
+def run_all(settings: Settings, console: Console) -> Errors:
+    """Every trunk on every data set, behind a progress bar."""
+    errors: Errors = {name: {c: [] for c in settings.correlations} for name in TRUNKS}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("training", total=len(settings.correlations) * settings.seeds * len(TRUNKS))
+        for seed in range(settings.seeds):
+            for correlation in settings.correlations:
+                for name, trunk in TRUNKS.items():
+                    progress.update(bar, description=f"correlation {correlation:.2f}, seed {seed}, {name:12}")
+                    errors[name][correlation].append(run(trunk, correlation, seed, settings))
+                    progress.advance(bar)
+    return errors
+
+
+def spread(values: list[float], sign: str = "+") -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(values):{sign}.4f}±{statistics.stdev(values):.4f}"
+
+
+def print_tables(errors: Errors, console: Console) -> None:
+    """Per correlation: error and gain per task (PLE paper, eq. 11: single-task error minus error), and the seesaws."""
+    sizes = {name: sum(p.numel() for p in trunk().parameters()) for name, trunk in TRUNKS.items()}
+    console.print("parameters of the trunks: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    headings = ("test error", *(f"gain, {task}" for task in TASKS), "both", "seesaw", "none")
+    for correlation, single in errors[SINGLE].items():
+        title = (
+            f"label correlation {correlation:.2f}: mean±standard deviation; runs in which both tasks gain, one, none"
+        )
+        table = Table("trunk", title=title, box=SIMPLE, padding=(0, 1), pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name in TRUNKS:
+            runs = errors[name][correlation]
+            gains = [[s - e for s, e in zip(*pair, strict=True)] for pair in zip(single, runs, strict=True)]
+            cells = [name, spread([statistics.fmean(run) for run in runs], sign="")]
+            if name != SINGLE:
+                cells += [spread([gain[k] for gain in gains]) for k in range(len(TASKS))]
+                gaining = [sum(g > 0 for g in gain) for gain in gains]
+                cells += [str(gaining.count(number)) for number in (2, 1, 0)]
+            table.add_row(*cells)
+        console.print(table)
+
+
+def draw(errors: Errors, settings: Settings, path: Path) -> None:
+    """Per task: how often the error is halved against single tasks, so that factors up and down are equally high."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    series = {
+        task: {
+            name: [
+                [math.log2(single[k] / run[k]) for single, run in zip(errors[SINGLE][c], errors[name][c], strict=True)]
+                for c in settings.correlations
+            ]
+            for name in TRUNKS
+            if name != SINGLE
+        }
+        for k, task in enumerate(TASKS)
+    }
+    plot_lines(
+        settings.correlations,
+        series,
+        xlabel="correlation of the two tasks' labels",
+        ylabel="log2(single-task error / error)",
+        baseline=0.0,
+        title=f"Gain over single tasks on synthetic data: mean and standard deviation, {settings.seeds} seeds",
+        path=path,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds; draws only where --image says")
+    parser.add_argument("--image", type=Path, help=f"where to draw (default: docs/images/{IMAGE.name})")
+    parser.add_argument("--seeds", type=int, help="number of seeds, at least 2")
+    arguments = parser.parse_args()
+    settings = QUICK if arguments.quick else Settings()
+    if arguments.seeds is not None:
+        if arguments.seeds < 2:
+            parser.error(f"--seeds: expected at least 2, for a spread, got {arguments.seeds}")
+        settings = Settings(**{**vars(settings), "seeds": arguments.seeds})
+    torch.set_num_threads(1)  # the models are tiny: a second thread only costs
+    console = Console()
+    errors = run_all(settings, console)
+    print_tables(errors, console)
+    path = arguments.image or (None if arguments.quick else IMAGE)
+    if path is not None:
+        draw(errors, settings, path)
+        console.print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
