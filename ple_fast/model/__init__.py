@@ -1,0 +1,7 @@
+"""A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
+
+from .columns import Categorical, Encoded, Numeric, columns_from, encode
+from .multi_task import MultiTaskModel
+from .training import EpochResult, Step
+
+__all__ = ["Categorical", "Encoded", "EpochResult", "MultiTaskModel", "Numeric", "Step", "columns_from", "encode"]

@@ -1,0 +1,92 @@
+"""Embeddings of categorical and numeric columns: everything in front of the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from .columns import Categorical, Column, Encoded
+
+INITIAL_STD = 0.1
+"""Of the embeddings. On Census-Income 0.5 costs .003 of the income AUC, and 0.03 changes nothing."""
+
+
+class FeatureEmbedding(nn.Module):
+    """Codes and numbers to one row of features: ``(B, out_features)``.
+
+    The embeddings of all columns of one width lie in one table (``tables.{i}.weight``, widths ascending, each column's
+    rows behind those of the column before), so that a batch costs one look-up per width and not one per column.
+    The features: embeddings by width and then in the order of the columns, plain numbers, embedded numbers, in the
+    widest of their dtypes (plain numbers are float32).
+
+    Raises:
+        ValueError: no column.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        super().__init__()
+        categorical = [column for column in columns if isinstance(column, Categorical)]
+        numeric = [column for column in columns if not isinstance(column, Categorical)]
+        if not columns:
+            raise ValueError("columns: expected at least one Categorical or Numeric, got none")
+        self.num_codes = len(categorical)
+        self.num_numbers = sum(column.features for column in numeric)
+        self.tables = nn.ModuleList()
+        self._picks: list[list[int]] = []
+        self._first: list[list[int]] = []
+        for group, width in enumerate(sorted({column.width for column in categorical})):
+            pick = [place for place, column in enumerate(categorical) if column.width == width]
+            *first, rows = accumulate((categorical[place].rows for place in pick), initial=0)
+            self.tables.append(nn.Embedding(rows, width))
+            self._picks.append(pick)
+            self._first.append(first)
+            # Integers, which half() leaves alone; not persistent, because they follow from the columns.
+            self.register_buffer(f"first_{group}", torch.tensor(first), persistent=False)
+        widths = [column.width for column in numeric for _ in range(column.features)]
+        self._plain = [place for place, width in enumerate(widths) if width is None]
+        self._owners = [place for place, width in enumerate(widths) for _ in range(width or 0)]
+        self.register_buffer("owner", torch.tensor(self._owners, dtype=torch.int64), persistent=False)
+        embedded = len(self._owners)
+        self.number_weight = nn.Parameter(torch.empty(embedded)) if embedded else None
+        self.number_bias = nn.Parameter(torch.empty(embedded)) if embedded else None
+        self.out_features = sum(column.width for column in categorical) + len(self._plain) + embedded
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal embeddings, zeros for unknown values; numbers as ``nn.Linear`` with one input."""
+        for group, (table, first) in enumerate(zip(self.tables, self._first, strict=True)):
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=INITIAL_STD)
+            table.weight[first] = 0.0
+            self.get_buffer(f"first_{group}").copy_(torch.tensor(first))  # after to_empty from the meta device
+        self.get_buffer("owner").copy_(torch.tensor(self._owners, dtype=torch.int64))
+        for parameter in (self.number_weight, self.number_bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -1.0, 1.0)
+
+    def forward(self, rows: Encoded) -> Tensor:
+        """``rows``: codes ``(B, C)`` and numbers ``(B, N)``. Returns ``(B, out_features)``.
+
+        Raises:
+            ValueError: codes or numbers of another width.
+        """
+        codes, numbers = rows
+        for name, given, width in (("codes", codes, self.num_codes), ("numbers", numbers, self.num_numbers)):
+            if given.dim() != 2 or given.shape[1] != width:
+                raise ValueError(
+                    f"rows.{name}: expected shape (B, {width}), got {tuple(given.shape)}; use the model's own encode"
+                )
+        parts = []
+        for group, (table, pick) in enumerate(zip(self.tables, self._picks, strict=True)):
+            picked = codes if len(pick) == self.num_codes else codes[:, pick]
+            parts.append(table(picked + self.get_buffer(f"first_{group}")).flatten(1))
+        if self._plain:
+            parts.append(numbers if len(self._plain) == self.num_numbers else numbers[:, self._plain])
+        if self.number_weight is not None and self.number_bias is not None:
+            chosen = numbers[:, self.get_buffer("owner")]
+            parts.append(torch.relu(chosen * self.number_weight + self.number_bias))
+        return torch.cat(parts, dim=1)

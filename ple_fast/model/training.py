@@ -1,0 +1,183 @@
+"""The training loop: batches, epochs, early stopping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..losses import JointLoss
+from .columns import Encoded
+
+Labels = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a progress callback is told after each batch."""
+
+    epoch: int
+    """1 is the first."""
+    epochs: int
+    batch: int
+    """1 is the first."""
+    batches: int
+    loss: Tensor
+    """Total loss of the batch, detached; reading its value waits for the device."""
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch of :meth:`MultiTaskModel.fit`."""
+
+    epoch: int
+    """1 is the first."""
+    loss: float
+    """Mean total loss over the epoch's batches, while the weights were changing."""
+    score: float | None
+    """On the validation data after the epoch, higher is better; None without validation data."""
+    seconds: float
+    """Of training, without validation."""
+
+
+Progress = Callable[[Step], None]
+
+
+def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
+    """Where batches begin and end. One row left over joins the batch before it: batch norm cannot train on one."""
+    starts = list(range(0, rows, batch_size))
+    if len(starts) > 1 and rows - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Gives every module its own train or eval mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def _copied(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, copies: list[Tensor]) -> None:
+    for tensor, copy in zip((*model.parameters(), *model.buffers()), copies, strict=True):
+        tensor.copy_(copy)
+
+
+def train(
+    model: nn.Module,
+    joint_loss: JointLoss,
+    rows: Encoded,
+    labels: Labels,
+    *,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    score: Callable[[], float] | None,
+    patience: int | None,
+    progress: Progress | None,
+) -> list[EpochResult]:
+    """Trains in place; with ``score``, the weights of the best epoch are back at the end, also after an interruption.
+
+    Raises:
+        FloatingPointError: the loss of an epoch, or a score, is not finite.
+    """
+    device = next(model.parameters()).device
+    bounds = batch_bounds(len(rows), batch_size)
+    results: list[EpochResult] = []
+    best: tuple[float, int, list[Tensor]] | None = None
+    try:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            begin = time.perf_counter()
+            order = torch.randperm(len(rows), generator=generator)
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for batch, (start, stop) in enumerate(bounds, 1):
+                index = order[start:stop]
+                target = {name: label[index].to(device) for name, label in labels.items()}
+                loss = joint_loss(model(rows.rows(index).to(device)), target).total
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                detached = loss.detach()
+                summed += detached * (stop - start)
+                if progress is not None:
+                    progress(Step(epoch, epochs, batch, len(bounds), detached))
+            joint_loss.step_epoch()
+            mean, seconds = float(summed) / len(rows), time.perf_counter() - begin
+            value = None if score is None else float(score())
+            for name, number in (("loss", mean), ("validation score", value)):
+                if number is not None and not np.isfinite(number):
+                    raise FloatingPointError(
+                        f"epoch {epoch}: expected a finite {name}, got {number}; a lower lr, or labels of a smaller "
+                        "scale, may mend it"
+                    )
+            results.append(EpochResult(epoch, mean, value, seconds))
+            if value is not None and (best is None or value > best[0]):
+                best = value, epoch, _copied(model)
+            if patience is not None and best is not None and epoch - best[1] >= patience:
+                break
+    finally:
+        if best is not None:
+            _restore(model, best[2])
+    return results
+
+
+def mean_loss(model: nn.Module, joint_loss: JointLoss, rows: Encoded, labels: Labels, batch_size: int) -> float:
+    """The joint loss over whole data (each task averaged over its whole sample space), in the model's present mode."""
+    device = next(model.parameters()).device
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            target = {name: label[part].to(device) for name, label in labels.items()}
+            result = joint_loss(model(rows.rows(part).to(device)), target)
+            for name, count in result.counts.items():
+                sums[name] = sums.get(name, 0.0) + float(result.per_task[name]) * int(count)
+                counts[name] = counts.get(name, 0) + int(count)
+    return sum(weight * sums[name] / max(counts[name], 1) for name, weight in joint_loss.weights().items())
+
+
+def progress_bar(progress: bool | Progress | None) -> AbstractContextManager[Progress | None]:
+    """The callback itself, or a rich progress bar for ``True``.
+
+    Raises:
+        ImportError: rich is missing.
+    """
+    if progress is True:
+        return _rich_bar()
+    return nullcontext(None if progress is False else progress)
+
+
+@contextmanager
+def _rich_bar() -> Iterator[Progress]:
+    try:
+        from rich.progress import Progress as Bar
+    except ImportError as error:
+        raise ImportError("progress=True draws with rich: pip install rich, or pass a function") from error
+    with Bar() as bar:
+        line = bar.add_task("epoch 1")
+
+        def show(step: Step) -> None:
+            done = (step.epoch - 1) * step.batches + step.batch
+            bar.update(
+                line, total=step.epochs * step.batches, completed=done, description=f"epoch {step.epoch}/{step.epochs}"
+            )
+
+        yield show

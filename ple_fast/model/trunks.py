@@ -1,0 +1,92 @@
+"""The trunks that a model knows by name; any other is a module of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import CGC, PLE, ExtractionNetwork, MMoE
+from ..specs import GateSpec, MLPSpec
+from ..topology import Topology
+
+CUSTOM = "custom"
+
+
+def _static(
+    topology: Topology, in_features: int, *, expert_units: tuple[int, ...] = (256, 128), **options: Any
+) -> ExtractionNetwork:
+    return ExtractionNetwork(in_features, topology, experts=MLPSpec(expert_units, **options), gate=GateSpec())
+
+
+def _hard_sharing(in_features: int, num_tasks: int, **options: Any) -> nn.Module:
+    return _static(Topology.hard_sharing(num_tasks), in_features, **options)
+
+
+def _single_task(in_features: int, num_tasks: int, **options: Any) -> nn.Module:
+    return _static(Topology.single_task(num_tasks), in_features, **options)
+
+
+TRUNKS: dict[str, Callable[..., nn.Module]] = {
+    "ple": PLE,
+    "cgc": CGC,
+    "mmoe": MMoE,
+    "hard_sharing": _hard_sharing,
+    "single_task": _single_task,
+}
+"""Called with ``in_features``, ``num_tasks`` and the options. Those of hard sharing and single task: ``expert_units``
+and the other fields of ``MLPSpec``."""
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value that JSON can hold, lists as tuples, so that a model and its saved copy are built from the same.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return tuple(plain(f"{name}[{place}]", item) for place, item in enumerate(value))
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+    raise ValueError(
+        f"{name}: expected numbers, strings, tuples and dicts, which the configuration can hold, got {value!r}; "
+        "say an activation by its name, or build the trunk yourself and pass the module"
+    )
+
+
+def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[str, Any]) -> nn.Module:
+    """The trunk of that name.
+
+    Raises:
+        ValueError: an unknown name, or options that the trunk refuses.
+        TypeError: an option that the trunk does not have.
+    """
+    if kind not in TRUNKS:
+        raise ValueError(f"trunk: expected one of {', '.join(TRUNKS)}, a module or a function, got {kind!r}")
+    return TRUNKS[kind](in_features, num_tasks, **options)
+
+
+@torch.no_grad()
+def trunk_width(trunk: nn.Module, in_features: int, num_tasks: int, like: Tensor) -> int:
+    """H of a trunk that returns ``(B, T, H)``, from one call in eval mode on two rows of zeros.
+
+    Raises:
+        ValueError: it returns something else.
+    """
+    modes = [(module, module.training) for module in trunk.modules()]
+    try:
+        y = trunk.eval()(like.new_zeros(2, in_features))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(y, Tensor) or y.dim() != 3 or tuple(y.shape[:2]) != (2, num_tasks):
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"trunk: expected {type(trunk).__name__} to return (B, {num_tasks}, H), one row per task, "
+            f"for an input (B, {in_features}); for (2, {in_features}) got {got}"
+        )
+    return int(y.shape[2])
