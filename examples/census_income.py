@@ -1,0 +1,363 @@
+"""Trains five architectures on UCI Census-Income (KDD), the data set of the MMoE and PLE papers, and compares them.
+
+Tasks: income above 50,000 dollars, never married. Models: single task, hard sharing, MMoE, CGC, PLE, with the same
+towers and about as many parameters each. Prints AUC per task over several seeds, the gain over single task (PLE paper,
+eq. 11) and the speed of a training step with the fused PLE and with the plain one, and draws two pictures.
+
+Usage: python examples/census_income.py [--rows N] [--seeds N] [--epochs N] [--models ple,mmoe] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+
+from ple_fast.losses import TaskLoss
+from ple_fast.model import Encoded, MultiTaskModel, Step, columns_from, encode
+from ple_fast.model.columns import Column
+from ple_fast.reference import PLEReference
+from ple_fast.viz import gate_use, plot_gate_use, plot_scores
+
+DATA = Path(__file__).parent / "data" / "census_income.parquet"
+INCOME, NEVER_MARRIED = "income", "never married"
+TASKS = (TaskLoss(INCOME), TaskLoss(NEVER_MARRIED))
+# The labels are made of these, or (instance_weight) they say how the survey was sampled: none of them is a feature.
+NO_FEATURES = ("education", "marital_stat", "income", "instance_weight", "split")
+NUMERIC = (
+    "age",
+    "wage_per_hour",
+    "capital_gains",
+    "capital_losses",
+    "dividends_from_stocks",
+    "num_persons_worked_for_employer",
+    "weeks_worked_in_year",
+)
+FLOORS = {INCOME: 0.930, NEVER_MARRIED: 0.992}
+
+# Every trunk hands 32 features per task to a tower of 16 units. Widths are such that the trunks have about as many
+# parameters as PLE's.
+TOWER_UNITS = (16,)
+LEARNING_RATE = 2e-3
+TIMED_ROUNDS = 15
+
+
+class Architecture(NamedTuple):
+    """A row of the comparison: its trunk, and whether each task has a model of its own."""
+
+    label: str
+    trunk: str
+    options: dict[str, Any]
+    separate: bool = False
+
+
+MODELS = {
+    "single_task": Architecture("single task", "single_task", {"expert_units": (256, 32)}, separate=True),
+    "hard_sharing": Architecture("hard sharing", "hard_sharing", {"expert_units": (512, 32)}),
+    "mmoe": Architecture("MMoE", "mmoe", {"experts": 6, "expert_units": (88, 32)}),
+    "cgc": Architecture("CGC", "cgc", {"task_experts": 2, "shared_experts": 2, "expert_units": (88, 32)}),
+    "ple": Architecture(
+        "PLE", "ple", {"num_levels": 2, "task_experts": 2, "shared_experts": 2, "expert_units": (64, 32)}
+    ),
+}
+GATED = ("mmoe", "cgc", "ple")
+
+
+class Split(NamedTuple):
+    """Encoded rows and their labels."""
+
+    rows: Encoded
+    labels: dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass
+class Data:
+    """The three splits, and the columns that encoded them."""
+
+    columns: list[Column]
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load(rows: int | None, seed: int = 0) -> Data:
+    """The official training part, and the official test part cut into two halves; of ``rows`` rows where given."""
+    frame = pd.read_parquet(DATA)
+    rng = np.random.default_rng(seed)
+    official = {name: np.flatnonzero(frame["split"] == name) for name in ("train", "test")}
+    share = 1.0 if rows is None else min(rows / len(frame), 1.0)
+    picked = {name: rng.permutation(index)[: round(share * len(index))] for name, index in official.items()}
+    middle = len(picked["test"]) // 2
+    train = frame.iloc[picked["train"]]
+    columns = columns_from(
+        train,
+        categorical=[name for name in frame.columns if name not in (*NO_FEATURES, *NUMERIC)],
+        numeric=NUMERIC,
+        transform="log1p",
+    )
+
+    def split(part: pd.DataFrame) -> Split:
+        labels = {
+            INCOME: (part["income"] == "50000+.").to_numpy(np.float32),
+            NEVER_MARRIED: (part["marital_stat"] == "Never married").to_numpy(np.float32),
+        }
+        return Split(encode(part, columns), labels)
+
+    halves = frame.iloc[picked["test"][:middle]], frame.iloc[picked["test"][middle:]]
+    return Data(columns, split(train), *map(split, halves))
+
+
+def aucs(predictions: dict[str, Any], labels: Any) -> dict[str, float]:
+    """AUC of each task that was predicted."""
+    return {name: float(roc_auc_score(labels[name], predicted)) for name, predicted in predictions.items()}
+
+
+def mean_auc(predictions: dict[str, Any], labels: Any) -> float:
+    """What chooses the epoch, on validation data."""
+    return statistics.fmean(aucs(predictions, labels).values())
+
+
+@dataclass
+class Results:
+    """What one architecture did, seed by seed."""
+
+    auc: dict[str, list[float]] = field(default_factory=lambda: {task.name: [] for task in TASKS})
+    seconds: list[float] = field(default_factory=list)
+    parameters: int = 0
+    first: MultiTaskModel | None = None
+
+
+def run(architecture: Architecture, data: Data, seed: int, options: argparse.Namespace, bar: Bar) -> Results:
+    """Trains one architecture with one seed and scores it on the test data."""
+    result = Results()
+    begin = time.perf_counter()
+    for number, tasks in enumerate([[task] for task in TASKS] if architecture.separate else [TASKS]):
+        torch.manual_seed(1000 * seed + number)
+        model = MultiTaskModel(
+            data.columns,
+            tasks,
+            trunk=architecture.trunk,
+            trunk_options=architecture.options,
+            tower_units=TOWER_UNITS,
+        )
+        model.fit(
+            *data.train,
+            epochs=options.epochs,
+            batch_size=batch_size(options, data),
+            lr=LEARNING_RATE,
+            validation=data.validation,
+            score=mean_auc,
+            patience=2,
+            seed=seed,
+            progress=bar.of(f"{architecture.label}, seed {seed}"),
+        )
+        bar.finished(options.epochs)
+        for name, auc in aucs(model.predict(data.test.rows), data.test.labels).items():
+            result.auc[name].append(auc)
+        result.parameters += sum(parameter.numel() for parameter in model.parameters())
+        result.first = model
+    result.seconds.append(time.perf_counter() - begin)
+    return result
+
+
+def batch_size(options: argparse.Namespace, data: Data) -> int:
+    """What was asked for, otherwise 1024, or less so that an epoch has about 50 steps."""
+    return options.batch_size or min(1024, max(64, len(data.train.rows) // 50))
+
+
+class Bar:
+    """One progress bar over all trainings of a run."""
+
+    def __init__(self, progress: Progress, trainings: int) -> None:
+        self.progress, self.trainings, self.done, self.batches = progress, trainings, 0, 0
+        self.line = progress.add_task("loading", total=None)
+
+    def of(self, label: str) -> Any:
+        """The callback of one training."""
+
+        def show(step: Step) -> None:
+            self.batches = step.batches
+            self.progress.update(
+                self.line,
+                total=self.trainings * step.epochs * step.batches,
+                completed=self.done + (step.epoch - 1) * step.batches + step.batch,
+                description=f"{label}, epoch {step.epoch}/{step.epochs}",
+            )
+
+        return show
+
+    def finished(self, epochs: int) -> None:
+        """One training is over, early or not."""
+        self.done += epochs * self.batches
+        self.progress.update(self.line, completed=self.done)
+
+
+@contextmanager
+def progress_bar(console: Console, trainings: int) -> Iterator[Bar]:
+    """The bar, with batches done and the time left."""
+    parts = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*parts, TimeRemainingColumn(), console=console) as progress:
+        yield Bar(progress, trainings)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def table_of(results: dict[str, Results]) -> Table:
+    """AUC and gain over single task, per task and model."""
+    table = Table(title="AUC on the test data, mean ± standard deviation over seeds")
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    baseline = results.get("single_task")
+    for task in TASKS:
+        table.add_column(task.name, justify="right")
+        if baseline is not None:
+            table.add_column("MTL gain", justify="right")
+    table.add_column("seconds per run", justify="right")
+    for key, result in results.items():
+        cells = [MODELS[key].label, f"{result.parameters:,}"]
+        for task in TASKS:
+            cells.append(spread(result.auc[task.name]))
+            if baseline is not None:
+                gain = statistics.fmean(result.auc[task.name]) - statistics.fmean(baseline.auc[task.name])
+                cells.append("" if key == "single_task" else f"{gain:+.4f}")
+        table.add_row(*cells, f"{statistics.fmean(result.seconds):.1f}")
+    return table
+
+
+def step_speed(model: MultiTaskModel, data: Data, size: int) -> dict[str, float]:
+    """Samples per second of a whole training step (embeddings to optimizer), fused and plain, alternating.
+
+    Both start from the same weights; their first losses must agree, otherwise the comparison would be of two models.
+    """
+    twins = {"fused": copy.deepcopy(model).train(), "plain": copy.deepcopy(model).train()}
+    twins["plain"].trunk = PLEReference.like(twins["plain"].trunk)
+    index = torch.randperm(len(data.train.rows), generator=torch.Generator().manual_seed(0))[:size]
+    rows = data.train.rows.rows(index)
+    labels = {name: torch.from_numpy(label)[index] for name, label in data.train.labels.items()}
+    optimizers = {name: torch.optim.Adam(twin.parameters(), lr=LEARNING_RATE) for name, twin in twins.items()}
+
+    def step(name: str) -> float:
+        begin = time.perf_counter()
+        loss = twins[name].joint_loss(twins[name](rows), labels).total
+        optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        optimizers[name].step()
+        losses[name] = float(loss.detach())
+        return time.perf_counter() - begin
+
+    losses: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in twins}
+    for name in twins:
+        step(name)
+    if abs(losses["fused"] - losses["plain"]) > 1e-4 * abs(losses["plain"]):
+        raise ValueError(f"expected the same loss with both trunks, got {losses}")
+    for _ in range(2 + TIMED_ROUNDS):
+        for name in twins:
+            seconds[name].append(step(name))
+    return {name: len(rows) / statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def draw(results: dict[str, Results], data: Data, out: Path) -> list[Path]:
+    """AUC per model; weights of the gates of the models that have gates."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "census_auc.png"]
+    scores = {MODELS[key].label: result.auc for key, result in results.items()}
+    plot_scores(scores, title="Census-Income, test data: one dot per seed", path=files[0])
+    uses = []
+    for key in GATED:
+        model = results[key].first if key in results else None
+        if model is not None:
+            weights = model.gate_weights(data.test.rows)
+            uses += gate_use(weights, model.topologies, model.task_names, model=MODELS[key].label)
+    if uses:
+        files.append(out / "census_gates.png")
+        plot_gate_use(uses, title="Census-Income: expert utilisation per gate, test data", path=files[1])
+    return files
+
+
+def note_floors(console: Console, results: dict[str, Results], options: argparse.Namespace) -> None:
+    """Says where a mean is below what any of these architectures reaches on the full data."""
+    if options.rows is not None:
+        return
+    for key, result in results.items():
+        for name, floor in FLOORS.items():
+            mean = statistics.fmean(result.auc[name])
+            if mean < floor:
+                console.print(f"Note: {MODELS[key].label}: expected an AUC above {floor} for {name}, got {mean:.4f}.")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", type=int, help="train and test on about so many rows (default: all 299,285)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per model (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="default: 1024, less where that makes few steps per epoch")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default: %(default)s)")
+    options = parser.parse_args(argv)
+    options.models = list(dict.fromkeys(options.models.split(",")))
+    unknown = [key for key in options.models if key not in MODELS]
+    if unknown:
+        parser.error(f"--models: expected some of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    for name, least in (("rows", 1000), ("seeds", 1), ("epochs", 1), ("batch_size", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Loads, trains, prints, draws."""
+    options = arguments(argv)
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own
+        console.width = 120
+    begin = time.perf_counter()
+    trainings = options.seeds * sum(len(TASKS) if MODELS[key].separate else 1 for key in options.models)
+    results = {key: Results() for key in options.models}
+    with progress_bar(console, trainings) as bar:
+        data = load(options.rows)
+        for seed in range(options.seeds):
+            for key in options.models:
+                one = run(MODELS[key], data, seed, options, bar)
+                for name, scores in one.auc.items():
+                    results[key].auc[name] += scores
+                results[key].seconds += one.seconds
+                results[key].parameters = one.parameters
+                results[key].first = results[key].first or one.first
+    sizes = ", ".join(f"{len(getattr(data, name).rows):,} {name}" for name in ("train", "validation", "test"))
+    console.print(f"Rows: {sizes}. Trained in {time.perf_counter() - begin:.0f} s, {torch.get_num_threads()} threads.")
+    console.print(table_of(results))
+    note_floors(console, results, options)
+    if "ple" in results and (ple := results["ple"].first) is not None:
+        size = min(batch_size(options, data), len(data.train.rows))
+        speed = step_speed(ple, data, size)
+        console.print(
+            f"Training step of the PLE model, batch {size}, samples per second: "
+            f"{speed['fused']:,.0f} fused, {speed['plain']:,.0f} plain ({speed['fused'] / speed['plain']:.2f}x)."
+        )
+    for file in draw(results, data, options.out):
+        console.print(f"Wrote {file}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
