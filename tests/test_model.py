@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -611,3 +612,16 @@ def _fit(**kwargs: Any) -> Make:
 def test_the_model_refuses_in_sentences(make: Make, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         make()
+
+
+def test_the_document_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every snippet of docs/model.md, one after the other."""
+    text = (Path(__file__).parents[1] / "docs" / "model.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(snippets) >= 6
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, scope)
+    assert sorted(scope["predictions"]) == ["click", "minutes"]
+    assert (tmp_path / "gates.png").is_file()
