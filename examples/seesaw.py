@@ -2,7 +2,10 @@
 
 Two regression tasks of controlled correlation (``ple_fast.synthetic``), five trunks, several seeds, in a training loop
 of its own: a trunk, a linear tower per task, ``JointLoss``. Prints a table per correlation and draws the picture of
-``docs/images/seesaw.png``. "Seesaw" counts the runs in which one task gains and the other loses.
+``docs/images/seesaw.png``. A run in which one task gains and the other loses is the seesaw of the PLE paper.
+
+All trunks have about as many parameters. They are few and the labels have many waves, so that tasks compete for units
+and the effect shows in minutes.
 
     python examples/seesaw.py            # minutes on one core
     python examples/seesaw.py --quick    # seconds: shows that it runs; its figures mean nothing
@@ -18,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,8 +34,9 @@ from ple_fast.viz import plot_lines
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "seesaw.png"
 TASKS = ("task 1", "task 2")
 IN_FEATURES = 32
-SCALE = 1.5  # of the labels' sinusoids: enough waves for experts of this size to run short of units
+SCALE = 2.0  # of the labels' sinusoids: enough waves for experts of this size to run short of units
 SINGLE = "single task"
+ACTIVATION = "silu"  # relu leaves some experts of so few units dead, and the spread is theirs
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,19 @@ QUICK = Settings(correlations=(0.0, 1.0), seeds=2, train_rows=1024, test_rows=51
 
 def static(topology: Topology, units: tuple[int, ...]) -> ExtractionNetwork:
     """A level without gates: each task reads what the topology gives it."""
-    return ExtractionNetwork(IN_FEATURES, topology, experts=MLPSpec(units), gate=GateSpec())
+    return ExtractionNetwork(IN_FEATURES, topology, experts=MLPSpec(units, ACTIVATION), gate=GateSpec())
 
 
-# Experts of (8, 4) units; hard sharing's one is twice as wide, for about as many parameters as two single tasks have.
-# MMoE, CGC and PLE have three experts for the two tasks; PLE has their first layer on level 1, the second on level 2.
+# About 1100 parameters each: two experts of single tasks, one of hard sharing, three of MMoE, CGC and PLE, and the
+# gates. PLE has the first layer of its experts on level 1 and the second on level 2.
 TRUNKS: dict[str, Callable[[], nn.Module]] = {
-    SINGLE: lambda: static(Topology.single_task(2), (8, 4)),
-    "hard sharing": lambda: static(Topology.hard_sharing(2), (16, 8)),
-    "MMoE": lambda: MMoE(IN_FEATURES, 2, experts=3, expert_units=(8, 4)),
-    "CGC": lambda: CGC(IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=(8, 4)),
-    "PLE": lambda: PLE(IN_FEATURES, 2, num_levels=2, task_experts=1, shared_experts=1, expert_units=((8,), (4,))),
+    SINGLE: lambda: static(Topology.single_task(2), (14, 6)),
+    "hard sharing": lambda: static(Topology.hard_sharing(2), (25, 10)),
+    "MMoE": lambda: MMoE(IN_FEATURES, 2, experts=3, expert_units=(8, 4), activation=ACTIVATION),
+    "CGC": lambda: CGC(IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=(8, 4), activation=ACTIVATION),
+    "PLE": lambda: PLE(
+        IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=((8,), (4,)), activation=ACTIVATION
+    ),
 }
 
 
@@ -144,26 +149,25 @@ def spread(values: list[float], sign: str = "+") -> str:
 
 
 def print_tables(errors: Errors, console: Console) -> None:
-    """Per correlation: error and gain per task (PLE paper, eq. 11: single-task error minus error), and the seesaws."""
-    sizes = {name: sum(p.numel() for p in trunk().parameters()) for name, trunk in TRUNKS.items()}
-    console.print("parameters of the trunks: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
-    headings = ("test error", *(f"gain, {task}" for task in TASKS), "both", "seesaw", "none")
+    """Per correlation: error, gain per task (PLE paper, eq. 11: single-task error minus error), and who gains."""
+    for name, trunk in TRUNKS.items():
+        console.print(f"{name:12} {sum(p.numel() for p in trunk().parameters())} parameters in the trunk")
+    console.print("\nMean±standard deviation over seeds; in how many both tasks gain, one, none")
+    headings = ("test error", *(f"gain, {task}" for task in TASKS), "both/one/none")
     for correlation, single in errors[SINGLE].items():
-        title = (
-            f"label correlation {correlation:.2f}: mean±standard deviation; runs in which both tasks gain, one, none"
-        )
-        table = Table("trunk", title=title, box=SIMPLE, padding=(0, 1), pad_edge=False)
+        table = Table(f"correlation {correlation:.2f}", box=None, padding=(0, 2, 0, 0))
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for name in TRUNKS:
             runs = errors[name][correlation]
-            gains = [[s - e for s, e in zip(*pair, strict=True)] for pair in zip(single, runs, strict=True)]
             cells = [name, spread([statistics.fmean(run) for run in runs], sign="")]
             if name != SINGLE:
+                gains = [[s - e for s, e in zip(*pair, strict=True)] for pair in zip(single, runs, strict=True)]
                 cells += [spread([gain[k] for gain in gains]) for k in range(len(TASKS))]
                 gaining = [sum(g > 0 for g in gain) for gain in gains]
-                cells += [str(gaining.count(number)) for number in (2, 1, 0)]
+                cells.append("/".join(str(gaining.count(number)) for number in (2, 1, 0)))
             table.add_row(*cells)
+        console.print()
         console.print(table)
 
 

@@ -139,7 +139,8 @@ def _cosine_for(correlation: float, a: Tensor, b: Tensor, scale: float) -> float
     reached = found >= correlation - 1e-12 if correlation > 0 else found <= correlation + 1e-12
     if not reached.any():
         raise ValueError(
-            f"correlation: the labels of this seed correlate by {found.min().item():.4f} at least, got {correlation}"
+            f"correlation: the labels of this seed correlate by {found.min().item():.4f} at least, got {correlation}; "
+            "ask for more, or take another seed"
         )
     outer = int(reached.int().argmax())
     low, high = grid[max(outer - 1, 0)], grid[outer]
