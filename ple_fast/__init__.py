@@ -1,7 +1,20 @@
 """The fastest PLE (Progressive Layered Extraction) in PyTorch, that anyone can swap in."""
 
+from .backend import last_backend, set_backend, use_backend
+from .modules import CGC, PLE, ExtractionNetwork, MMoE
 from .specs import GateSpec, MLPSpec
 from .topology import Topology
 
 __version__ = "0.1.0"
-__all__ = ["GateSpec", "MLPSpec", "Topology"]
+__all__ = [
+    "CGC",
+    "PLE",
+    "ExtractionNetwork",
+    "GateSpec",
+    "MLPSpec",
+    "MMoE",
+    "Topology",
+    "last_backend",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured, against whom, and how. See docs/benchmarks.md."""

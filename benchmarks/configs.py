@@ -1,0 +1,131 @@
+"""Named sizes: every shape, batch and budget that a benchmark uses is written here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+Mode = Literal["forward", "train", "inference"]
+"""``forward``: a graph is recorded; ``train``: reset of the gradients, forward, backward; ``inference``: eval mode."""
+MODES: tuple[Mode, ...] = ("forward", "train", "inference")
+
+THREADS = 2
+ROUNDS = 15
+"""Paired rounds per head-to-head and per grid point; the issue asks for at least 15."""
+QUICK_ROUNDS = 3
+WARMUP_ROUNDS = 2
+MIN_SAMPLE_S = 0.02
+"""A sample repeats its call until it lasts at least this long, so that the clock and the call loop do not count."""
+SEED = 20
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """One PLE trunk and its batch: input ``(batch, in_features)``, T outputs ``(batch, units[-1])``.
+
+    ``units`` are the widths of each expert's layers, the same at every level; gates are one linear layer and a softmax.
+    """
+
+    name: str
+    batch: int
+    in_features: int
+    num_tasks: int
+    task_experts: int = 2
+    shared_experts: int = 2
+    units: tuple[int, ...] = (256, 128)
+    num_levels: int = 2
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_tasks * self.task_experts + self.shared_experts
+
+    def level_inputs(self) -> tuple[int, ...]:
+        """Input width of each level."""
+        return (self.in_features,) + (self.units[-1],) * (self.num_levels - 1)
+
+    def gate_sizes(self, level: int) -> tuple[int, ...]:
+        """Experts that each mixture of a level weighs: the tasks', then (unless last) the shared mixture's."""
+        own = (self.task_experts + self.shared_experts,) * self.num_tasks
+        return own if level == self.num_levels - 1 else (*own, self.num_experts)
+
+    def at(self, batch: int) -> TrunkConfig:
+        """The same trunk at another batch."""
+        return replace(self, batch=batch)
+
+
+SIZES: dict[str, TrunkConfig] = {
+    c.name: c
+    for c in (
+        # The size of the head-to-head; its batches are below.
+        TrunkConfig("cpu", 4096, 512, 3),
+        # A small, a medium and a large trunk: on a GPU bound by calls, by memory traffic and by products.
+        TrunkConfig("small", 4096, 256, 2, units=(128, 64)),
+        TrunkConfig("medium", 16384, 512, 3),
+        TrunkConfig("large", 65536, 1024, 4, task_experts=4, shared_experts=4, units=(512, 256)),
+        # After Tang et al., RecSys 2020, section 5: one-layer experts, two levels; the input is 40 categorical columns,
+        # 4 wide each, the batch a usual one (the paper prints neither width nor batch).
+        TrunkConfig("paper", 1024, 160, 2, task_experts=1, shared_experts=1, units=(256,)),
+    )
+}
+
+HEAD_TO_HEAD: tuple[tuple[Mode, int], ...] = (
+    ("train", 4096),
+    ("train", 256),
+    ("inference", 4096),
+    ("inference", 256),
+    ("inference", 1),
+)
+"""(mode, batch) of the head-to-head on the size ``cpu``."""
+
+SUITE_SIZES: tuple[str, ...] = ("cpu", "cpu-256", "small", "paper")
+"""Sizes of the pytest-benchmark suite on a CPU: ``medium`` and ``large`` take minutes a step there."""
+QUICK_SUITE_SIZES: tuple[str, ...] = ("paper",)
+
+
+def suite_config(name: str) -> TrunkConfig:
+    """``NAME`` or ``NAME-BATCH``: a named size, or that size at another batch."""
+    base, _, batch = name.partition("-")
+    if base not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, or one with -BATCH appended, got {name!r}")
+    return SIZES[base].at(int(batch)) if batch else SIZES[base]
+
+
+# The grid: batch 1 to 65,536, 2 to 8 tasks, 1 to 4 expert layers. Every batch sees the two corners (few tasks with one
+# layer, many tasks with four) and two points between them; the largest batches have narrow layers, so that no point
+# needs more than 8 GB or about a minute.
+_GRID_UNITS: dict[str, dict[int, tuple[int, ...]]] = {
+    "wide": {1: (128,), 2: (256, 128), 3: (256, 128, 64), 4: (256, 128, 128, 64)},
+    "narrow": {1: (32,), 2: (64, 32), 3: (64, 64, 32), 4: (64, 64, 32, 32)},
+}
+_GRID_FEATURES = {"wide": 256, "narrow": 64}
+_GRID_POINTS: dict[int, tuple[str, tuple[tuple[int, int], ...]]] = {  # batch: widths, (tasks, layers)
+    1: ("wide", ((2, 1), (3, 2), (4, 3), (8, 4))),
+    16: ("wide", ((2, 1), (2, 4), (8, 1), (8, 4))),
+    128: ("wide", ((2, 1), (3, 2), (4, 3), (8, 4))),
+    512: ("wide", ((2, 1), (2, 4), (8, 1), (8, 4))),
+    2048: ("wide", ((2, 1), (3, 2), (4, 3), (8, 4))),
+    16384: ("narrow", ((2, 1), (2, 4), (8, 1), (8, 4))),
+    65536: ("narrow", ((2, 1), (3, 2), (4, 3), (8, 4))),
+}
+GRID: tuple[TrunkConfig, ...] = tuple(
+    TrunkConfig(
+        f"b{batch}-t{tasks}-l{layers}",
+        batch,
+        _GRID_FEATURES[widths],
+        tasks,
+        units=_GRID_UNITS[widths][layers],
+    )
+    for batch, (widths, points) in _GRID_POINTS.items()
+    for tasks, layers in points
+)
+GRID_MODES: tuple[Mode, ...] = ("train", "inference")
+QUICK_GRID: tuple[str, ...] = ("b1-t2-l1", "b128-t3-l2")

@@ -1,0 +1,67 @@
+"""Where and with what something was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "torch-rechub", "deepctr-torch", "numpy", "triton")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system prints it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_name() -> str:
+    """A directory name for this machine, say ``cpu-2core-amd-epyc``."""
+    model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", cpu_model(), flags=re.IGNORECASE)
+    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    return f"cpu-{os.cpu_count()}core-{slug}"
+
+
+def _git(*arguments: str) -> str:
+    command = ("git", "-C", str(ROOT), *arguments)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, threads, commit and date, for the head of a result file."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    code = ("ple_fast", "kernels", "benchmarks/*.py")  # what can change a figure
+    return {
+        "machine": machine_name(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": _git("status", "--porcelain", "--", *code) not in ("", "unknown"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }

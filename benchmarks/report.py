@@ -1,0 +1,288 @@
+"""From result files to a table and pictures: ``python benchmarks/report.py [FOLDER] [--write-readme]``.
+
+The table stands in README.md between two comments and says which folder it came from, so a test can render it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
+
+from benchmarks.contestants import CONTESTANTS, FLOOR, OURS, PEERS
+from benchmarks.environment import ROOT
+
+Result = Mapping[str, Any]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
+_BLOCK = re.compile(re.escape(BEGIN) + r"\n(.*?)" + re.escape(END), re.DOTALL)
+_SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
+MODE_NAMES = {"train": "forward + backward", "inference": "inference", "forward": "forward"}
+
+
+def load(folder: Path) -> dict[str, Result]:
+    """The result files of a folder by kind."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder of results; python benchmarks/run.py makes one")
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds no result file; python benchmarks/run.py writes them")
+    for name, content in files.items():
+        if content.get("schema") != 1 or content.get("kind") != name:
+            raise ValueError(f"{folder / name}.json: expected schema 1 and kind {name!r}; measure again")
+    return files
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def best_peer(case: Result) -> str:
+    """The fastest contestant that ``fast`` is held against."""
+    times = case["contestants"]
+    return min((name for name in PEERS if name in times), key=lambda name: float(times[name]["median_ms"]))
+
+
+def ratio_to_best(case: Result) -> float:
+    """How many times faster ``fast`` is than the best peer: the lowest of the median paired ratios."""
+    times = case["contestants"]
+    return min(float(times[name]["ratio_to_fast"]) for name in PEERS if name in times)
+
+
+def _environment(environment: Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name != "numpy")
+    dirty = " with uncommitted changes" if environment["uncommitted_changes"] else ""
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['cpu_capability']}, "
+        f"{environment['threads']} threads; Python {environment['python']}, {versions}; "
+        f"commit {environment['commit']}{dirty}, {environment['date']}"
+    )
+
+
+def head_to_head_table(content: Result) -> str:
+    """Milliseconds of every contestant at every case; below, ours against the best peer, the loop and the floor."""
+    cases = content["results"]
+    saved = {entry["contestant"]: entry for entry in content["saved"]}
+    names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
+    names.sort(key=lambda name: (name not in OURS, name == FLOOR))  # stable: ours first, the floor last
+    head = [f"{MODE_NAMES[case['mode']]}, {case['batch']}" for case in cases]
+    lines = [
+        _row(["ms per call, at batch", *head, "saved for backward, MiB", "operators"]),
+        _row(["---", *["---:"] * (len(cases) + 2)]),
+    ]
+    for name in names:
+        times = [case["contestants"].get(name) for case in cases]
+        cells = ["" if time is None else _number(time["median_ms"]) for time in times]
+        entry = saved.get(name)
+        memory = "" if entry is None else _number(entry["saved_bytes"] / 2**20)
+        operators = "" if entry is None else str(entry["forward_operators"] + entry["backward_operators"])
+        title = f"**`{name}`**" if name in OURS else f"`{name}`"
+        lines.append(_row([title, *cells, memory, operators]))
+    share = saved["fast"]["saved_bytes"] / saved["loop"]["saved_bytes"]
+    if any(set(case["contestants"]) & (set(PEERS) - {"loop"}) for case in cases):
+        best = [f"{ratio_to_best(case):.2f} x" for case in cases]
+        lines.append(_row(["speed-up of `fast` over the best peer", *best, "", ""]))
+    loop = [f"{case['contestants']['loop']['ratio_to_fast']:.2f} x" for case in cases]
+    lines.append(_row(["speed-up of `fast` over `loop`", *loop, f"{share:.2f} of `loop`", ""]))
+    floor = [f"{1 / case['contestants'][FLOOR]['ratio_to_fast']:.2f} x" for case in cases]
+    lines.append(_row([f"`fast` in units of `{FLOOR}`", *floor, "", ""]))
+    return "\n".join(lines)
+
+
+def _legend(content: Result) -> str:
+    names = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
+    notes = [f"`{name}`: {CONTESTANTS[name].note}" for name in names if name != FLOOR]
+    return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, the floor"]) + "."
+
+
+def grid_sentence(content: Result) -> str:
+    """The grid in one line: how many points, the lowest and the middle ratio per mode."""
+    parts = []
+    for mode in ("train", "inference"):
+        ratios = sorted((float(entry[mode]["ratio"]), str(entry["point"])) for entry in content["results"])
+        middle = statistics.median(ratio for ratio, _ in ratios)
+        parts.append(
+            f"{MODE_NAMES[mode]} {middle:.2f} x in the middle, {ratios[0][0]:.2f} x at worst (`{ratios[0][1]}`)"
+        )
+    entries = content["results"]
+    spans = [
+        sorted({int(entry["batch"]) for entry in entries}),
+        sorted({int(entry["tasks"]) for entry in entries}),
+        sorted({len(entry["units"]) for entry in entries}),
+    ]
+    batches, tasks, layers = (f"{span[0]:,} to {span[-1]:,}" for span in spans)
+    return (
+        f"Speed-up of `fast` over `loop` on a grid of {len(entries)} points (batch {batches}, {tasks} tasks, "
+        f"{layers} expert layers): {'; '.join(parts)}."
+    )
+
+
+def grid_table(content: Result) -> str:
+    """One row per point."""
+    lines = [
+        _row(["point", "input", "expert widths", "loop, fwd+bwd ms", "ratio", "loop, inference ms", "ratio"]),
+        _row(["---", "---:", "---", *["---:"] * 4]),
+    ]
+    for entry in content["results"]:
+        train, inference = entry["train"], entry["inference"]
+        units = ", ".join(map(str, entry["units"]))
+        times = [_number(train["loop_ms"]), f"{train['ratio']:.2f}"]
+        times += [_number(inference["loop_ms"]), f"{inference['ratio']:.2f}"]
+        lines.append(_row([f"`{entry['point']}`", str(entry["in_features"]), units, *times]))
+    return "\n".join(lines)
+
+
+def suite_table(content: Result) -> str:
+    """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
+    cells: dict[tuple[str, str], dict[str, Result]] = {}
+    for entry in content["results"]:
+        cells.setdefault((entry["size"], entry["contestant"]), {})[entry["mode"]] = entry
+    lines = [
+        _row(["size", "contestant", "backend", "forward ms", "fwd+bwd ms", "inference ms", "fwd+bwd GFLOP/s"]),
+        _row(["---", "---", "---", *["---:"] * 4]),
+    ]
+    for (size, contestant), modes in cells.items():
+        times = [_number(modes[m]["median_ms"]) if m in modes else "" for m in ("forward", "train", "inference")]
+        train = modes["train"]
+        rate = f"{train['flops'] / train['median_ms'] / 1e6:.0f}"
+        lines.append(_row([size, f"`{contestant}`", train["backend"], *times, rate]))
+    return "\n".join(lines)
+
+
+def readme_block(machine: str, files: Mapping[str, Result]) -> str:
+    """What stands between the two comments in README.md."""
+    content = files["head_to_head"]
+    cases = content["results"]
+    rounds = min(int(case["rounds"]) for case in cases)
+    paragraphs = [
+        head_to_head_table(content),
+        f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. " + _legend(content),
+    ]
+    if "grid" in files:
+        paragraphs.append(grid_sentence(files["grid"]))
+    source = f"[benchmarks/results/{machine}](benchmarks/results/{machine})"
+    paragraphs.append(f"{_environment(content['environment'])}. Figures from {source}; `make bench` measures again.")
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def readme_source(text: str) -> str:
+    """The machine whose results the README quotes."""
+    found = _SOURCE.search(_between(text))
+    if found is None:
+        raise ValueError(f"README.md: expected a link to benchmarks/results/<machine> between {BEGIN} and {END}")
+    return found[1]
+
+
+def _between(text: str) -> str:
+    found = _BLOCK.search(text)
+    if found is None:
+        raise ValueError(f"README.md: expected the lines {BEGIN} and {END}, found none")
+    return found[1]
+
+
+def quoted(text: str) -> str:
+    """What the README holds between the two comments."""
+    return _between(text)
+
+
+def with_block(text: str, block: str) -> str:
+    """The README with the block between the two comments replaced."""
+    _between(text)
+    return _BLOCK.sub(lambda _: f"{BEGIN}\n{block}{END}", text)
+
+
+def markdown(machine: str, files: Mapping[str, Result]) -> str:
+    """The whole report."""
+    parts = [f"# Benchmarks on {machine}"]
+    if "head_to_head" in files:
+        parts += ["## Head to head", readme_block(machine, files)]
+    if "grid" in files:
+        parts += ["## Grid: the loop's time over ours", grid_table(files["grid"])]
+    if "suite" in files:
+        parts += ["## Suite", suite_table(files["suite"]), _environment(files["suite"]["environment"])]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def plots(files: Mapping[str, Result], folder: Path) -> list[Path]:
+    """The head-to-head as time over the bare products, and the grid's ratios."""
+    from ple_fast.viz import plot_bars
+
+    written = []
+    if "head_to_head" in files:
+        groups = {}
+        for case in files["head_to_head"]["results"]:
+            times = case["contestants"]
+            floor = float(times[FLOOR]["median_ms"])
+            label = f"{MODE_NAMES[case['mode']]}\nbatch {case['batch']:,}"
+            groups[label] = {n: round(float(t["median_ms"]) / floor, 3) for n, t in times.items() if n != FLOOR}
+        written.append(folder / "head_to_head.png")
+        plot_bars(groups, ylabel="time / bare matrix products", log=True, path=written[-1])
+    if "grid" in files:
+        written.append(folder / "grid.png")
+        _plot_grid(files["grid"]["results"], written[-1])
+    return written
+
+
+def _plot_grid(entries: Sequence[Result], path: Path) -> None:
+    """A panel per mode: the speed-up over the loop against the batch, a marker per number of expert layers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.6), dpi=130, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, mode in zip(panels, ("train", "inference"), strict=True):
+        for layers, marker in zip(range(1, 5), "os^D", strict=True):
+            chosen = [entry for entry in entries if len(entry["units"]) == layers]
+            places = [(entry["batch"], entry[mode]["ratio"], entry["tasks"]) for entry in chosen]
+            if places:
+                batch, ratio, tasks = zip(*places, strict=True)
+                sizes = [10.0 * count for count in tasks]
+                axes.scatter(batch, ratio, s=sizes, marker=marker, alpha=0.75, label=f"{layers} expert layers")
+        axes.axhline(1.0, color="#808080", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch")
+        axes.set_title(MODE_NAMES[mode], fontsize=10)
+        axes.grid(color="#E0E0E0", linewidth=0.7)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("time of loop / time of fast")
+    panels[1].legend(fontsize=8, title="larger marker: more tasks", title_fontsize=8)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="results/<machine>; default: what README.md quotes")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "benchmarks", help="folder of report.md and the plots"
+    )
+    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args(arguments)
+    readme = README.read_text(encoding="utf-8") if README.is_file() else ""
+    folder = options.folder or ROOT / "benchmarks" / "results" / readme_source(readme)
+    files = load(folder)
+    text = markdown(folder.name, files)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.md").write_text(text, encoding="utf-8")
+    drawn = plots(files, options.out)
+    print(f"wrote {', '.join(str(path) for path in (options.out / 'report.md', *drawn))}", file=sys.stderr)
+    if options.write_readme:
+        README.write_text(with_block(readme, readme_block(folder.name, files)), encoding="utf-8")
+        print(f"wrote {README}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

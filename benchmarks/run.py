@@ -1,0 +1,229 @@
+"""Measure and report: ``python benchmarks/run.py [--quick] [--only suite,head_to_head,grid] [--write-readme]``.
+
+Writes ``<results>/<machine>/{suite,head_to_head,grid}.json``, small files of medians, then renders ``report.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
+
+import torch
+
+from benchmarks import configs, report
+from benchmarks.analytic import work
+from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, build
+from benchmarks.environment import ROOT, environment, machine_name
+from benchmarks.paired import Paired, time_paired
+from benchmarks.saved_bytes import cost
+from benchmarks.steps import make_step
+
+SCHEMA = 1
+HEAD_TO_HEAD = ("fast", "fast_recompute", "loop", "loop_compiled", "loop_frozen", "rechub", "deepctr", "bmm", FLOOR)
+QUICK_HEAD_TO_HEAD = ("fast", "loop", FLOOR)
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _available(names: Iterable[str], mode: configs.Mode) -> list[str]:
+    """Those that exist in a mode; a peer that is not installed is an error, lest its row be missing unnoticed."""
+    chosen = [name for name in names if name == FLOOR or mode in CONTESTANTS[name].modes]
+    missing = [CONTESTANTS[name].requires for name in chosen if name != FLOOR and not CONTESTANTS[name].available()]
+    if missing:
+        raise SystemExit(
+            f"{', '.join(map(str, missing))}: not installed; pip install 'ple-fast[bench]', or use --quick"
+        )
+    return chosen
+
+
+def _milliseconds(seconds: float) -> float:
+    return float(f"{seconds * 1e3:.4g}")
+
+
+def _times(paired: Paired) -> dict[str, dict[str, float]]:
+    return {
+        name: {"median_ms": _milliseconds(paired.median(name)), "iqr_ms": _milliseconds(paired.iqr(name))}
+        for name in paired.samples
+    }
+
+
+def head_to_head(quick: bool) -> list[dict[str, Any]]:
+    """Every contestant against every other at the sizes and modes that the README quotes."""
+    names, rounds = (QUICK_HEAD_TO_HEAD, configs.QUICK_ROUNDS) if quick else (HEAD_TO_HEAD, configs.ROUNDS)
+    size = configs.SIZES["cpu"]
+    results = []
+    for mode, batch in configs.HEAD_TO_HEAD:
+        config = size.at(batch)
+        torch._dynamo.reset()  # compiled loops of the last case count against the limit of recompilations
+        steps = {}
+        for name in _available(names, mode):
+            say(f"head to head: {mode} at {batch}: preparing {name}")
+            steps[name] = make_step(name, config, mode)
+        paired = time_paired({name: step.run for name, step in steps.items()}, rounds=rounds)
+        times: dict[str, dict[str, float]] = _times(paired)
+        for name, entry in times.items():
+            entry["ratio_to_fast"] = round(paired.ratio(name, "fast"), 4)
+        amount = work(config, mode)
+        results.append(
+            {
+                "size": size.name,
+                "mode": mode,
+                "batch": batch,
+                "rounds": rounds,
+                "load": [round(value, 2) for value in paired.load],
+                "flops": amount.flops,
+                "product_flops": amount.product_flops,
+                "least_bytes": amount.least_bytes,
+                "contestants": times,
+            }
+        )
+        for name in sorted(times, key=lambda n: times[n]["median_ms"]):
+            say(f"  {name:15s} {times[name]['median_ms']:10.4g} ms   {times[name]['ratio_to_fast']:.3f} x fast")
+    return results
+
+
+def saved(quick: bool) -> list[dict[str, Any]]:
+    """Bytes saved for backward and operators of a training step, of every eager contestant."""
+    config = configs.SIZES["cpu"]
+    results = []
+    for name in QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD:
+        if name == FLOOR or name.startswith("loop_"):  # the hooks see no products, and only part of a compiled graph
+            continue
+        measured = cost(build(name, config), config)
+        results.append(
+            {
+                "contestant": name,
+                "size": config.name,
+                "batch": config.batch,
+                "saved_bytes": measured.saved_bytes,
+                "forward_operators": measured.forward_operators,
+                "backward_operators": measured.backward_operators,
+            }
+        )
+    return results
+
+
+def grid(quick: bool) -> list[dict[str, Any]]:
+    """Median paired ratio of the loop to ours at every point of the grid."""
+    results = []
+    for config in configs.GRID:
+        if quick and config.name not in configs.QUICK_GRID:
+            continue
+        entry: dict[str, Any] = {
+            "point": config.name,
+            "batch": config.batch,
+            "in_features": config.in_features,
+            "tasks": config.num_tasks,
+            "units": list(config.units),
+        }
+        for mode in configs.GRID_MODES:
+            rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
+            steps = {name: make_step(name, config, mode).run for name in (BASELINE, "fast")}
+            paired = time_paired(steps, rounds=rounds)
+            entry[mode] = {
+                "ratio": round(paired.ratio(BASELINE, "fast"), 4),
+                "loop_ms": _milliseconds(paired.median(BASELINE)),
+                "fast_ms": _milliseconds(paired.median("fast")),
+                "rounds": rounds,
+                "load": [round(value, 2) for value in paired.load],
+            }
+            say(f"grid: {config.name:14s} {mode:9s} {entry[mode]['ratio']:.3f} (loop {entry[mode]['loop_ms']} ms)")
+            del steps, paired
+            gc.collect()
+        results.append(entry)
+    return results
+
+
+def suite(quick: bool) -> list[dict[str, Any]]:
+    """The pytest-benchmark suite in a process of its own, stripped to medians and ``extra_info``."""
+    sizes = configs.QUICK_SUITE_SIZES if quick else configs.SUITE_SIZES
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "benchmarks",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--sizes",
+            ",".join(sizes),
+        ]
+        command += ["--benchmark-json", str(raw), "--benchmark-warmup=on", "--benchmark-disable-gc"]
+        command += ["--benchmark-columns=median,iqr,rounds", "--benchmark-max-time", "0.2" if quick else "1.0"]
+        if quick:
+            command += ["--contestants", "loop,reference,fast"]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if status:
+            raise SystemExit(f"the pytest-benchmark suite failed (exit status {status}): nothing is written")
+        found = json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]
+    return [
+        {
+            **entry["extra_info"],
+            "median_ms": _milliseconds(entry["stats"]["median"]),
+            "iqr_ms": _milliseconds(entry["stats"]["iqr"]),
+            "rounds": entry["stats"]["rounds"],
+        }
+        for entry in found
+    ]
+
+
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "head_to_head": lambda quick: {"results": head_to_head(quick), "saved": saved(quick)},
+    "grid": lambda quick: {"results": grid(quick)},
+    "suite": lambda quick: {"results": suite(quick)},
+}
+
+
+def write(path: Path, kind: str, content: dict[str, Any]) -> None:
+    """One result file: schema, kind and environment, then one line per result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"schema": SCHEMA, "kind": kind, "environment": environment()}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    for key, rows in content.items():
+        lines.append(f"{json.dumps(key)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
+    path.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
+    say(f"wrote {path}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute: fewer rounds, sizes and contestants; not for quoting"
+    )
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to measure, out of {','.join(PARTS)}")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the results (benchmarks/results; out/benchmarks if quick)"
+    )
+    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args(arguments)
+    parts = options.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only: expected parts out of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    if options.quick and options.write_readme:
+        parser.error("--write-readme: quick figures are not for quoting; run without --quick")
+    results = options.results or ROOT / ("out/benchmarks" if options.quick else "benchmarks/results")
+    torch.set_num_threads(configs.THREADS)
+    folder = results / machine_name()
+    say(f"{machine_name()}, {configs.THREADS} threads, load average {os.getloadavg()[0]:.2f}")
+    for part in parts:
+        write(folder / f"{part}.json", part, PARTS[part](options.quick))
+    report.main([str(folder), *(["--write-readme"] if options.write_readme else [])])
+
+
+if __name__ == "__main__":
+    main()

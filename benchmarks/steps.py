@@ -1,0 +1,122 @@
+"""A contestant in a mode as one callable, and the gate that it must pass before anything about it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.configs import SEED, Mode, TrunkConfig
+from benchmarks.contestants import CONTESTANTS, FLOOR, BareGemm, baseline, build
+
+OUTPUT_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 2e-3
+"""Relative (Frobenius) in float32. A pre-activation within rounding of zero may fall on either side of ReLU's kink,
+which moves one sample's gradient by its whole size: a few such samples in a batch of thousands give about 1e-3."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a contestant: ``run()`` does the work that is timed; ``trunk`` is None for the bare products."""
+
+    name: str
+    mode: Mode
+    run: Callable[[], object]
+    trunk: nn.Module | None
+
+
+class WrongResultError(AssertionError):
+    """A contestant does not compute what the baseline computes: no figure about it would mean anything."""
+
+
+def inputs(config: TrunkConfig, *, input_grad: bool = True) -> tuple[Tensor, list[Tensor]]:
+    """The batch ``(B, D)`` and the gradients that towers send back, T times ``(B, H)``: seeded, contiguous."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    x = torch.randn(config.batch, config.in_features, generator=generator, dtype=config.torch_dtype)
+    shape = (config.num_tasks, config.batch, config.units[-1])
+    grads = torch.randn(*shape, generator=generator, dtype=config.torch_dtype)
+    return x.requires_grad_(input_grad), [grad.contiguous() for grad in grads.unbind(0)]
+
+
+def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Step:
+    """Build, check and wrap one contestant.
+
+    ``train`` resets the gradients (to None), runs forward, and backward from given output gradients. ``input_grad``:
+    the batch requires a gradient, as the output of an embedding does.
+
+    Raises:
+        WrongResultError: the contestant disagrees with the baseline of the same weights.
+    """
+    if name == FLOOR:
+        return Step(name, mode, BareGemm(config, input_grad=input_grad).step(mode), None)
+    trunk = build(name, config)
+    check(name, trunk, config, mode, input_grad=input_grad)
+    x, grads = inputs(config, input_grad=input_grad and mode != "inference")
+    parameters = [*trunk.parameters(), x]
+
+    def train() -> None:
+        for p in parameters:
+            p.grad = None
+        torch.autograd.backward(trunk(x), grads)
+
+    def forward() -> object:
+        return trunk(x)
+
+    def inference() -> object:
+        with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
+            return trunk(x)
+
+    return Step(
+        name, mode, {"train": train, "forward": forward, "inference": inference}[mode], trunk.train(mode != "inference")
+    )
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """Relative Frobenius distance in float64; NaN counts as infinite."""
+    difference = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
+    return float(torch.nan_to_num(difference, nan=torch.inf))
+
+
+def errors(
+    name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True
+) -> dict[str, float]:
+    """Relative errors of a trunk against the baseline: ``outputs`` and, unless inference, ``input gradient`` and
+    ``parameter gradients`` (the norm over all of them, which does not depend on how they are stacked)."""
+    contestant = CONTESTANTS[name]
+    oracle = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias)
+    results: list[dict[str, Tensor]] = []
+    for module in (trunk, oracle):
+        module.train(mode != "inference")
+        buffers = {key: value.clone() for key, value in module.named_buffers()}  # batch norm's running statistics
+        x, grads = inputs(config, input_grad=input_grad)
+        result = {}
+        if mode == "inference":
+            with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
+                result["outputs"] = torch.stack(list(module(x)))
+        else:
+            outputs = list(module(x))
+            result["outputs"] = torch.stack(outputs).detach()
+            torch.autograd.backward(outputs, grads)
+            if input_grad:
+                assert x.grad is not None
+                result["input gradient"] = x.grad
+            norms = [p.grad.double().norm() for p in module.parameters() if p.grad is not None]
+            result["parameter gradients"] = torch.stack(norms).norm()
+            module.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for key, value in module.named_buffers():
+                    value.copy_(buffers[key])
+        results.append(result)
+    return {key: _relative(value, results[1][key]) for key, value in results[0].items()}
+
+
+def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> None:
+    """Refuse a contestant whose result differs from the baseline's."""
+    for what, error in errors(name, trunk, config, mode, input_grad=input_grad).items():
+        tolerance = OUTPUT_TOLERANCE if what == "outputs" else GRADIENT_TOLERANCE
+        if not error <= tolerance:
+            raise WrongResultError(
+                f"{name} at {config.name}, {mode}: {what} differ by {error:.1e}, more than {tolerance:.0e}"
+            )

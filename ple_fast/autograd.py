@@ -1,0 +1,122 @@
+"""ONE autograd Function per level: forward and backward of a whole extraction network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import LevelPlan, LevelState, unflatten
+from .torch_backend import composed
+from .torch_backend import level as by_hand
+from .torch_backend.slots import Place, Slots
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCall:
+    """What one call of a level consists of besides its tensors."""
+
+    plan: LevelPlan
+    state: LevelState
+    places: tuple[Place, ...]
+    """Of the slots, among the first tensors."""
+    num_x: int
+    gate_places: tuple[Place, ...] | None
+    """Of the gates' slots, among the tensors that follow; None where the gates read what the experts read."""
+    num_gate_x: int
+    listed: bool
+    """Whether the weights are an output."""
+    recompute: bool
+
+    def inputs(self, tensors: Sequence[Tensor | None]) -> by_hand.LevelInput:
+        """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""
+        x = Slots(tensors[: self.num_x], self.places)  # type: ignore[arg-type]  # inputs are never None
+        gate_x, start = x, self.num_x + self.num_gate_x
+        if self.gate_places is not None:
+            gate_x = Slots(tensors[self.num_x : start], self.gate_places)  # type: ignore[arg-type]
+        layers, gate = unflatten(tensors[start:])
+        return by_hand.LevelInput(self.plan, layers, gate, self.state, x, gate_x)
+
+    def needs(self, inputs: by_hand.LevelInput, needed: Sequence[bool]) -> by_hand.LevelNeeds:
+        """Needs of backward, from one bool per tensor."""
+        start = self.num_x + self.num_gate_x
+        x = needed[: self.num_x]
+        gate_x = x if self.gate_places is None else needed[self.num_x : start]
+        return by_hand.level_needs(inputs, x, gate_x, needed[start:])
+
+
+def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bool = False) -> tuple[Tensor, Tensor]:
+    """The level in differentiable operators; ``again``: a repeated forward, which moves no statistics."""
+    i = call.inputs(tensors)
+    return composed.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
+
+
+def run_without_grad(call: LevelCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The level where no backward follows."""
+    y, listed, _ = by_hand.level_forward(call.inputs(tensors), None, listed=call.listed)
+    return y, listed
+
+
+class ExtractionLevelFunction(torch.autograd.Function):
+    """``(call, *tensors)`` to ``y (B, O, H)`` and, if the call lists them, the weights ``(B, num_weights)``."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LevelCall, *tensors: Tensor | None) -> Any:
+        inputs = call.inputs(tensors)
+        needs = call.needs(inputs, ctx.needs_input_grad[1:])
+        y, listed, kept = by_hand.level_forward(inputs, None if call.recompute else needs, listed=call.listed)
+        ctx.call = call
+        ctx.num_tensors = len(tensors)
+        ctx.save_for_backward(*tensors, *by_hand.flatten_kept(kept))
+        ctx.set_materialize_grads(False)
+        return (y, listed) if call.listed else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None = None) -> Any:
+        call: LevelCall = ctx.call
+        needed = ctx.needs_input_grad[1:]
+        tensors, flat = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        if dy is None and dlisted is None:
+            return (None,) * (len(needed) + 1)
+        if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
+            return None, *_composed_backward(call, tensors, needed, dy, dlisted)
+        inputs = call.inputs(tensors)
+        needs = call.needs(inputs, needed)
+        kept = by_hand.unflatten_kept(call.plan, flat)
+        dx, dgate_x, dtensors = by_hand.level_backward(inputs, needs, kept, dy, dlisted)
+        grads = (*dx, *dgate_x, *dtensors)
+        return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+
+def _is_batched(d: Tensor | None) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` or vmap sent this gradient."""
+    functorch = torch._C._functorch
+    return d is not None and (functorch.is_batchedtensor(d) or functorch.is_legacy_batchedtensor(d))
+
+
+def _composed_backward(
+    call: LevelCall,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dy: Tensor | None,
+    dlisted: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients that are themselves differentiable (or batched): through the composed level, computed again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: a tensor may also reach another one (a weight used in two levels), and that path is not this node's.
+        own = [
+            None if t is None else (t.view_as(t) if create_graph else t.detach().requires_grad_()) if wanted else t
+            for t, wanted in zip(tensors, needed, strict=True)
+        ]
+        y, listed = run_composed(call, own, again=True)
+        pairs = [(out, d) for out, d in ((y, dy), (listed, dlisted)) if d is not None and out.requires_grad]
+        wanted = [t for t, flag in zip(own, needed, strict=True) if flag and t is not None]
+        grads = torch.autograd.grad(
+            [out for out, _ in pairs], wanted, [d for _, d in pairs], create_graph=create_graph, allow_unused=True
+        )
+    found = iter(grads)
+    return [next(found) if flag else None for flag in needed]

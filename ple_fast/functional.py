@@ -1,0 +1,181 @@
+"""The operators that modules call: checks, then the choice of backend, then the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
+from .backend import note, resolve
+from .checks import check_input, shape_of
+from .plan import GateTensors, LayerTensors, LevelPlan, LevelState, flatten
+from .torch_backend import composed
+from .torch_backend.gate_combine import combine
+from .torch_backend.slots import Place, Slots
+
+Input = Tensor | Sequence[Tensor]
+
+
+def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]:
+    """Distinct tensors, and where every slot lies in them."""
+    if isinstance(x, Tensor):
+        return (x,), tuple(Place(0, -1 if x.dim() == 2 else s) for s in range(slots))
+    tensors: list[Tensor] = []
+    places = []
+    for entry in x:
+        number = next((i for i, t in enumerate(tensors) if t is entry), len(tensors))
+        if number == len(tensors):
+            tensors.append(entry)
+        places.append(Place(number, -1))
+    return tuple(tensors), tuple(places)
+
+
+def _autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the device of ``like``; None where it does not apply."""
+    kind = like.device.type
+    if like.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _cast_layers(
+    layers: Sequence[LayerTensors], gate: GateTensors, dtype: torch.dtype
+) -> tuple[list[LayerTensors], GateTensors]:
+    """What autocast casts: linear layers and slopes. Norms keep their dtype, as in PyTorch."""
+    rows = [
+        row._replace(weight=row.weight.to(dtype), bias=_cast(row.bias, dtype), slope=_cast(row.slope, dtype))
+        for row in layers
+    ]
+    return rows, gate._replace(weight=_cast(gate.weight, dtype), bias=_cast(gate.bias, dtype))
+
+
+def _by_hand_cannot() -> bool:
+    """Whether a tracer or transform is at work that needs to see PyTorch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def extraction_level(
+    x: Input,
+    gate_input: Input | None,
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    state: Callable[[int], LevelState],
+    *,
+    in_features: int,
+    gate_features: int,
+    return_gates: bool = False,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor] | None]:
+    """A whole extraction network (paper eq. 2-4): experts, gates, mixtures.
+
+    Args:
+        x: ``(B, D)``, ``(B, S, D)`` or S tensors ``(B, D)``.
+        gate_input: what the gates read, in the same forms; None: ``x``.
+        plan, layers, gate: the level, see ``plan.py``.
+        state: gives the level's state for a number of rows; called once, after the checks of the input.
+        in_features, gate_features: widths of ``x`` and of what the gates read.
+        return_gates: also return the weights of every mixture.
+        recompute: save inputs only, and run the forward again in backward.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"`` for this call; default as set by ``use_backend``.
+
+    Returns:
+        ``(B, O, H)``, and per mixture ``(B, |A(o)|)`` in float32 (float64 for float64) or None.
+
+    Raises:
+        TypeError, ValueError: an input does not fit; the message says how to mend it.
+    """
+    topology = plan.topology
+    slots = topology.num_slots
+    assert slots is not None
+    weight = layers[0].weight
+    autocast = _autocast_dtype(weight)
+    check_input("x", x, in_features, slots, weight, autocast)
+    tensors, places = _place(x, slots)
+    batch = tensors[0].shape[0]
+    gate_tensors: tuple[Tensor, ...] = ()
+    gate_places = None
+    if gate_input is not None:
+        check_input("gate_input", gate_input, gate_features, slots, weight, autocast)
+        gate_tensors, gate_places = _place(gate_input, slots)
+        if gate_tensors[0].shape[0] != batch:
+            raise ValueError(f"gate_input: expected {batch} rows like x, got {gate_tensors[0].shape[0]}")
+    elif gate_features != in_features:
+        raise ValueError(
+            f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
+        )
+    now = state(batch)
+    note(resolve(weight.device, backend))
+    if autocast is not None:
+        layers, gate = _cast_layers(layers, gate, autocast)
+        tensors = tuple(t.to(autocast) for t in tensors)
+        gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
+    call = LevelCall(plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute)
+    flat = (*tensors, *gate_tensors, *flatten(layers, gate))
+    apply: Any = ExtractionLevelFunction.apply  # untyped in torch
+    listed: Tensor | None
+    if batch == 0 or now.has_foreign_norm or _by_hand_cannot():
+        y, listed = run_composed(call, flat)
+    elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
+        y, listed = run_without_grad(call, flat)
+    elif return_gates:
+        y, listed = apply(call, *flat)
+    else:
+        y, listed = apply(call, *flat), None
+    if not return_gates:
+        return y, None
+    assert listed is not None
+    return y, list(listed.split([len(mixed) for mixed in topology.mixture_experts], dim=1))
+
+
+def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``n`` linear layers at once: ``(B, K)`` for all of them, or ``(B, n, K)``, to ``(B, n, H)``.
+
+    Args:
+        x: one input for all layers ``(B, K)`` (one wide product), one each ``(B, n, K)``, or a list of n ``(B, K)``.
+        weight: ``(n, H, K)``.
+        bias: ``(n, H)`` or None.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    if weight.dim() != 3:
+        raise ValueError(f"weight: expected shape (n, H, K), got {shape_of(weight)}")
+    count, units, width = weight.shape
+    if bias is not None and tuple(bias.shape) != (count, units):
+        raise ValueError(f"bias: expected shape {(count, units)}, got {shape_of(bias)}")
+    autocast = _autocast_dtype(weight)
+    check_input("x", x, width, count, weight, autocast)
+    tensors, places = _place(x, count)
+    if autocast is not None:
+        tensors, weight, bias = tuple(t.to(autocast) for t in tensors), weight.to(autocast), _cast(bias, autocast)
+    if len(tensors) == 1 and tensors[0].dim() == 3:
+        return composed.stacked_linear(tensors[0], weight, bias)
+    return composed.grouped_linear(Slots(tensors, places), range(count), weight, bias)
+
+
+def gate_combine(h: Tensor, weights: Tensor) -> Tensor:
+    """Mixtures ``y_o = sum_e weights_oe h_e`` (paper eq. 2): ``(B, E, H)`` and dense ``(B, O, E)`` to ``(B, O, H)``.
+
+    The sum runs in the dtype of ``weights`` (float32 for half-precision experts), the result has that of ``h``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if h.dim() != 3 or weights.dim() != 3 or h.shape[:2] != (weights.shape[0], weights.shape[2]):
+        raise ValueError(
+            f"gate_combine: expected h (B, E, H) and weights (B, O, E), got {shape_of(h)} and {shape_of(weights)}"
+        )
+    return combine(weights, h)

@@ -1,0 +1,310 @@
+"""Owners of the stacked parameters: layers of a block of experts, norms, learned activations, the gates' end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import check_more_than_one
+from ..plan import GateTensors, LayerState, LayerTensors, NormState
+from ..specs import LayerSpec
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter as it is now: from the dict of parameters, or, where it is parametrised, as the attribute."""
+    parameters = module._parameters
+    if name in parameters:
+        return parameters[name]
+    tensor: Tensor | None = getattr(module, name)
+    return tensor
+
+
+class StackedBatchNorm(nn.BatchNorm1d):
+    """Batch norm of ``n`` stacked layers, over ``n * H`` features; layer ``e`` has ``e H`` to ``(e + 1) H``."""
+
+
+class StackedLayerNorm(nn.Module):
+    """Layer norm of ``n`` stacked layers: ``(B, n, H)``, normalised over H, with weight and bias ``(n, H)``."""
+
+    def __init__(
+        self,
+        count: int,
+        units: int,
+        *,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, n, H)`` to the same."""
+        return F.layer_norm(z, z.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class StackedPReLU(nn.Module):
+    """PReLU of ``n`` stacked layers, one slope each: ``weight (n,)``."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        init: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every slope at its initial value."""
+        nn.init.constant_(self.weight, self.init)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, n, H)`` to the same."""
+        return torch.where(z > 0, z, z * self.weight.view(-1, 1))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, init={self.init}"
+
+
+class StackedDice(nn.Module):
+    """Dice of ``n`` stacked layers (Zhou et al., KDD 2018, eq. 3): ``alpha (n, H)`` and a batch norm without weight."""
+
+    def __init__(
+        self,
+        count: int,
+        units: int,
+        *,
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = StackedBatchNorm(count * units, eps=eps, affine=False, device=device, dtype=dtype)
+        self.alpha = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Alpha 0, statistics as new."""
+        nn.init.zeros_(self.alpha)
+        self.norm.reset_parameters()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, n, H)`` to the same."""
+        p = torch.sigmoid(self.norm(z.flatten(1)).view(z.shape))
+        return p * z + (1 - p) * self.alpha * z
+
+
+def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
+    """Settings and buffers of a norm at one call; counts the call where it moves running statistics.
+
+    Raises:
+        ValueError: batch norm in train mode on one row.
+    """
+    if norm is None:
+        return None
+    if isinstance(norm, StackedLayerNorm):
+        return NormState("layer", norm.eps)
+    if type(norm) not in (StackedBatchNorm, nn.BatchNorm1d):
+        return NormState("batch", 0.0, module=norm)
+    assert isinstance(norm, nn.BatchNorm1d)
+    tracked = norm.running_mean is not None
+    if norm.training or not tracked:
+        check_more_than_one(batch, norm.num_features)
+        factor = 0.0
+        if norm.training and tracked:
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.add_(1)
+            # momentum=None asks for a plain average over all batches, as in PyTorch.
+            factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        return NormState("batch", norm.eps, True, factor, norm.running_mean, norm.running_var)
+    return NormState("batch", norm.eps, False, 0.0, norm.running_mean, norm.running_var)
+
+
+@torch.no_grad()
+def init_linear(weight: Tensor, bias: Tensor | None) -> None:
+    """Uniform within ``1 / sqrt(fan_in)``, as ``nn.Linear`` does per expert; the fan-in is the last size."""
+    bound = weight.shape[-1] ** -0.5
+    weight.uniform_(-bound, bound)
+    if bias is not None:
+        bias.uniform_(-bound, bound)
+
+
+class StackedLayer(nn.Module):
+    """One layer of ``n`` stacked MLPs: ``weight (n, H_out, H_in)``, ``bias (n, H_out)``, ``norm``, ``activation``.
+
+    ``norm`` and ``activation`` are modules where they have parameters or buffers, else None. There is no forward: a
+    level runs as a whole.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        in_features: int,
+        spec: LayerSpec,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(count, spec.units, in_features, **where))
+        self.bias = nn.Parameter(torch.empty(count, spec.units, **where)) if spec.bias else None
+        self.norm: nn.Module | None = None
+        if spec.norm == "batch":
+            self.norm = StackedBatchNorm(count * spec.units, **where)
+        elif spec.norm == "layer":
+            self.norm = StackedLayerNorm(count, spec.units, **where)
+        self.activation: nn.Module | None = None
+        if spec.activation.name == "prelu":
+            self.activation = StackedPReLU(count, init=spec.activation.value, **where)
+        elif spec.activation.name == "dice":
+            self.activation = StackedDice(count, spec.units, eps=spec.activation.value, **where)
+        self._is_bare = self.norm is None and self.activation is None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the linear layer per expert, within the bounds of ``nn.Linear``."""
+        init_linear(self.weight, self.bias)
+
+    def tensors(self) -> LayerTensors:
+        """The differentiable tensors as they are now."""
+        weight = tensor_of(self, "weight")
+        assert weight is not None
+        if self._is_bare:
+            return LayerTensors(weight, tensor_of(self, "bias"), None, None, None)
+        norm_weight = norm_bias = slope = None
+        if self.norm is not None:
+            norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
+        if self.activation is not None:
+            slope = tensor_of(self.activation, "alpha" if isinstance(self.activation, StackedDice) else "weight")
+        return LayerTensors(weight, tensor_of(self, "bias"), norm_weight, norm_bias, slope)
+
+    def state(self, batch: int) -> LayerState:
+        """Settings and buffers at one call on ``batch`` rows."""
+        dropout = self.spec.dropout if self.training else 0.0
+        if self._is_bare:
+            return LayerState(None, None, dropout)
+        dice = norm_state(self.activation.norm, batch) if isinstance(self.activation, StackedDice) else None
+        return LayerState(norm_state(self.norm, batch), dice, dropout)
+
+    def extra_repr(self) -> str:
+        count, units, width = self.weight.shape
+        spec = self.spec
+        parts = [f"{count} x {width} -> {units}"]
+        if not spec.bias:
+            parts.append("bias=False")
+        if self.activation is None and spec.activation.name != "identity":
+            name, value = spec.activation
+            parts.append(name if name != "leaky_relu" else f"{name}({value})")
+        if spec.norm is not None and spec.norm_position == "after":
+            parts.append("norm after activation")
+        if spec.dropout:
+            parts.append(f"dropout={spec.dropout}")
+        return ", ".join(parts)
+
+
+class ExpertBlock(nn.Module):
+    """A run of experts of equal make-up, stacked: ``layers``. ``experts`` is their range ``(start, stop)``."""
+
+    def __init__(
+        self,
+        experts: tuple[int, int],
+        in_features: int,
+        layers: tuple[LayerSpec, ...],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.layers = stacked_layers(experts[1] - experts[0], in_features, layers, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"experts {self.experts[0]} to {self.experts[1] - 1}"
+
+
+def stacked_layers(
+    count: int,
+    in_features: int,
+    layers: tuple[LayerSpec, ...],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.ModuleList:
+    """The layers of ``count`` stacked MLPs."""
+    modules = nn.ModuleList()
+    for spec in layers:
+        modules.append(StackedLayer(count, in_features, spec, device=device, dtype=dtype))
+        in_features = spec.units
+    return modules
+
+
+class Gate(nn.Module):
+    """All gates of a level: hidden ``layers`` stacked over gated mixtures, one ``weight (G, K)`` and ``bias (G,)`` in
+    the order of the mixtures, batch norm ``norm`` over the G logits, and ``offset``, one scalar per marked weight."""
+
+    def __init__(
+        self,
+        count: int,
+        in_features: int,
+        logits: int,
+        layers: tuple[LayerSpec, ...],
+        *,
+        bias: bool,
+        logits_norm: bool,
+        offsets: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layers = stacked_layers(count, in_features, layers if count else (), **where)
+        width = layers[-1].units if layers else in_features
+        self.weight = nn.Parameter(torch.empty(logits, width, **where)) if logits else None
+        self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and bias else None
+        self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and logits_norm else None
+        self.offset = nn.Parameter(torch.empty(offsets, **where)) if offsets else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the last linear layer within the bounds of ``nn.Linear``; offsets start at 0."""
+        if self.weight is not None:
+            init_linear(self.weight, self.bias)
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
+
+    def tensors(self) -> GateTensors:
+        """The differentiable tensors of the gates' end as they are now."""
+        norm_weight = norm_bias = None
+        if self.norm is not None:
+            norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
+        return GateTensors(
+            tensor_of(self, "weight"), tensor_of(self, "bias"), norm_weight, norm_bias, tensor_of(self, "offset")
+        )
+
+    def extra_repr(self) -> str:
+        if self.weight is None:
+            return "static"
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]} logits" + (
+            "" if self.bias is not None else ", bias=False"
+        )

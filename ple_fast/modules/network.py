@@ -1,0 +1,206 @@
+"""One extraction network: parameters in blocks, and a forward that is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_dtype
+from ..functional import Input, extraction_level
+from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
+from ..specs import GateSpec, MLPSpec
+from ..topology import Topology, check_count
+from .layers import ExpertBlock, Gate, StackedLayer, norm_state
+
+
+class CheckedModule(nn.Module):
+    """A module that refuses the state of another configuration before it overwrites anything."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, but nothing is loaded where anything does not fit.
+
+        Raises:
+            ValueError: entries of other shapes or, if ``strict``, missing or unexpected ones; every one is named.
+        """
+        own = self.state_dict()
+        differences = [
+            f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
+            for name, value in state_dict.items()
+            if name in own
+            and isinstance(value, Tensor)
+            and isinstance(own[name], Tensor)
+            and value.shape != own[name].shape
+        ]
+        if strict:
+            differences += [f"{name}: missing" for name in own if name not in state_dict]
+            differences += [f"{name}: unexpected" for name in state_dict if name not in own]
+        if differences:
+            raise ValueError(
+                f"load_state_dict: the state is that of another configuration than this {type(self).__name__}; nothing "
+                "was loaded. Build the module with the configuration that was saved. Differences:\n  "
+                + "\n  ".join(differences)
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> tuple[MLPSpec, ...]:
+    """One spec per expert."""
+    if isinstance(experts, MLPSpec):
+        return (experts,) * topology.num_experts
+    if not isinstance(experts, (list, tuple)) or not all(isinstance(spec, MLPSpec) for spec in experts):
+        raise TypeError(f"experts: expected an MLPSpec, or one per expert, got {experts!r} ({type(experts).__name__})")
+    if len(experts) != topology.num_experts:
+        raise ValueError(f"experts: expected one MLPSpec or {topology.num_experts}, one per expert, got {len(experts)}")
+    widths = [spec.units[-1] for spec in experts]
+    if len(set(widths)) > 1:
+        raise ValueError(f"experts: expected one output width, because mixtures add them up; got {widths}")
+    return tuple(experts)
+
+
+class ExtractionNetwork(CheckedModule):
+    """One level (Tang et al., RecSys 2020, eq. 2-4): ``y_o = sum_{e in A(o)} softmax(gate_o(x_t(o)))_e MLP_e(x_s(e))``.
+
+    Args:
+        in_features: input width ``D``.
+        topology: the wiring: which slot every expert and gate reads, which experts every mixture weighs.
+        experts: one spec for all experts, or one per expert; all with the same last width ``H``.
+        gate: spec of the gates.
+        gate_features: width of what the gates read; default ``in_features``. Another width needs ``gate_input``.
+        recompute: save inputs only, and run the forward again in backward: less memory, more time.
+        device, dtype: of the parameters; float64, float32, bfloat16 or float16.
+
+    Experts of equal spec that follow each other are one block: ``blocks.{j}.layers.{i}.weight (E_j, H_out, H_in)``,
+    ``.bias (E_j, H_out)``. The gates end in one ``gate.weight (G, K)`` and ``gate.bias (G,)``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        topology: Topology,
+        *,
+        experts: MLPSpec | Sequence[MLPSpec],
+        gate: GateSpec,
+        gate_features: int | None = None,
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _splits: Collection[int] = (),
+    ) -> None:
+        super().__init__()
+        self.in_features = check_count("in_features", in_features)
+        if not isinstance(topology, Topology):
+            raise TypeError(f"topology: expected a Topology, got {topology!r} ({type(topology).__name__})")
+        if not isinstance(gate, GateSpec):
+            raise TypeError(f"gate: expected a GateSpec, got {gate!r} ({type(gate).__name__})")
+        self.gate_features = in_features if gate_features is None else check_count("gate_features", gate_features)
+        check_dtype("dtype", dtype)
+        self.topology, self.gate_spec, self.recompute = topology, gate, recompute
+        self.expert_specs = _expert_specs(topology, experts)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        # ``_splits``: experts that must begin a block although their spec equals that of the one before (see ``pack``).
+        starts = [
+            e for e, spec in enumerate(self.expert_specs) if e == 0 or e in _splits or spec != self.expert_specs[e - 1]
+        ]
+        ranges = list(zip(starts, [*starts[1:], topology.num_experts], strict=True))
+        self.blocks = nn.ModuleList(
+            ExpertBlock((start, stop), in_features, self.expert_specs[start].layers, **where) for start, stop in ranges
+        )
+        assert topology.mixture_offset is not None
+        self.gate = Gate(
+            len(topology.gated_mixtures),
+            self.gate_features,
+            topology.num_logits,
+            gate.layers,
+            bias=gate.bias,
+            logits_norm=gate.logits_norm is not None,
+            offsets=sum(map(sum, topology.mixture_offset)),
+            **where,
+        )
+        self._plan = LevelPlan.build(
+            topology, [(start, stop, self.expert_specs[start]) for start, stop in ranges], gate
+        )
+        self._drops = any(any(spec.dropout) for spec in self.expert_specs) or any(gate.dropout)
+
+    @property
+    def out_features(self) -> int:
+        """Output width ``H``."""
+        return self.expert_specs[0].units[-1]
+
+    def reset_parameters(self) -> None:
+        """Initialise everything anew: experts and gates within the bounds of ``nn.Linear``, norms and slopes as new."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
+
+    def _stacked_layers(self) -> list[StackedLayer]:
+        """Every layer in the order of the plan."""
+        layers = [layer for block in self.blocks for layer in block.layers]  # type: ignore[union-attr]  # ExpertBlock
+        return [*layers, *self.gate.layers]
+
+    def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
+        return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()
+
+    def _state(self, batch: int) -> LevelState:
+        """What one call on ``batch`` rows reads besides parameters; draws the dropout seed."""
+        seed = None
+        if self._drops and self.training and not torch.compiler.is_compiling():
+            seed = int(torch.randint(2**31 - 1, ()))
+        layers = tuple(layer.state(batch) for layer in self._stacked_layers())
+        return LevelState(layers, norm_state(self.gate.norm, batch), seed)
+
+    @overload
+    def forward(self, x: Input, gate_input: Input | None = None, *, return_gates: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Input, gate_input: Input | None = None, *, return_gates: Literal[True]
+    ) -> tuple[Tensor, list[Tensor]]: ...
+    def forward(
+        self, x: Input, gate_input: Input | None = None, *, return_gates: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Run the level.
+
+        Args:
+            x: ``(B, D)`` for all slots, ``(B, S, D)``, or a list of S tensors ``(B, D)``.
+            gate_input: what the gates read, in the same forms and with its own width; default ``x``.
+            return_gates: also return the weights of every mixture, ``(B, |A(o)|)`` float32, differentiable.
+
+        Returns:
+            ``(B, O, H)``, and the list of weights on request.
+
+        Raises:
+            TypeError, ValueError: an input does not fit, or batch norm in train mode got one row.
+        """
+        layers, gate = self._tensors()
+        y, gates = extraction_level(
+            x,
+            gate_input,
+            self._plan,
+            layers,
+            gate,
+            self._state,
+            in_features=self.in_features,
+            gate_features=self.gate_features,
+            return_gates=return_gates,
+            recompute=self.recompute,
+        )
+        if gates is None:
+            return y
+        return y, gates
+
+    def extra_repr(self) -> str:
+        t = self.topology
+        parts = [f"in_features={self.in_features}", f"slots={t.num_slots}", f"experts={t.num_experts}"]
+        parts.append(f"mixtures={t.num_mixtures}")
+        if self.gate_features != self.in_features:
+            parts.append(f"gate_features={self.gate_features}")
+        if self.recompute:
+            parts.append("recompute=True")
+        return ", ".join(parts)

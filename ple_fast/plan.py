@@ -1,0 +1,186 @@
+"""What a backend needs to know of a level besides its tensors: derived once per module, without tensors itself.
+
+The differentiable tensors of a level are one flat tuple (``flatten``): five per layer of every block, then five per
+hidden layer of the gates, then the five of the gates' end. An absent tensor is None and keeps its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .specs import GateSpec, LayerSpec, MLPSpec
+from .topology import Topology
+
+
+class LayerTensors(NamedTuple):
+    """Differentiable tensors of one layer of ``n`` stacked MLPs."""
+
+    weight: Tensor
+    """``(n, H_out, H_in)``."""
+    bias: Tensor | None
+    """``(n, H_out)``."""
+    norm_weight: Tensor | None
+    """``(n * H_out,)`` for batch norm, ``(n, H_out)`` for layer norm."""
+    norm_bias: Tensor | None
+    slope: Tensor | None
+    """prelu: ``(n,)``; dice: ``(n, H_out)``."""
+
+
+class GateTensors(NamedTuple):
+    """Differentiable tensors that end the gates of a level."""
+
+    weight: Tensor | None
+    """``(G, K)``; None where every mixture is static."""
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    offset: Tensor | None
+    """One learned scalar per marked weight, in the order of the mixtures."""
+
+
+WIDTH = len(LayerTensors._fields)
+
+
+class NormState(NamedTuple):
+    """A norm's settings and buffers at one call, read from the module that owns them."""
+
+    kind: str
+    eps: float
+    batch: bool = False
+    """Batch norm: normalise by the statistics of this batch."""
+    factor: float = 0.0
+    """Weight of this batch in the running statistics."""
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    module: nn.Module | None = None
+    """A norm that somebody put in the place of ours (synchronised over ranks, say): it is called as it is."""
+
+
+class LayerState(NamedTuple):
+    """What one layer reads at one call besides its differentiable tensors."""
+
+    norm: NormState | None
+    dice: NormState | None
+    dropout: float
+    """Probability, 0 outside training."""
+
+
+class LevelState(NamedTuple):
+    """The states of all layers, in the order of ``flatten``, and what the level draws at one call."""
+
+    layers: tuple[LayerState, ...]
+    gate_norm: NormState | None
+    seed: int | None
+    """Seed of the dropout masks; None where nothing is dropped."""
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether any norm reads statistics of the whole batch."""
+        return any(n is not None and n.batch for n in self.norms())
+
+    @property
+    def has_foreign_norm(self) -> bool:
+        """Whether any norm is not ours."""
+        return any(n is not None and n.module is not None for n in self.norms())
+
+    def norms(self) -> Iterator[NormState | None]:
+        """Every norm, in order."""
+        for layer in self.layers:
+            yield layer.norm
+            yield layer.dice
+        yield self.gate_norm
+
+
+class MLPPlan(NamedTuple):
+    """``n`` MLPs of equal make-up, stacked."""
+
+    layers: tuple[LayerSpec, ...]
+    slots: tuple[int, ...]
+    """Slot that each of them reads."""
+    start: int
+    """Number of the first: expert of the level, or row among its gated mixtures."""
+    position: int
+    """Number of the first layer among all layers of the level."""
+
+
+@dataclass(frozen=True, eq=False)
+class LevelPlan:
+    """A level without its tensors."""
+
+    topology: Topology
+    blocks: tuple[MLPPlan, ...]
+    gate: MLPPlan
+    """Hidden layers of the gates, one MLP per gated mixture; it may have no layer."""
+    gate_spec: GateSpec
+    num_layers: int = field(init=False)
+    dense_logit: tuple[int, ...] = field(init=False)
+    """Logit column of each entry of the dense ``(O_gated, E)`` weights; ``G`` where the mixture has no such expert."""
+    weight_entry: tuple[int, ...] = field(init=False)
+    """Entry of the dense ``(O, E)`` weights that each of the ``num_weights`` columns stands for."""
+    logit_entry: tuple[int, ...] = field(init=False)
+    """Entry of the dense ``(O_gated, E)`` weights that each of the ``G`` logits stands for."""
+    static_entry: tuple[int, ...] = field(init=False)
+    """Entries of the dense ``(O, E)`` weights that are the constant 1."""
+    offset_entry: tuple[int, ...] = field(init=False)
+    """Entries of the dense ``(O, E)`` weights that a learned scalar is added to."""
+    is_dense: bool = field(init=False)
+    """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        t = self.topology
+        assert t.mixture_kind is not None and t.mixture_offset is not None
+        experts, gated = t.num_experts, t.gated_mixtures
+        row = {o: i for i, o in enumerate(gated)}
+        dense_logit = [t.num_logits] * (len(gated) * experts)
+        logit_entry, weight_entry, static_entry, offset_entry = [], [], [], []
+        for o, mixed in enumerate(t.mixture_experts):
+            for i, e in enumerate(mixed):
+                weight_entry.append(o * experts + e)
+                if t.mixture_kind[o] == "softmax":
+                    dense_logit[row[o] * experts + e] = t.logit_offset[o] + i
+                    logit_entry.append(row[o] * experts + e)
+                else:
+                    static_entry.append(o * experts + e)
+                if t.mixture_offset[o][i]:
+                    offset_entry.append(o * experts + e)
+        put("num_layers", sum(len(block.layers) for block in self.blocks) + len(self.gate.layers))
+        put("dense_logit", tuple(dense_logit))
+        put("weight_entry", tuple(weight_entry))
+        put("logit_entry", tuple(logit_entry))
+        put("static_entry", tuple(static_entry))
+        put("offset_entry", tuple(offset_entry))
+        put("is_dense", t.num_logits == t.num_mixtures * experts and dense_logit == list(range(t.num_logits)))
+
+    @classmethod
+    def build(cls, topology: Topology, blocks: Sequence[tuple[int, int, MLPSpec]], gate: GateSpec) -> LevelPlan:
+        """Plan of a level whose experts ``start`` to ``stop`` (exclusive) share a spec, per block."""
+        plans, position = [], 0
+        for start, stop, spec in blocks:
+            plans.append(MLPPlan(spec.layers, topology.expert_slot[start:stop], start, position))
+            position += len(spec.layers)
+        slots = tuple(topology.mixture_slot[o] for o in topology.gated_mixtures)
+        # Without a gated mixture there is no gate, hidden layers or not.
+        return cls(topology, tuple(plans), MLPPlan(gate.layers if slots else (), slots, 0, position), gate)
+
+    def mlps(self) -> Iterator[MLPPlan]:
+        """Blocks, then gates."""
+        yield from self.blocks
+        yield self.gate
+
+
+def flatten(layers: Sequence[LayerTensors], gate: GateTensors) -> tuple[Tensor | None, ...]:
+    """The flat tuple of a level's differentiable tensors."""
+    return tuple(tensor for row in (*layers, gate) for tensor in row)
+
+
+def unflatten(flat: Sequence[Tensor | None]) -> tuple[list[LayerTensors], GateTensors]:
+    """Layers and gate ends of what ``flatten`` made."""
+    rows = [flat[i : i + WIDTH] for i in range(0, len(flat), WIDTH)]
+    return [LayerTensors(*row) for row in rows[:-1]], GateTensors(*rows[-1])  # type: ignore[arg-type]  # None only where allowed

@@ -1,0 +1,161 @@
+"""A level in differentiable PyTorch operators, vectorised over experts: the same numbers as ``level.py``.
+
+For what a hand-written backward cannot serve: derivatives of derivatives, batched gradients, function transforms,
+compilation and export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
+from ..specs import LayerSpec
+from . import gate_combine as gates
+from .dropout import mask
+from .slots import Slots
+
+
+def level(
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    state: LevelState,
+    x: Slots,
+    gate_x: Slots,
+    *,
+    moves_statistics: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``y (B, O, H)`` and the listed weights ``(B, num_weights)``.
+
+    ``moves_statistics=False`` repeats a forward: batch statistics are taken, running ones stay.
+    """
+    parts = []
+    for block in plan.blocks:
+        parts.append(_mlp(block, layers, state, x, moves_statistics))
+    h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
+    weights = gates.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
+    return gates.combine(weights, h), gates.listed_weights(plan, weights)
+
+
+def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Member ``m`` reads slot ``slots[m]``: weight ``(n, H, D)``, bias ``(n, H)`` to ``(B, n, H)``."""
+    parts = []
+    for slot, first, last in x.groups(slots):
+        count, units, width = last - first, weight.shape[1], weight.shape[2]
+        part_bias = None if bias is None else bias[first:last].reshape(count * units)
+        part = F.linear(x.at(slot), weight[first:last].reshape(count * units, width), part_bias)
+        parts.append(part.view(x.batch, count, units))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def stacked_linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Member ``m`` reads ``a[:, m]``: ``(B, n, K)``, weight ``(n, H, K)``, bias ``(n, H)`` to ``(B, n, H)``."""
+    z = torch.bmm(a.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return z if bias is None else z + bias
+
+
+def _mlp(plan: MLPPlan, layers: Sequence[LayerTensors], state: LevelState, x: Slots, moves_statistics: bool) -> Tensor:
+    a: Tensor | None = None
+    for i, spec in enumerate(plan.layers, start=plan.position):
+        tensor = layers[i]
+        if a is None:
+            z = grouped_linear(x, plan.slots, tensor.weight, tensor.bias)
+        else:
+            z = stacked_linear(a, tensor.weight, tensor.bias)
+        a = _after_linear(z, spec, tensor, state.layers[i], state.seed, i, moves_statistics)
+    assert a is not None
+    return a
+
+
+def _gated(
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    state: LevelState,
+    gate_x: Slots,
+    moves_statistics: bool,
+) -> Tensor:
+    topology = plan.topology
+    assert gate.weight is not None
+    hidden = _mlp(plan.gate, layers, state, gate_x, moves_statistics) if plan.gate.layers else None
+    parts = []
+    for row, o in enumerate(topology.gated_mixtures):
+        first = topology.logit_offset[o]
+        rows = slice(first, first + len(topology.mixture_experts[o]))
+        a = gate_x.at(plan.gate.slots[row]) if hidden is None else hidden[:, row]
+        parts.append(F.linear(a, gate.weight[rows], None if gate.bias is None else gate.bias[rows]))
+    logits = torch.cat(parts, dim=1)
+    if state.gate_norm is not None:
+        logits = _batch_norm(logits, gate.norm_weight, gate.norm_bias, state.gate_norm, moves_statistics)
+    if plan.gate_spec.temperature != 1.0:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
+    return gates.gate_softmax(plan, logits)
+
+
+def _after_linear(
+    z: Tensor,
+    spec: LayerSpec,
+    tensor: LayerTensors,
+    state: LayerState,
+    seed: int | None,
+    position: int,
+    moves_statistics: bool,
+) -> Tensor:
+    if spec.norm_position == "before":
+        z = _norm(z, tensor, state, moves_statistics)
+    if state.dice is not None:
+        assert tensor.slope is not None
+        p = torch.sigmoid(_batch_norm(z.flatten(1), None, None, state.dice, moves_statistics).view(z.shape))
+        z = z * (tensor.slope + p * (1 - tensor.slope))
+    else:
+        z = activate(z, spec, tensor.slope)
+    if spec.norm_position == "after":
+        z = _norm(z, tensor, state, moves_statistics)
+    if state.dropout:
+        # Without a seed the program is being traced, and PyTorch's own generator is what it can trace.
+        z = F.dropout(z, state.dropout) if seed is None else z * mask(seed, position, 0, z, state.dropout)
+    return z
+
+
+def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
+    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's, ``(n,)``."""
+    name, value = spec.activation
+    if name == "prelu":
+        assert slope is not None
+        return torch.where(z > 0, z, z * slope.view(-1, 1))
+    if name == "leaky_relu":
+        return F.leaky_relu(z, value)
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
+    functions = {"identity": lambda t: t, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    result: Tensor = functions[name](z)
+    return result
+
+
+def _norm(z: Tensor, tensor: LayerTensors, state: LayerState, moves_statistics: bool) -> Tensor:
+    norm = state.norm
+    if norm is None:
+        return z
+    if norm.kind == "batch":
+        return _batch_norm(z.flatten(1), tensor.norm_weight, tensor.norm_bias, norm, moves_statistics).view(z.shape)
+    assert tensor.norm_weight is not None and tensor.norm_bias is not None
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    out = F.layer_norm(wide, [z.shape[-1]], eps=norm.eps)
+    return torch.addcmul(tensor.norm_bias.to(out.dtype), out, tensor.norm_weight.to(out.dtype)).to(z.dtype)
+
+
+def _batch_norm(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState, moves_statistics: bool
+) -> Tensor:
+    if norm.module is not None:
+        out: Tensor = norm.module(z)
+        return out
+    mean, var = norm.running_mean, norm.running_var
+    if norm.batch and not (moves_statistics and norm.factor > 0.0):
+        mean = var = None
+    return F.batch_norm(z, mean, var, weight, bias, norm.batch, norm.factor, norm.eps)

@@ -1,0 +1,101 @@
+"""Gate weights out of logits, and the mixtures: ``y_o = sum_e P_oe h_e`` with dense weights ``P``, ``(rows, O, E)``.
+
+An expert that a mixture does not weigh has weight 0 there: one softmax and one batched product then serve a ragged
+wiring as they serve a dense one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..plan import LevelPlan
+
+
+@lru_cache(maxsize=4096)
+def _cached_index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.tensor(entries, dtype=torch.int64, device=device)
+
+
+def _index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+    """The entries as a tensor. While tracing or under a transform it is fresh: theirs must not outlive them."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.tensor(entries, dtype=torch.int64, device=device)
+    return _cached_index(entries, device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
+    """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied."""
+    logits = logits.to(_wide(logits.dtype))
+    experts = plan.topology.num_experts
+    if not plan.is_dense:
+        padded = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+        logits = padded.index_select(1, _index(plan.dense_logit, logits.device))
+    return torch.softmax(logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts), dim=2)
+
+
+def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the logits ``(rows, G)`` in ``dtype`` from that of the dense gated weights."""
+    dense = torch._softmax_backward_data(d, weights, 2, weights.dtype).flatten(1)
+    if not plan.is_dense:
+        dense = dense.index_select(1, _index(plan.logit_entry, dense.device))
+    return dense.to(dtype)
+
+
+def mixture_weights(plan: LevelPlan, gated: Tensor | None, offset: Tensor | None, rows: int, like: Tensor) -> Tensor:
+    """All weights, dense ``(rows, O, E)``: the softmax, the constant ones, the learned scalars."""
+    topology = plan.topology
+    if gated is not None and not plan.static_entry:
+        weights = gated
+    else:
+        constants = torch.zeros(
+            topology.num_mixtures * topology.num_experts, dtype=_wide(like.dtype), device=like.device
+        )
+        if plan.static_entry:
+            constants[_index(plan.static_entry, like.device)] = 1.0
+        weights = constants.view(1, topology.num_mixtures, topology.num_experts).repeat(rows, 1, 1)
+        if gated is not None:
+            weights = weights.index_copy(1, _index(topology.gated_mixtures, like.device), gated)
+    if offset is not None:
+        added = torch.zeros(topology.num_mixtures * topology.num_experts, dtype=weights.dtype, device=weights.device)
+        added = added.index_copy(0, _index(plan.offset_entry, weights.device), offset.to(weights.dtype))
+        weights = weights + added.view(1, topology.num_mixtures, topology.num_experts)
+    return weights
+
+
+def gated_part(plan: LevelPlan, d: Tensor) -> Tensor:
+    """The gated mixtures' part of a dense ``(rows, O, E)``."""
+    if not plan.static_entry:
+        return d
+    return d.index_select(1, _index(plan.topology.gated_mixtures, d.device))
+
+
+def offset_grad(plan: LevelPlan, d: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the learned scalars from that of the dense weights."""
+    return d.sum(0).flatten().index_select(0, _index(plan.offset_entry, d.device)).to(dtype)
+
+
+def listed_weights(plan: LevelPlan, weights: Tensor) -> Tensor:
+    """The weights as users see them: ``(rows, num_weights)``, mixture after mixture, each in its own order."""
+    return weights.flatten(1).index_select(1, _index(plan.weight_entry, weights.device))
+
+
+def listed_weights_backward(plan: LevelPlan, d: Tensor) -> Tensor:
+    """Dense gradient ``(rows, O, E)`` of ``listed_weights``."""
+    topology = plan.topology
+    size = topology.num_mixtures * topology.num_experts
+    dense = torch.zeros((d.shape[0], size), dtype=d.dtype, device=d.device)
+    dense = dense.index_copy(1, _index(plan.weight_entry, d.device), d)
+    return dense.view(d.shape[0], topology.num_mixtures, topology.num_experts)
+
+
+def combine(weights: Tensor, h: Tensor) -> Tensor:
+    """``(rows, O, E)`` and ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
+    return torch.bmm(weights, h.to(weights.dtype)).to(h.dtype)

@@ -1,0 +1,415 @@
+"""A whole extraction network, forward and backward by hand, in blocks of rows that stay in cache.
+
+``level_forward`` and ``level_backward`` see plain tensors; autograd is not involved. Between them lies a flat tuple of
+tensors, so that autograd can guard it, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
+from . import gate_combine as gates
+from . import grouped_linear as linear
+from .dropout import MASK_ROWS
+from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, mlp_backward, mlp_forward, needs_of
+from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
+from .slots import SlotGrads, Slots
+
+BLOCK_BYTES = 8 << 20
+"""Activations of a row block take about this much."""
+
+
+class LevelInput(NamedTuple):
+    """Everything a level computes from."""
+
+    plan: LevelPlan
+    layers: Sequence[LayerTensors]
+    gate: GateTensors
+    state: LevelState
+    x: Slots
+    gate_x: Slots
+
+
+class LevelNeeds(NamedTuple):
+    """Which gradients backward will be asked for."""
+
+    mlps: list[list[LayerNeeds]]
+    """Per block of experts, then the gates' hidden layers."""
+    gate: GateTensors
+    """A bool in the place of each tensor."""
+    x: Sequence[bool]
+    gate_x: Sequence[bool]
+    logits: bool
+    """The gradient must reach the logits."""
+
+    @property
+    def weights(self) -> bool:
+        """The gradient must reach the mixtures' weights."""
+        return self.logits or bool(self.gate.offset)
+
+    @property
+    def experts(self) -> bool:
+        """The gradient must reach the experts' outputs."""
+        return any(needs[-1].output for needs in self.mlps[:-1])
+
+
+class BlockKept(NamedTuple):
+    """What backward needs of one block of rows."""
+
+    mlps: list[list[LayerKept]]
+    h: Tensor | None
+    """Outputs of all experts."""
+    gated: Tensor | None
+    """Softmax of the gated mixtures."""
+    weights: Tensor | None
+    """All mixtures' dense weights."""
+    hidden: Tensor | None
+    """Output of the gates' hidden layers."""
+    logits: Tensor | None
+    """Input of the norm of the logits."""
+    mean: Tensor | None
+    var: Tensor | None
+
+
+def level_needs(inputs: LevelInput, x: Sequence[bool], gate_x: Sequence[bool], tensors: Sequence[bool]) -> LevelNeeds:
+    """Needs from those of the input tensors, the gate inputs and the flat tuple of the level's tensors."""
+    plan = inputs.plan
+    rows = [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
+    mlps, source = [], (inputs.x, x)
+    for mlp in plan.mlps():
+        if mlp is plan.gate:
+            source = (inputs.gate_x, gate_x)
+        slots, needed = source
+        wanted = any(needed[slots.places[slot].tensor] for slot in mlp.slots)
+        mlps.append(needs_of(len(mlp.layers), rows[mlp.position : mlp.position + len(mlp.layers)], wanted))
+    gate = GateTensors(*rows[-1])  # type: ignore[arg-type]  # bools in the place of tensors
+    below = (
+        mlps[-1][-1].output if mlps[-1] else any(gate_x[inputs.gate_x.places[slot].tensor] for slot in plan.gate.slots)
+    )
+    return LevelNeeds(mlps, gate, x, gate_x, below or any(rows[-1][:4]))
+
+
+def no_needs(inputs: LevelInput) -> LevelNeeds:
+    """Needs of a forward pass that no backward follows."""
+    return level_needs(
+        inputs,
+        [False] * len(inputs.x.tensors),
+        [False] * len(inputs.gate_x.tensors),
+        [False] * (5 * (inputs.plan.num_layers + 1)),
+    )
+
+
+def row_blocks(inputs: LevelInput) -> list[slice]:
+    """Blocks of rows; the whole batch where statistics, or sums in low precision, run over all of it."""
+    batch = inputs.x.batch
+    if inputs.state.uses_batch or inputs.layers[0].weight.dtype not in (torch.float32, torch.float64):
+        return [slice(0, batch)]
+    width = sum(spec.units * len(mlp.slots) for mlp in inputs.plan.mlps() for spec in mlp.layers)
+    size = BLOCK_BYTES // (width * inputs.layers[0].weight.element_size())
+    size = max(MASK_ROWS, size // MASK_ROWS * MASK_ROWS)
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def _gate_groups(plan: LevelPlan, slots: Slots) -> list[tuple[int, int, int]]:
+    """Rows of the gates' last weight by the slot that they read, where gates have no hidden layer."""
+    topology = plan.topology
+    groups = []
+    for slot, first, last in slots.groups(plan.gate.slots):
+        start, end = topology.gated_mixtures[first], topology.gated_mixtures[last - 1]
+        stop = topology.logit_offset[end] + len(topology.mixture_experts[end])
+        groups.append((slot, topology.logit_offset[start], stop))
+    return groups
+
+
+def _mixture_rows(plan: LevelPlan) -> list[tuple[int, int, int]]:
+    """Rows of the gates' last weight by gated mixture."""
+    topology = plan.topology
+    starts = [topology.logit_offset[o] for o in topology.gated_mixtures]
+    return [
+        (i, start, stop) for i, (start, stop) in enumerate(zip(starts, [*starts[1:], topology.num_logits], strict=True))
+    ]
+
+
+def _layers(inputs: LevelInput, mlp: MLPPlan) -> slice:
+    return slice(mlp.position, mlp.position + len(mlp.layers))
+
+
+class Run:
+    """One forward or backward pass of a level: what all its row blocks share."""
+
+    def __init__(self, inputs: LevelInput, needs: LevelNeeds) -> None:
+        self.inputs, self.needs = inputs, needs
+        plan = inputs.plan
+        self.groups = [inputs.x.groups(mlp.slots) for mlp in plan.blocks]
+        self.groups.append(inputs.gate_x.groups(plan.gate.slots))
+        self.gate_groups = [] if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, inputs.gate_x)
+
+    def forward(self, rows: slice, *, again: bool = False) -> tuple[Tensor, Tensor, BlockKept]:
+        """``y (rows, O, H)``, dense weights ``(rows, O, E)``, and what backward needs of these rows.
+
+        ``again``: this forward repeats another, and running statistics stay.
+        """
+        inputs, needs = self.inputs, self.needs
+        plan, topology, state = inputs.plan, inputs.plan.topology, inputs.state
+        states = _still(state) if again else state
+        mlps, h = [], None
+        if len(plan.blocks) > 1:
+            weight = inputs.layers[0].weight
+            units = plan.blocks[0].layers[-1].units
+            shape = (rows.stop - rows.start, topology.num_experts, units)
+            h = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        for block, groups, need in zip(plan.blocks, self.groups, needs.mlps, strict=False):
+            part = _layers(inputs, block)
+            out = None if h is None else h[:, block.start : block.start + len(block.slots)]
+            done, kept = mlp_forward(
+                block, inputs.layers[part], states.layers[part], inputs.x, groups, rows, need, state.seed, out
+            )
+            mlps.append(kept)
+            h = done if h is None else h
+        assert h is not None
+        gated, hidden, logits, mean, var, kept = self._gate_forward(rows, states)
+        mlps.append(kept)
+        weights = gates.mixture_weights(plan, gated, inputs.gate.offset, h.shape[0], h)
+        y = gates.combine(weights, h)
+        keep = BlockKept(
+            mlps,
+            h if needs.weights else None,
+            gated if needs.logits else None,
+            weights if needs.experts else None,
+            hidden if needs.logits and needs.gate.weight else None,
+            logits if needs.logits else None,
+            mean if needs.logits else None,
+            var if needs.logits else None,
+        )
+        return y, weights, keep
+
+    def _gate_forward(
+        self, rows: slice, states: LevelState
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[LayerKept]]:
+        inputs, plan = self.inputs, self.inputs.plan
+        gate = inputs.gate
+        if gate.weight is None:
+            return None, None, None, None, None, []
+        hidden: Tensor | None = None
+        kept: list[LayerKept] = []
+        size = rows.stop - rows.start
+        logits = torch.empty((size, gate.weight.shape[0]), dtype=gate.weight.dtype, device=gate.weight.device)
+        if plan.gate.layers:
+            part = _layers(inputs, plan.gate)
+            hidden, kept = mlp_forward(
+                plan.gate, inputs.layers[part], states.layers[part], inputs.gate_x, self.groups[-1], rows,
+                self.needs.mlps[-1], inputs.state.seed,
+            )  # fmt: skip
+            for i, start, stop in _mixture_rows(plan):
+                bias = None if gate.bias is None else gate.bias[start:stop]
+                linear.addmm(bias, hidden[:, i], gate.weight[start:stop], logits[:, start:stop])
+        else:
+            bias = None if gate.bias is None else gate.bias.view(-1, 1)
+            linear.slots_linear_forward(
+                inputs.gate_x, rows, self.gate_groups, gate.weight.unsqueeze(1), bias, logits.unsqueeze(2)
+            )
+        raw, saved = None, BatchNormSaved(None, None)
+        if states.gate_norm is not None:
+            raw = logits.unsqueeze(1)
+            normed, saved = batch_norm_forward(raw, gate.norm_weight, gate.norm_bias, states.gate_norm)
+            logits = normed.squeeze(1)
+        if plan.gate_spec.temperature != 1.0:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
+        return gates.gate_softmax(plan, logits), hidden, raw, saved.mean, saved.var, kept
+
+    def backward(
+        self,
+        rows: slice,
+        kept: BlockKept,
+        dy: Tensor | None,
+        dlisted: Tensor | None,
+        grads: list[list[Tensor | None]],
+        dx: SlotGrads,
+        dgate_x: SlotGrads,
+        *,
+        first_block: bool,
+    ) -> None:
+        """Accumulate every gradient of these rows into ``grads`` (per layer, then the gates' end), dx and dgate_x."""
+        inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
+        dweights = None
+        if needs.weights:
+            if dy is not None:
+                assert kept.h is not None
+                wide = torch.promote_types(dy.dtype, torch.float32)
+                dweights = torch.bmm(dy[rows].to(wide), kept.h.to(wide).transpose(1, 2))
+            if dlisted is not None:
+                listed = gates.listed_weights_backward(plan, dlisted[rows])
+                dweights = listed if dweights is None else dweights.add_(listed)
+        if dy is not None and needs.experts:
+            assert kept.weights is not None
+            dh = torch.bmm(kept.weights.transpose(1, 2), dy[rows].to(kept.weights.dtype)).to(dy.dtype)
+            for block, groups, need, keep in zip(plan.blocks, self.groups, needs.mlps, kept.mlps, strict=False):
+                part = _layers(inputs, block)
+                d = dh
+                if len(plan.blocks) > 1:
+                    d = dh[:, block.start : block.start + len(block.slots)].contiguous()
+                mlp_backward(
+                    block, inputs.layers[part], inputs.state.layers[part], inputs.x, groups, rows, need,
+                    inputs.state.seed, keep, d, grads[part], dx, first_block=first_block,
+                )  # fmt: skip
+        if dweights is None:
+            return
+        if needs.gate.offset:
+            assert inputs.gate.offset is not None
+            doffset = gates.offset_grad(plan, dweights, inputs.gate.offset.dtype)
+            before = grads[-1][4]
+            grads[-1][4] = doffset if before is None else before.add_(doffset)
+        if needs.logits:
+            assert kept.gated is not None
+            dlogits = gates.gate_softmax_backward(
+                plan, gates.gated_part(plan, dweights), kept.gated, inputs.gate_x.tensors[0].dtype
+            )
+            self._gate_backward(rows, kept, dlogits, grads, dgate_x, first_block=first_block)
+
+    def _gate_backward(
+        self,
+        rows: slice,
+        kept: BlockKept,
+        d: Tensor,
+        grads: list[list[Tensor | None]],
+        dgate_x: SlotGrads,
+        *,
+        first_block: bool,
+    ) -> None:
+        inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
+        gate, own = inputs.gate, grads[-1]
+        assert gate.weight is not None
+        if plan.gate_spec.temperature != 1.0:
+            d = d / plan.gate_spec.temperature
+        if inputs.state.gate_norm is not None:
+            assert kept.logits is not None
+            normed, dw, db = batch_norm_backward(
+                d.unsqueeze(1), kept.logits, gate.norm_weight, inputs.state.gate_norm,
+                BatchNormSaved(kept.mean, kept.var), affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
+            )  # fmt: skip
+            d = normed.squeeze(1)
+            for index, value in ((2, dw), (3, db)):
+                if value is not None:
+                    before = own[index]
+                    own[index] = value if before is None else before.add_(value)
+        if first_block:
+            own[0] = torch.empty_like(gate.weight) if needs.gate.weight else None
+            own[1] = torch.empty_like(gate.bias) if gate.bias is not None and needs.gate.bias else None
+        if not plan.gate.layers:
+            dweight = None if own[0] is None else own[0].unsqueeze(1)
+            linear.slots_linear_backward(
+                inputs.gate_x, rows, self.gate_groups, d.unsqueeze(2), gate.weight.unsqueeze(1), dweight,
+                own[1], dgate_x, first_block=first_block,
+            )  # fmt: skip
+            return
+        if own[1] is not None:
+            linear.add_rows(own[1], d, first_block=first_block)
+        below = needs.mlps[-1][-1].output
+        width = gate.weight.shape[1]
+        dhidden = torch.empty((d.shape[0], len(plan.gate.slots), width), dtype=d.dtype, device=d.device)
+        for i, start, stop in _mixture_rows(plan):
+            if own[0] is not None:
+                assert kept.hidden is not None
+                if first_block:
+                    torch.mm(d[:, start:stop].t(), kept.hidden[:, i], out=own[0][start:stop])
+                else:
+                    own[0][start:stop].addmm_(d[:, start:stop].t(), kept.hidden[:, i])
+            if below:
+                torch.mm(d[:, start:stop], gate.weight[start:stop], out=dhidden[:, i])
+        if below:
+            part = _layers(inputs, plan.gate)
+            mlp_backward(
+                plan.gate, inputs.layers[part], inputs.state.layers[part], inputs.gate_x, self.groups[-1], rows,
+                needs.mlps[-1], inputs.state.seed, kept.mlps[-1], dhidden, grads[part], dgate_x,
+                first_block=first_block,
+            )  # fmt: skip
+
+
+def _still(state: LevelState) -> LevelState:
+    """The state of a forward that is run again: batch statistics are taken, running ones stay."""
+
+    def norm(n: NormState | None) -> NormState | None:
+        return n._replace(factor=0.0, running_mean=None, running_var=None) if n is not None and n.batch else n
+
+    layers = tuple(s._replace(norm=norm(s.norm), dice=norm(s.dice)) for s in state.layers)
+    return state._replace(layers=layers, gate_norm=norm(state.gate_norm))
+
+
+def level_forward(
+    inputs: LevelInput, needs: LevelNeeds | None, *, listed: bool
+) -> tuple[Tensor, Tensor | None, list[BlockKept]]:
+    """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward needs.
+
+    Without ``needs`` nothing is kept.
+    """
+    run = Run(inputs, no_needs(inputs) if needs is None else needs)
+    blocks = row_blocks(inputs)
+    plan = inputs.plan
+    weight = inputs.layers[0].weight
+    units = plan.blocks[0].layers[-1].units
+    y = all_weights = None
+    if len(blocks) > 1:
+        y = torch.empty((inputs.x.batch, plan.topology.num_mixtures, units), dtype=weight.dtype, device=weight.device)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if listed:
+            all_weights = torch.empty((inputs.x.batch, plan.topology.num_weights), dtype=wide, device=weight.device)
+    kept = []
+    for rows in blocks:
+        part, weights, keep = run.forward(rows)
+        if needs is not None:
+            kept.append(keep)
+        if listed:
+            shown = gates.listed_weights(plan, weights)
+            if all_weights is None:
+                all_weights = shown
+            else:
+                all_weights[rows] = shown
+        if y is None:
+            y = part
+        else:
+            y[rows] = part
+    assert y is not None
+    return y, all_weights, kept
+
+
+def level_backward(
+    inputs: LevelInput, needs: LevelNeeds, kept: list[BlockKept], dy: Tensor | None, dlisted: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
+    run = Run(inputs, needs)
+    blocks = row_blocks(inputs)
+    grads: list[list[Tensor | None]] = [[None] * 5 for _ in range(inputs.plan.num_layers + 1)]
+    dx = SlotGrads(inputs.x, needs.x)
+    dgate_x = dx if inputs.gate_x is inputs.x else SlotGrads(inputs.gate_x, needs.gate_x)
+    for i, rows in enumerate(blocks):
+        keep = kept[i] if kept else run.forward(rows, again=True)[2]
+        run.backward(rows, keep, dy, dlisted, grads, dx, dgate_x, first_block=i == 0)
+    dgate = [] if dgate_x is dx else dgate_x.finish(blocks)
+    return dx.finish(blocks), dgate, [grad for row in grads for grad in row]
+
+
+def flatten_kept(kept: Sequence[BlockKept]) -> list[Tensor | None]:
+    """The tensors of ``kept``, for ``save_for_backward``."""
+    return [t for block in kept for t in (*(t for mlp in block.mlps for layer in mlp for t in layer), *block[1:])]
+
+
+def unflatten_kept(plan: LevelPlan, flat: Sequence[Tensor | None]) -> list[BlockKept]:
+    """The inverse of ``flatten_kept``."""
+    kept, i = [], 0
+    tail = len(BlockKept._fields) - 1
+    while i < len(flat):
+        mlps = []
+        for mlp in plan.mlps():
+            layers = []
+            for _ in mlp.layers:
+                layers.append(LayerKept(*flat[i : i + KEPT_WIDTH]))
+                i += KEPT_WIDTH
+            mlps.append(layers)
+        kept.append(BlockKept(mlps, *flat[i : i + tail]))
+        i += tail
+    return kept

@@ -1,0 +1,241 @@
+"""Stacked MLPs on a block of rows, forward and backward by hand: a block of experts, or the hidden part of all gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import LayerState, LayerTensors, MLPPlan
+from ..specs import LayerSpec
+from . import grouped_linear as linear
+from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
+from .dropout import mask
+from .norms import (
+    BatchNormSaved,
+    batch_norm_backward,
+    batch_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from .slots import SlotGrads, Slots
+
+
+class LayerNeeds(NamedTuple):
+    """Which gradients backward will be asked for at one layer."""
+
+    tensors: LayerTensors
+    """A bool in the place of each tensor."""
+    below: bool
+    """Of the layer's input."""
+    output: bool
+    """Anything of this layer or below: whether the gradient must come this far at all."""
+
+
+class LayerKept(NamedTuple):
+    """What backward needs of one layer on one block of rows."""
+
+    a: Tensor | None
+    """Input of a later layer (the first one reads the slots)."""
+    act: Tensor | None
+    """Output or input of the activation, as ``from_output`` says; dice: its input."""
+    normed: Tensor | None
+    """Input of the norm."""
+    mean: Tensor | None
+    var: Tensor | None
+    dice_mean: Tensor | None
+    dice_var: Tensor | None
+
+
+KEPT_WIDTH = len(LayerKept._fields)
+NOTHING_KEPT = LayerKept(None, None, None, None, None, None, None)
+
+
+def needs_of(
+    layers: int, tensor_needs: Sequence[Sequence[bool]], input_needed: bool, grad_enabled: bool = True
+) -> list[LayerNeeds]:
+    """Needs of each layer of an MLP, from those of its tensors (rows in the order of ``LayerTensors``)."""
+    needs, below = [], input_needed
+    for i in range(layers):
+        wanted = LayerTensors(*tensor_needs[i])  # type: ignore[arg-type]  # bools in the place of tensors
+        output = grad_enabled and (below or any(tensor_needs[i]))
+        needs.append(LayerNeeds(wanted, below, output))
+        below = output
+    return needs
+
+
+def is_plain(spec: LayerSpec, state: LayerState) -> bool:
+    """Linear and an activation in place, nothing else."""
+    return state.norm is None and not state.dropout and from_output(spec.activation)
+
+
+def mlp_forward(
+    plan: MLPPlan,
+    tensors: Sequence[LayerTensors],
+    states: Sequence[LayerState],
+    slots: Slots,
+    groups: linear.Groups,
+    rows: slice,
+    needs: Sequence[LayerNeeds],
+    seed: int | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, list[LayerKept]]:
+    """Run the layers on ``rows``; returns ``(rows, n, H)`` (``out``, if given) and what backward needs."""
+    kept: list[LayerKept] = []
+    a: Tensor | None = None
+    last = len(plan.layers) - 1
+    count, size = len(plan.slots), rows.stop - rows.start
+    for i, (spec, tensor, state, need) in enumerate(zip(plan.layers, tensors, states, needs, strict=True)):
+        if i == last and out is not None and is_plain(spec, state):
+            z = out
+        else:
+            weight = tensor.weight
+            z = torch.empty((size, count, spec.units), dtype=weight.dtype, device=weight.device)
+        if a is None:
+            linear.slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, z)
+        else:
+            linear.stacked_linear_forward(a, tensor.weight, tensor.bias, z)
+        z, keep = _after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start)
+        if need.output and need.tensors.weight and a is not None:
+            keep = keep._replace(a=a)
+        kept.append(keep)
+        a = z
+    assert a is not None
+    if out is not None and a is not out:
+        out.copy_(a)
+        a = out
+    return a, kept
+
+
+def _after_linear(
+    z: Tensor,
+    spec: LayerSpec,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    seed: int | None,
+    position: int,
+    start: int,
+) -> tuple[Tensor, LayerKept]:
+    """Norm, activation and dropout of one layer; ``z`` may be overwritten."""
+    keep = NOTHING_KEPT
+    if state.norm is not None and spec.norm_position == "before":
+        z, keep = _norm(z, tensor, state, need, keep)
+    if state.dice is not None:
+        assert tensor.slope is not None
+        y, saved = dice_forward(z, tensor.slope, state.dice)
+        if need.output:
+            keep = keep._replace(act=z, dice_mean=saved.mean, dice_var=saved.var)
+        z = y
+    else:
+        by_output = from_output(spec.activation)
+        y = activation_forward(z, spec.activation, tensor.slope, keep_input=need.output and not by_output)
+        if need.output and spec.activation.name != "identity":
+            keep = keep._replace(act=y if by_output else z)
+        z = y
+    if state.norm is not None and spec.norm_position == "after":
+        z, keep = _norm(z, tensor, state, need, keep)
+    if state.dropout:
+        assert seed is not None
+        z = z * mask(seed, position, start, z, state.dropout)
+    return z, keep
+
+
+def _norm(
+    z: Tensor, tensor: LayerTensors, state: LayerState, need: LayerNeeds, keep: LayerKept
+) -> tuple[Tensor, LayerKept]:
+    norm = state.norm
+    assert norm is not None
+    if norm.kind == "batch":
+        y, saved = batch_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm)
+        mean, var = saved
+    else:
+        assert tensor.norm_weight is not None and tensor.norm_bias is not None
+        y, mean, var = layer_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm.eps)
+    if need.output:
+        keep = keep._replace(normed=z, mean=mean, var=var)
+    return y, keep
+
+
+def _norm_backward(
+    d: Tensor, tensor: LayerTensors, state: LayerState, need: LayerNeeds, keep: LayerKept, grads: list[Tensor | None]
+) -> Tensor:
+    norm = state.norm
+    assert norm is not None and keep.normed is not None
+    affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
+    if norm.kind == "batch":
+        saved = BatchNormSaved(keep.mean, keep.var)
+        d, dw, db = batch_norm_backward(d, keep.normed, tensor.norm_weight, norm, saved, affine=affine)
+    else:
+        assert tensor.norm_weight is not None and keep.mean is not None and keep.var is not None
+        d, dw, db = layer_norm_backward(d, keep.normed, tensor.norm_weight, keep.mean, keep.var, affine=affine)
+    _accumulate(grads, 2, dw)
+    _accumulate(grads, 3, db)
+    return d
+
+
+def _accumulate(grads: list[Tensor | None], index: int, value: Tensor | None) -> None:
+    if value is not None:
+        before = grads[index]
+        grads[index] = value if before is None else before.add_(value.view(before.shape))
+
+
+def mlp_backward(
+    plan: MLPPlan,
+    tensors: Sequence[LayerTensors],
+    states: Sequence[LayerState],
+    slots: Slots,
+    groups: linear.Groups,
+    rows: slice,
+    needs: Sequence[LayerNeeds],
+    seed: int | None,
+    kept: Sequence[LayerKept],
+    d: Tensor,
+    grads: Sequence[list[Tensor | None]],
+    dslots: SlotGrads,
+    *,
+    first_block: bool,
+) -> None:
+    """Backward of ``mlp_forward``: ``d``, ``(rows, n, H)``, is overwritten.
+
+    ``grads``: per layer a list in the order of ``LayerTensors``, filled in and accumulated over row blocks.
+    """
+    for i in range(len(plan.layers) - 1, -1, -1):
+        spec, tensor, state, need, keep = plan.layers[i], tensors[i], states[i], needs[i], kept[i]
+        if not need.output:
+            return
+        own = grads[i]
+        if state.dropout:
+            assert seed is not None
+            d = d * mask(seed, plan.position + i, rows.start, d, state.dropout)
+        if state.norm is not None and spec.norm_position == "after":
+            d = _norm_backward(d, tensor, state, need, keep, own)
+        if state.dice is not None:
+            assert keep.act is not None and tensor.slope is not None
+            saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
+            wanted = bool(need.tensors.slope)
+            d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
+            _accumulate(own, 4, ds)
+        elif spec.activation.name != "identity":
+            assert keep.act is not None
+            wanted = bool(need.tensors.slope)
+            ds = activation_backward(d, keep.act, spec.activation, tensor.slope, slope_grad=wanted)
+            _accumulate(own, 4, ds)
+        if state.norm is not None and spec.norm_position == "before":
+            d = _norm_backward(d, tensor, state, need, keep, own)
+        if first_block:
+            own[0] = torch.empty_like(tensor.weight) if need.tensors.weight else None
+            own[1] = torch.empty_like(tensor.bias) if tensor.bias is not None and need.tensors.bias else None
+        if i == 0:
+            linear.slots_linear_backward(
+                slots, rows, groups, d, tensor.weight, own[0], own[1], dslots, first_block=first_block
+            )
+        else:
+            da = linear.stacked_linear_backward(
+                keep.a, d, tensor.weight, own[0], own[1], below=need.below, first_block=first_block
+            )
+            if da is None:
+                return
+            d = da

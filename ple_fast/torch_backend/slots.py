@@ -1,0 +1,151 @@
+"""The input of a level: few tensors, and for every slot where it lies in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """A slot is ``tensors[tensor]``, ``(B, D)``, or ``tensors[tensor][:, column]`` of a ``(B, S, D)``."""
+
+    tensor: int
+    column: int
+
+
+class Slots:
+    """Input tensors, and the place of each slot. Slots with equal places share their input.
+
+    Args:
+        tensors: distinct tensors ``(B, D)`` or ``(B, S, D)``.
+        places: per slot; the column is -1 in a ``(B, D)`` tensor.
+    """
+
+    __slots__ = ("places", "stacked", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], places: tuple[Place, ...]) -> None:
+        self.tensors = tuple(tensors)
+        self.places = places
+        self.stacked = self._stack()
+        """All slots as one ``(B, S, D)`` view, where they lie at even distances in one storage; else None."""
+
+    def _stack(self) -> Tensor | None:
+        first = self.tensors[0]
+        if first.dim() == 3:
+            return first
+        if len(self.tensors) < 2 or len(self.tensors) != len(self.places):
+            return None
+        # Views of one unbind, say. Only a view of memory: gradients still go to each entry.
+        if first._base is None or any(t._base is not first._base or t.stride() != first.stride() for t in self.tensors):
+            return None
+        starts = [t.storage_offset() for t in self.tensors]
+        step = starts[1] - starts[0]
+        if step <= 0 or any(b - a != step for a, b in pairwise(starts)):
+            return None
+        size, stride = first.shape, first.stride()
+        return first.as_strided((size[0], len(starts), size[1]), (stride[0], step, stride[1]))
+
+    @property
+    def batch(self) -> int:
+        return self.tensors[0].shape[0]
+
+    def at(self, slot: int, rows: slice | None = None) -> Tensor:
+        """Slot as ``(B, D)``, or some of its rows."""
+        tensor, column = self.places[slot]
+        x = self.tensors[tensor] if rows is None else self.tensors[tensor][rows]
+        return x if column < 0 else x.select(1, column)
+
+    def groups(self, slots: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Runs of readers of the same input: ``(slot, first reader, last reader + 1)`` each."""
+        runs: list[tuple[int, int, int]] = []
+        for reader, slot in enumerate(slots):
+            if runs and self.places[runs[-1][0]] == self.places[slot]:
+                runs[-1] = (runs[-1][0], runs[-1][1], reader + 1)
+            else:
+                runs.append((slot, reader, reader + 1))
+        return runs
+
+    def even_stack(self, groups: Sequence[tuple[int, int, int]], rows: slice) -> Tensor | None:
+        """``(S, rows, D)`` view for a batched product, if the groups are all slots, in order and of one size."""
+        stacked = self.stacked
+        if stacked is None or len(groups) < 2 or len(groups) != stacked.shape[1]:
+            return None
+        size = groups[0][2] - groups[0][1]
+        for s, (slot, start, stop) in enumerate(groups):
+            if slot != s or stop - start != size:
+                return None
+        return stacked[rows].transpose(0, 1)
+
+
+class SlotGrads:
+    """Gradients of the tensors of a ``Slots``, written once per slot and accumulated after that.
+
+    ``needed``: per tensor whether it is wanted. Memory is laid out ``(B, S, D)`` where the slots are evenly stacked.
+    """
+
+    __slots__ = ("_stacked", "_written", "grads", "needed", "slots")
+
+    def __init__(self, slots: Slots, needed: Sequence[bool]) -> None:
+        self.slots, self.needed = slots, tuple(needed)
+        self._stacked: Tensor | None = None
+        self.grads: list[Tensor | None] = [None] * len(slots.tensors)
+        if slots.stacked is not None and all(self.needed):
+            self._stacked = torch.empty(slots.stacked.shape, dtype=slots.stacked.dtype, device=slots.stacked.device)
+            whole = slots.tensors[0].dim() == 3
+            self.grads = [self._stacked] if whole else list(self._stacked.unbind(1))
+        else:
+            for i, (tensor, wanted) in enumerate(zip(slots.tensors, self.needed, strict=True)):
+                if wanted:
+                    self.grads[i] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self._written: set[tuple[Place, int]] = set()
+
+    def wants(self, slot: int) -> bool:
+        return self.needed[self.slots.places[slot].tensor]
+
+    def add(self, slot: int, rows: slice, d: Tensor, weight: Tensor) -> None:
+        """Gradient of ``slot`` += ``d @ weight``: ``(rows, N) @ (N, D)``."""
+        place = self.slots.places[slot]
+        target = self._rows_of(place, rows)
+        if (place, rows.start) in self._written:
+            target.addmm_(d, weight)
+        else:
+            self._written.add((place, rows.start))
+            torch.mm(d, weight, out=target)
+
+    def add_even(self, rows: slice, d: Tensor, weight: Tensor) -> None:
+        """Gradient of every slot += ``(S, rows, N) @ (S, N, D)``."""
+        assert self._stacked is not None
+        target = self._stacked[rows].transpose(0, 1)
+        missing = [place for place in self.slots.places if (place, rows.start) not in self._written]
+        if len(missing) == len(self.slots.places):
+            torch.bmm(d, weight, out=target)
+        else:
+            for place in missing:
+                self._rows_of(place, rows).zero_()
+            target.baddbmm_(d, weight)
+        self._written.update((place, rows.start) for place in missing)
+
+    def _rows_of(self, place: Place, rows: slice) -> Tensor:
+        grad = self.grads[place.tensor]
+        assert grad is not None
+        return grad[rows] if place.column < 0 else grad[rows].select(1, place.column)
+
+    @property
+    def is_even(self) -> bool:
+        return self._stacked is not None
+
+    def finish(self, blocks: Sequence[slice]) -> list[Tensor | None]:
+        """The gradients; a slot that nothing read has gradient 0."""
+        for place in set(self.slots.places):
+            for rows in blocks if self.needed[place.tensor] else ():
+                if (place, rows.start) not in self._written:
+                    self._rows_of(place, rows).zero_()
+        if self.slots.tensors[0].dim() == 3 and self.grads[0] is not None:
+            unused = set(range(self.slots.tensors[0].shape[1])) - {p.column for p in self.slots.places}
+            for column in unused:
+                self.grads[0].select(1, column).zero_()
+        return self.grads

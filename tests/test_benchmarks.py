@@ -1,0 +1,309 @@
+"""The benchmarks measure what they say: equal results, counted work, and a README that quotes the committed figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import report, run
+from benchmarks.analytic import work
+from benchmarks.configs import GRID, HEAD_TO_HEAD, MODES, ROUNDS, SIZES, Mode, TrunkConfig, suite_config
+from benchmarks.contestants import CONTESTANTS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
+from benchmarks.environment import ROOT
+from benchmarks.paired import Paired, time_paired
+from benchmarks.saved_bytes import cost, saved_bytes
+from benchmarks.steps import WrongResultError, check, errors, make_step
+
+TINY = TrunkConfig("tiny", 6, 5, 3, units=(7, 4), dtype="float64")
+EAGER = [name for name in CONTESTANTS if name not in ("loop", "loop_compiled", "loop_frozen")]
+
+
+def trunk_of(name: str, config: TrunkConfig) -> nn.Module:
+    if requires := CONTESTANTS[name].requires:
+        pytest.importorskip(requires)
+    return build(name, config)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in EAGER for mode in CONTESTANTS[name].modes])
+def test_a_contestant_computes_what_the_loop_computes(name: str, mode: Mode) -> None:
+    found = errors(name, trunk_of(name, TINY), TINY, mode)
+    assert set(found) == {"outputs"} | (set() if mode == "inference" else {"input gradient", "parameter gradients"})
+    assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loop_compiled", "loop_frozen"])
+def test_a_compiled_loop_computes_what_the_loop_computes(name: str) -> None:
+    torch._dynamo.reset()
+    modes: list[Mode] = ["train", "inference"]
+    for mode in modes:
+        if mode in CONTESTANTS[name].modes:
+            check(name, build(name, TINY), TINY, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_contestant_is_refused_before_it_is_timed(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(name: str, config: TrunkConfig) -> nn.Module:
+        trunk = baseline(config)
+        with torch.no_grad():
+            next(trunk.parameters())[0, 0] += 0.5
+        return trunk
+
+    monkeypatch.setattr("benchmarks.steps.build", wrong)
+    with pytest.raises(WrongResultError, match=r"bmm at tiny, .* differ by"):
+        make_step("bmm", TINY, mode)
+
+
+def test_a_result_that_is_nan_is_refused() -> None:
+    trunk = baseline(TINY)
+    with torch.no_grad():
+        next(trunk.parameters()).fill_(math.nan)
+    with pytest.raises(WrongResultError, match="inf"):
+        check("loop", trunk, TINY, "inference")
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("units", [(7,), (7, 4), (7, 6, 4)])
+def test_the_bare_products_do_the_analytic_work(units: tuple[int, ...], mode: Mode, input_grad: bool) -> None:
+    config = TrunkConfig("any", 6, 5, 3, task_experts=2, shared_experts=1, units=units, num_levels=3)
+    with FlopCounterMode(display=False) as counter:
+        BareGemm(config, input_grad=input_grad).step(mode)()
+    assert counter.get_total_flops() == work(config, mode, input_grad=input_grad).product_flops
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_the_loop_does_the_analytic_work(input_grad: bool) -> None:
+    config = SIZES["cpu"].at(8)
+    step = make_step("loop", config, "train", input_grad=input_grad)
+    with FlopCounterMode(display=False) as counter:
+        step.run()
+    assert counter.get_total_flops() == work(config, "train", input_grad=input_grad).flops
+
+
+def test_the_size_of_the_head_to_head_is_the_one_that_was_asked_for() -> None:
+    cpu = SIZES["cpu"]
+    assert (cpu.in_features, cpu.num_tasks, cpu.task_experts, cpu.shared_experts) == (512, 3, 2, 2)
+    assert (cpu.units, cpu.num_levels, cpu.dtype) == ((256, 128), 2, "float32")
+    assert set(HEAD_TO_HEAD) == {("train", 4096), ("train", 256), *(("inference", b) for b in (4096, 256, 1))}
+    assert work(cpu, "train").product_flops == pytest.approx(45.4e9, rel=0.01)
+    assert suite_config("cpu-256") == cpu.at(256)
+    with pytest.raises(ValueError, match="expected one of"):
+        suite_config("huge")
+
+
+def test_the_grid_covers_what_it_promises() -> None:
+    assert (min(c.batch for c in GRID), max(c.batch for c in GRID)) == (1, 65536)
+    for batch in {c.batch for c in GRID}:
+        points = [c for c in GRID if c.batch == batch]
+        assert {min(c.num_tasks for c in points), max(c.num_tasks for c in points)} == {2, 8}
+        assert {min(len(c.units) for c in points), max(len(c.units) for c in points)} == {1, 4}
+    assert len({c.name for c in GRID}) == len(GRID)
+    assert ROUNDS >= 15
+
+
+def test_saved_bytes_of_a_known_graph() -> None:
+    x, w = torch.randn(10, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+
+    def forward() -> list[torch.Tensor]:
+        h = (x @ w).tanh()  # saves x and w (left out), and its own output
+        return [h * h, h.view(-1)[:3].exp()]  # saves h again (once), and 3 numbers
+
+    assert saved_bytes(forward, [x, w]) == (10 * 3 + 3) * 4
+    assert saved_bytes(forward) == (10 * 3 + 3 + 10 * 4 + 4 * 3) * 4
+
+
+def test_saved_bytes_sees_what_a_function_hides_on_its_context() -> None:
+    class Hiding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.hidden = {"inside": [x.exp()]}
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad * ctx.hidden["inside"][0]
+
+    hide: Any = Hiding.apply
+    x = torch.randn(5, requires_grad=True)
+    assert saved_bytes(lambda: [hide(x) + 1], [x]) == 5 * 4
+
+
+def test_cost_counts_operators_but_no_views() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [(x + x)[:, :4].sigmoid() for _ in range(3)]
+
+    config = TrunkConfig("any", 6, 5, 3, units=(4,))
+    measured = cost(Doubled(), config)
+    assert measured.forward_operators == 3 * 2  # add, sigmoid
+    assert measured.saved_bytes == 3 * 6 * 4 * 4  # the outputs of sigmoid
+    assert measured.backward_operators > 3
+
+
+@pytest.mark.parametrize(("name", "limit"), [("fast", 0.65), ("fast_recompute", 0.1)])
+def test_ours_saves_less_for_backward_than_the_loop(name: str, limit: float) -> None:
+    config = SIZES["cpu"].at(512)
+    loop = cost(build("loop", config), config).saved_bytes
+    assert cost(build(name, config), config).saved_bytes <= limit * loop
+
+
+def test_importing_deepctr_asks_no_package_index() -> None:
+    pytest.importorskip("deepctr_torch")
+    code = (
+        "import requests, threading\n"
+        "def refuse(*a, **k): raise SystemExit('asked the package index')\n"
+        "requests.get = refuse\n"
+        "from benchmarks.contestants import import_deepctr\n"
+        "import_deepctr()\n"
+        "started = [t.name for t in threading.enumerate() if t is not threading.main_thread()]\n"
+        "assert not [n for n in started if 'check' in n], started\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Please check the latest version" not in done.stdout
+    assert import_deepctr().__name__ == "PLE"
+
+
+def test_paired_ratios_are_taken_round_by_round() -> None:
+    paired = Paired({"slow": [2.0, 40.0, 6.0], "fast": [1.0, 10.0, 2.0]}, (0.0, 0.0))
+    assert paired.ratio("slow", "fast") == 3.0
+    assert paired.median("slow") == 6.0
+    assert paired.iqr("fast") == 4.5
+
+
+def test_timing_interleaves_and_repeats_short_calls() -> None:
+    order: list[str] = []
+    paired = time_paired({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4, min_sample_s=1e-4)
+    assert {name: len(samples) for name, samples in paired.samples.items()} == {"a": 4, "b": 4}
+    changes = sum(x != y for x, y in pairwise(order))
+    assert changes >= 2 * 4 - 4  # blocks of a and b take turns; two rounds in a row may share a neighbour
+    assert len(order) > 2 * 4 * 2  # an append lasts far less than a sample, so samples repeat it
+    with pytest.raises(ValueError, match="at least one"):
+        time_paired({})
+    with pytest.raises(ValueError, match="1 or more"):
+        time_paired({"a": list}, rounds=0)
+
+
+def case(mode: str, batch: int, **ratios: float) -> dict[str, Any]:
+    times = {name: {"median_ms": 10 * ratio, "iqr_ms": 1.0, "ratio_to_fast": ratio} for name, ratio in ratios.items()}
+    return {"mode": mode, "batch": batch, "rounds": 15, "contestants": times}
+
+
+CONTENT: dict[str, Any] = {
+    "environment": {
+        "cpu": "Some CPU",
+        "cores": 2,
+        "cpu_capability": "AVX2",
+        "threads": 2,
+        "python": "3.11.2",
+        "packages": {"torch": "2.13.0"},
+        "commit": "abc",
+        "uncommitted_changes": False,
+        "date": "2026-01-01",
+    },
+    "results": [
+        case("train", 4096, fast=1.0, loop=1.3, deepctr=1.2, bare_gemm=0.8),
+        case("inference", 1, fast=1.0, loop=2.5, loop_frozen=2.25, deepctr=4.0, bare_gemm=0.5),
+    ],
+    "saved": [
+        {"contestant": name, "saved_bytes": size, "forward_operators": 3, "backward_operators": 4}
+        for name, size in (("fast", 50 * 2**20), ("loop", 100 * 2**20))
+    ],
+}
+
+
+def test_the_table_says_what_the_results_say() -> None:
+    lines = report.head_to_head_table(CONTENT).splitlines()
+    rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in lines)}
+    assert rows["**`fast`**"] == ["10.0", "10.0", "50.0", "7"]
+    assert rows["`loop_frozen`"] == ["", "22.5", "", ""]
+    assert rows["speed-up of `fast` over the best peer"] == ["1.20 x", "2.25 x", "", ""]
+    assert rows["speed-up of `fast` over `loop`"] == ["1.30 x", "2.50 x", "0.50 of `loop`", ""]
+    assert rows["`fast` in units of `bare_gemm`"] == ["1.25 x", "2.00 x", "", ""]
+    assert [report.best_peer(entry) for entry in CONTENT["results"]] == ["deepctr", "loop_frozen"]
+
+
+def test_the_grid_sentence_says_what_the_results_say() -> None:
+    ratios = {"b1-t2-l1": (2.0, 3.0), "b8-t3-l2": (1.25, 1.5), "b4096-t3-l4": (1.5, 0.97)}
+    entries = [
+        {
+            "point": name,
+            "batch": int(name[1:].partition("-")[0]),
+            "tasks": int(name[-4]),
+            "units": [8] * int(name[-1]),
+            "train": {"ratio": train},
+            "inference": {"ratio": inference},
+        }
+        for name, (train, inference) in ratios.items()
+    ]
+    assert report.grid_sentence({"results": entries}) == (
+        "Speed-up of `fast` over `loop` on a grid of 3 points (batch 1 to 4,096, 2 to 3 tasks, 1 to 4 expert layers): "
+        "forward + backward 1.50 x in the middle, 1.25 x at worst (`b8-t3-l2`); "
+        "inference 1.50 x in the middle, 0.97 x at worst (`b4096-t3-l4`)."
+    )
+
+
+def test_a_block_is_written_between_its_comments_and_found_again() -> None:
+    before = f"# x\n{report.BEGIN}\nold\n{report.END}\nafter \\1\n"
+    block = report.readme_block("cpu-2core-some", {"head_to_head": CONTENT})
+    after = report.with_block(before, block)
+    assert report.quoted(after) == block
+    assert report.readme_source(after) == "cpu-2core-some"
+    assert after.startswith("# x\n") and after.endswith("after \\1\n")
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.with_block("# no comments\n", block)
+
+
+def test_result_files_are_written_small_and_read_back(tmp_path: Path) -> None:
+    rows = [{"size": "cpu", "median_ms": 1.5}, {"size": "small", "median_ms": 0.25}]
+    run.write(tmp_path / "machine" / "suite.json", "suite", {"results": rows})
+    files = report.load(tmp_path / "machine")
+    assert list(files["suite"]["results"]) == rows
+    assert {"machine", "cpu", "threads", "packages", "commit", "date"} <= set(files["suite"]["environment"])
+    (tmp_path / "machine" / "grid.json").write_text(json.dumps({"schema": 1, "kind": "suite"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="expected schema 1"):
+        report.load(tmp_path / "machine")
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        report.load(tmp_path / "absent")
+
+
+def test_the_readme_quotes_the_committed_results() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    machine = report.readme_source(text)
+    files = report.load(ROOT / "benchmarks" / "results" / machine)
+    assert report.quoted(text) == report.readme_block(machine, files), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+
+
+def test_committed_results_are_complete_and_not_quick() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    files = report.load(ROOT / "benchmarks" / "results" / machine)
+    head = files["head_to_head"]
+    assert [(entry["mode"], entry["batch"]) for entry in head["results"]] == list(HEAD_TO_HEAD)
+    for entry in head["results"]:
+        expected = {
+            name for name in run.HEAD_TO_HEAD if name == "bare_gemm" or entry["mode"] in CONTESTANTS[name].modes
+        }
+        assert set(entry["contestants"]) == expected
+        assert entry["rounds"] >= 15
+    assert [entry["point"] for entry in files["grid"]["results"]] == [c.name for c in GRID]
+    assert {entry["contestant"] for entry in head["saved"]} >= {*OURS, "loop"}
+
+
+def test_the_loop_is_seeded() -> None:
+    first, second = (baseline(TINY) for _ in range(2))
+    assert isinstance(first, LoopPLE)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
