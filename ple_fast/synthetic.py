@@ -74,9 +74,12 @@ def synthetic_tasks(
     if cosine is None:
         assert correlation is not None
         wanted = _pairs("correlation", correlation, num_tasks)
-        cosines = torch.eye(num_tasks, dtype=torch.float64)
+        cosines, found = torch.eye(num_tasks, dtype=torch.float64), dict[float, float]()
         for i, j in torch.combinations(torch.arange(num_tasks)).tolist():
-            cosines[i, j] = cosines[j, i] = _cosine_for(wanted[i, j].item(), scale * alpha, beta, scale)
+            value = wanted[i, j].item()
+            if value not in found:
+                found[value] = _cosine_for(value, scale * alpha, beta, scale)
+            cosines[i, j] = cosines[j, i] = found[value]
     else:
         cosines = _pairs("cosine", cosine, num_tasks)
     values, vectors = torch.linalg.eigh(cosines)
@@ -134,7 +137,7 @@ def _cosine_for(correlation: float, a: Tensor, b: Tensor, scale: float) -> float
     """The p nearest to 0 at which the labels have this correlation."""
     # With f's Hermite coefficients h_n the correlation is sum_n h_n² pⁿ / sum_n h_n²: it rises from 0 to 1 on [0, 1],
     # but on [-1, 0] it may have a minimum. So: the first crossing on a grid that starts at 0, then bisection.
-    grid = torch.linspace(0, 1 if correlation > 0 else -1, 2001, dtype=torch.float64)
+    grid = torch.linspace(0, 1 if correlation > 0 else -1, 201, dtype=torch.float64)
     found = _label_correlation(grid, a, b, scale)
     reached = found >= correlation - 1e-12 if correlation > 0 else found <= correlation + 1e-12
     if not reached.any():
