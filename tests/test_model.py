@@ -222,6 +222,21 @@ def test_features_are_the_rows_of_the_tables_and_the_numbers() -> None:
     assert got.shape == (16, embedding.out_features)
 
 
+def test_gradients_of_the_tables_add_up_over_rows(device: torch.device) -> None:
+    columns = (Categorical("a", size=3, width=2), Categorical("b", size=2, width=2))
+    embedding = FeatureEmbedding(columns).to(device)
+    a, b = np.array([0, 0, 2, 9]), np.array([1, 1, 1, 0])
+    cotangent = torch.arange(16.0, device=device).view(4, 4)
+    embedding(encode({"a": a, "b": b}, columns).to(device)).backward(cotangent)
+    (table_of,) = embedding.tables
+    assert isinstance(table_of, nn.Embedding)
+    expected = torch.zeros(7, 2, device=device)
+    for row in range(4):
+        expected[a[row] + 1 if a[row] < 3 else 0] += cotangent[row, :2]
+        expected[4 + b[row] + 1] += cotangent[row, 2:]
+    assert torch.equal(table_of.weight.grad, expected)
+
+
 def test_the_unknown_value_starts_at_zero_and_learns() -> None:
     net = model()
     table_of = net.embedding.tables[1]
