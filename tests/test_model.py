@@ -234,6 +234,7 @@ def test_gradients_of_the_tables_add_up_over_rows(device: torch.device) -> None:
     for row in range(4):
         expected[a[row] + 1 if a[row] < 3 else 0] += cotangent[row, :2]
         expected[4 + b[row] + 1] += cotangent[row, 2:]
+    assert table_of.weight.grad is not None
     assert torch.equal(table_of.weight.grad, expected)
 
 

@@ -98,8 +98,8 @@ def _look_up(weight: Tensor, index: Tensor) -> Tensor:
     """``weight[index]``, ``(B, C, width)``, its gradient summed row by row in a fixed order.
 
     On the CPU by index_select: its backward takes an eighth of the time of embedding's (0.16 against 1.25 ms for 33
-    columns of width 4 at batch 1024, with equal results). On a GPU it would add with atomics, in any order, and embedding
-    does not.
+    columns of width 4 at batch 1024, with equal results). On a GPU it would add with atomics, in any order, and
+    embedding does not.
     """
     if weight.device.type == "cpu":
         return weight.index_select(0, index.flatten()).view(*index.shape, weight.shape[1])
