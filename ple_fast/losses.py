@@ -247,7 +247,7 @@ def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
     # The largest term goes out of the sum: exp(-low) where high >= 0, exp(-low - high) elsewhere. Both cases are one
     # formula in min(high, 0), so that all its uses take the derivative of the same side at 0. A logsumexp would not do:
     # its derivative exp(term - result) is off by the rounding of large logits.
-    negative = -torch.relu(-high)
+    negative = high.clamp(max=0)
     return low + negative - torch.log1p(torch.exp(low - high + negative) + torch.exp(2 * negative - high))
 
 
