@@ -1,6 +1,7 @@
 """The fastest PLE (Progressive Layered Extraction) in PyTorch, that anyone can swap in."""
 
 from .backend import last_backend, set_backend, use_backend
+from .convert import pack
 from .modules import CGC, PLE, ExtractionNetwork, MMoE
 from .specs import GateSpec, MLPSpec
 from .topology import Topology
@@ -15,6 +16,7 @@ __all__ = [
     "MMoE",
     "Topology",
     "last_backend",
+    "pack",
     "set_backend",
     "use_backend",
 ]

@@ -14,6 +14,7 @@ from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count
 from .layers import ExpertBlock, Gate, StackedLayer, norm_state
+from .unpack import unpack
 
 
 class CheckedModule(nn.Module):
@@ -150,10 +151,11 @@ class ExtractionNetwork(CheckedModule):
 
     def _state(self, batch: int) -> LevelState:
         """What one call on ``batch`` rows reads besides parameters; draws the dropout seed."""
-        seed = None
-        if self._drops and self.training and not torch.compiler.is_compiling():
-            seed = int(torch.randint(2**31 - 1, ()))
         layers = tuple(layer.state(batch) for layer in self._stacked_layers())
+        seed = None
+        # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
+        if self._drops and any(layer.dropout for layer in layers) and not torch.compiler.is_compiling():
+            seed = int(torch.randint(2**31 - 1, ()))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload
@@ -194,6 +196,20 @@ class ExtractionNetwork(CheckedModule):
         if gates is None:
             return y
         return y, gates
+
+    def unpack(self) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
+        """Ordinary modules that compute what this level computes: the experts, and the gate of every mixture.
+
+        Weights and buffers are copies, bit for bit, with dtype, device, ``requires_grad`` and mode carried over; the
+        gradients are not. A gate ends in its logits, in the order of ``topology.mixture_experts``; where the topology
+        marks offsets it ends in the weights (softmax, then ``WeightOffset``). A static mixture has None, or its
+        ``WeightOffset``, which adds to weights of 1. ``pack`` is the way back.
+
+        Raises:
+            TypeError: somebody put another batch norm in the place of ours.
+            ValueError: a part is parametrised.
+        """
+        return unpack(self)
 
     def extra_repr(self) -> str:
         t = self.topology

@@ -1,0 +1,219 @@
+"""Between stacked parameters and ordinary modules: which part of which tensor is whose, and the way back to modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..specs import Activation
+from .layers import ExpertBlock, Gate, StackedBatchNorm, StackedDice, StackedLayer, StackedLayerNorm
+from .plain import Dice, Temperature, WeightOffset
+
+if TYPE_CHECKING:
+    from .network import ExtractionNetwork
+
+
+class Part(NamedTuple):
+    """A tensor of an ordinary module, and where it lies in a stacked one."""
+
+    role: str
+    """``"linear"``, ``"norm"``, ``"activation"``, ``"dice_norm"`` or ``"offset"``."""
+    name: str
+    """Of the tensor in the ordinary module."""
+    stacked: Tensor
+    """A parameter or buffer of the level."""
+    place: int | slice | EllipsisType
+
+    @property
+    def view(self) -> Tensor:
+        """The tensor as part of the stacked one, without gradient."""
+        return self.stacked.detach()[self.place]
+
+
+def layer_parts(layer: StackedLayer, row: int) -> Iterator[Part]:
+    """Every tensor of MLP ``row`` in a stacked layer, in the order of an ordinary stack."""
+    units = layer.spec.units
+    columns = slice(row * units, (row + 1) * units)
+    yield Part("linear", "weight", layer.weight, row)
+    if layer.bias is not None:
+        yield Part("linear", "bias", layer.bias, row)
+    if layer.norm is not None:
+        yield from _norm_parts("norm", layer.norm, row if isinstance(layer.norm, StackedLayerNorm) else columns)
+    if isinstance(layer.activation, StackedDice):
+        yield from _norm_parts("dice_norm", layer.activation.norm, columns)
+        yield Part("activation", "alpha", layer.activation.alpha, row)
+    elif layer.activation is not None:
+        yield from _norm_parts("activation", layer.activation, slice(row, row + 1))
+
+
+def gate_parts(gate: Gate, rows: slice) -> Iterator[Part]:
+    """Every tensor that ends the gate whose logits are ``rows``."""
+    if gate.weight is not None:
+        yield Part("linear", "weight", gate.weight, rows)
+    if gate.bias is not None:
+        yield Part("linear", "bias", gate.bias, rows)
+    if gate.norm is not None:
+        yield from _norm_parts("norm", gate.norm, rows)
+
+
+def offset_part(level: ExtractionNetwork, o: int) -> Part | None:
+    """The learned scalars of mixture ``o``, or None."""
+    marks = level.topology.mixture_offset
+    assert marks is not None
+    if level.gate.offset is None or not any(marks[o]):
+        return None
+    start = sum(map(sum, marks[:o]))
+    return Part("offset", "weight", level.gate.offset, slice(start, start + sum(marks[o])))
+
+
+def _norm_parts(role: str, norm: nn.Module, index: int | slice) -> Iterator[Part]:
+    for name, tensor in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
+        yield Part(role, name, tensor, index if tensor.dim() else ...)
+
+
+def unpack(level: ExtractionNetwork) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
+    """Ordinary modules with copies of a level's weights and buffers; see ``ExtractionNetwork.unpack``."""
+    _check_ours(level)
+    experts = []
+    for block in level.blocks:
+        assert isinstance(block, ExpertBlock)
+        for row in range(block.experts[1] - block.experts[0]):
+            stack = nn.Sequential(*_mlp(block.layers, row))
+            stack.training = block.training
+            experts.append(stack)
+    return experts, [_gate(level, o) for o in range(level.topology.num_mixtures)]
+
+
+def _check_ours(level: ExtractionNetwork) -> None:
+    for name, module in level.named_modules():
+        if is_parametrized(module):
+            raise ValueError(
+                f"unpack: {name} is parametrised, and a stack of torch.nn modules cannot keep that; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in (
+            StackedBatchNorm,
+            nn.BatchNorm1d,
+        ):
+            raise TypeError(
+                f"unpack: expected {name} to be a StackedBatchNorm, got {type(module).__name__}; put one in its place, "
+                "and convert what unpack returns instead"
+            )
+
+
+def _mlp(layers: nn.ModuleList, row: int) -> list[nn.Module]:
+    modules = []
+    for layer in layers:
+        assert isinstance(layer, StackedLayer)
+        modules += _layer(layer, row)
+    return modules
+
+
+def _layer(layer: StackedLayer, row: int) -> list[nn.Module]:
+    """``linear -> [norm] -> activation -> [norm] -> dropout``, and nothing for what the layer does not have."""
+    spec, weight = layer.spec, layer.weight
+    where: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+    parts: dict[str, nn.Module] = {
+        "linear": nn.Linear(weight.shape[2], spec.units, bias=layer.bias is not None, **where)
+    }
+    if isinstance(layer.norm, StackedLayerNorm):
+        parts["norm"] = nn.LayerNorm(spec.units, eps=layer.norm.eps, **where)
+    elif layer.norm is not None:
+        parts["norm"] = _batch_norm(layer.norm, spec.units, where)
+    activation = _activation(layer, spec.activation, where)
+    if activation is not None:
+        parts["activation"] = activation
+        if isinstance(activation, Dice):
+            parts["dice_norm"] = activation.bn
+    for role, source in (("linear", layer), ("norm", layer.norm), ("activation", layer.activation or layer)):
+        if role in parts and source is not None:
+            parts[role].training = source.training
+    if isinstance(layer.activation, StackedDice):
+        parts["dice_norm"].training = layer.activation.norm.training
+    for part in layer_parts(layer, row):
+        _set(parts[part.role], part)
+    order = ["linear", "norm", "activation"] if spec.norm_position == "before" else ["linear", "activation", "norm"]
+    modules = [parts[role] for role in order if role in parts]
+    if spec.dropout:
+        modules.append(nn.Dropout(spec.dropout).train(layer.training))
+    return modules
+
+
+def _activation(layer: StackedLayer, activation: Activation, where: dict[str, Any]) -> nn.Module | None:
+    name, value = activation
+    simple: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU,
+        "gelu": nn.GELU,
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+        "sigmoid": nn.Sigmoid,
+    }
+    if name in simple:
+        return simple[name]()
+    if name == "leaky_relu":
+        return nn.LeakyReLU(value)
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    if name == "prelu":
+        return nn.PReLU(init=value, **where)
+    if name == "dice":
+        assert isinstance(layer.activation, StackedDice)
+        norm = layer.activation.norm
+        return Dice(layer.spec.units, eps=norm.eps, momentum=norm.momentum, **where)
+    # An identity is left out, except where only it tells that the norm stands after the activation.
+    return nn.Identity() if layer.norm is not None and layer.spec.norm_position == "after" else None
+
+
+def _batch_norm(norm: nn.Module, units: int, where: dict[str, Any]) -> nn.BatchNorm1d:
+    assert isinstance(norm, nn.BatchNorm1d)
+    plain = nn.BatchNorm1d(units, eps=norm.eps, momentum=norm.momentum, **where)
+    plain.training = norm.training
+    return plain
+
+
+def _gate(level: ExtractionNetwork, o: int) -> nn.Sequential | None:
+    """The gate of mixture ``o``, ending in its logits; with learned scalars, in its weights."""
+    topology, gate = level.topology, level.gate
+    modules: list[nn.Module] = []
+    assert topology.mixture_offset is not None
+    offset = offset_part(level, o)
+    if o in topology.gated_mixtures:
+        assert gate.weight is not None
+        where: dict[str, Any] = {"device": "meta", "dtype": gate.weight.dtype}
+        count, first = len(topology.mixture_experts[o]), topology.logit_offset[o]
+        parts: dict[str, nn.Module] = {
+            "linear": nn.Linear(gate.weight.shape[1], count, bias=gate.bias is not None, **where)
+        }
+        parts["linear"].training = gate.training
+        if gate.norm is not None:
+            parts["norm"] = _batch_norm(gate.norm, count, where)
+        for part in gate_parts(gate, slice(first, first + count)):
+            _set(parts[part.role], part)
+        modules = [*_mlp(gate.layers, topology.gated_mixtures.index(o)), *parts.values()]
+        if level.gate_spec.temperature != 1.0:
+            modules.append(Temperature(level.gate_spec.temperature).train(gate.training))
+        if offset is not None:
+            modules.append(nn.Softmax(dim=1).train(gate.training))
+    if offset is not None:
+        last = WeightOffset(topology.mixture_offset[o], device="meta", dtype=offset.stacked.dtype)
+        _set(last, offset)
+        modules.append(last.train(gate.training))
+    if not modules:
+        return None
+    stack = nn.Sequential(*modules)
+    stack.training = gate.training
+    return stack
+
+
+def _set(module: nn.Module, part: Part) -> None:
+    """Put a contiguous copy in the place of a parameter or buffer."""
+    copy = part.view.clone(memory_format=torch.contiguous_format)
+    if part.name in module._buffers:
+        setattr(module, part.name, copy)
+    else:
+        setattr(module, part.name, nn.Parameter(copy, requires_grad=part.stacked.requires_grad))
