@@ -1,6 +1,6 @@
-"""The linear layer of stacked MLPs: one wide product where they share an input, a batched one elsewhere.
+"""The linear layer of stacked MLPs: one wide product where they share an input, a grouped one elsewhere.
 
-Outputs and gradients are ``(rows, n, H)``; products write into strided views of them, so nothing is stacked.
+Outputs and gradients are contiguous ``(rows, n, H)``.
 """
 
 from __future__ import annotations
@@ -10,130 +10,79 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .products import by_onednn, grouped, linear
 from .slots import SlotGrads, Slots
 
 Groups = Sequence[tuple[int, int, int]]
 """Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
 
 
-def addmm(bias: Tensor | None, x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``out = x @ weight.T + bias``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
 def slots_linear_forward(
-    slots: Slots, rows: slice, groups: Groups, weight: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    """First layer: member ``m`` reads its slot. Weight ``(n, H, D)``, bias ``(n, H)``, out ``(rows, n, H)``.
+    slots: Slots, rows: slice, groups: Groups, weight: Tensor, bias: Tensor | None, *, relu: bool = False
+) -> Tensor:
+    """First layer: member ``m`` reads its slot. Weight ``(n, H, D)``, bias ``(n, H)``; returns ``(rows, n, H)``.
 
     A gate's ragged weights come as n = G members of H = 1.
     """
     n, units, width = weight.shape
     flat, flat_bias = weight.reshape(n * units, width), None if bias is None else bias.reshape(n * units)
-    wide = out.view(out.shape[0], n * units)
     if len(groups) == 1:
-        addmm(flat_bias, slots.at(groups[0][0], rows), flat, wide)
-        return
+        return linear(slots.at(groups[0][0], rows), flat, flat_bias, relu=relu).view(-1, n, units)
     stack = slots.even_stack(groups, rows)
     if stack is not None:
         s = len(groups)
-        target = wide.view(out.shape[0], s, n * units // s).transpose(0, 1)
-        batched = flat.view(s, -1, width).transpose(1, 2)
-        if flat_bias is None:
-            torch.bmm(stack, batched, out=target)
-        else:
-            torch.baddbmm(flat_bias.view(s, 1, -1), stack, batched, out=target)
-        return
+        batched_bias = None if flat_bias is None else flat_bias.view(s, -1)
+        return grouped(stack, flat.view(s, -1, width), batched_bias, relu=relu).view(-1, n, units)
+    out = torch.empty((rows.stop - rows.start, n * units), dtype=weight.dtype, device=weight.device)
     for slot, first, last in groups:
         part = slice(first * units, last * units)
         part_bias = None if flat_bias is None else flat_bias[part]
-        addmm(part_bias, slots.at(slot, rows), flat[part], wide[:, part])
+        out[:, part] = linear(slots.at(slot, rows), flat[part], part_bias, relu=relu)
+    return out.view(-1, n, units)
 
 
 def slots_linear_backward(
-    slots: Slots,
-    rows: slice,
-    groups: Groups,
-    d: Tensor,
-    weight: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    dslots: SlotGrads,
-    *,
-    first_block: bool,
-) -> None:
-    """Backward of ``slots_linear_forward``: ``d`` is ``(rows, n, H)``; weight gradients accumulate over row blocks."""
+    slots: Slots, rows: slice, groups: Groups, d: Tensor, weight: Tensor, dslots: SlotGrads, *, weight_grad: bool
+) -> Tensor | None:
+    """Backward of ``slots_linear_forward`` for ``d (rows, n, H)``: adds to ``dslots`` where wanted.
+
+    Returns the weight's gradient of these rows, if wanted; it may be a transposed view.
+    """
     n, units, width = weight.shape
     wide, flat = d.view(d.shape[0], n * units), weight.reshape(n * units, width)
-    even = slots.even_stack(groups, rows) if len(groups) > 1 else None
-    if even is not None:
-        s = len(groups)
-        parts = wide.view(d.shape[0], s, n * units // s).transpose(0, 1)
-        if dweight is not None:
-            target = dweight.view(s, -1, width)
-            if first_block:
-                torch.bmm(parts.transpose(1, 2), even, out=target)
-            else:
-                target.baddbmm_(parts.transpose(1, 2), even)
-        if dslots.is_even:
-            dslots.add_even(rows, parts, flat.view(s, -1, width))
+    stack = slots.even_stack(groups, rows) if len(groups) > 1 else None
+    s = len(groups)
+    if stack is not None and dslots.is_even:
+        dslots.add_even(rows, wide.view(d.shape[0], s, n * units // s), flat.view(s, -1, width))
+    else:
+        for slot, first, last in groups:
+            if dslots.wants(slot):
+                part = slice(first * units, last * units)
+                dslots.add(slot, rows, wide[:, part], flat[part])
+    if not weight_grad:
+        return None
+    if len(groups) == 1:
+        x = slots.at(groups[0][0], rows)
+        if by_onednn(x):
+            # Of the two inputs oneDNN wants one transposed in memory: x is the smaller.
+            return linear(x.t().contiguous(), wide.t()).t().view(n, units, width)
+        return torch.mm(wide.t(), x).view(n, units, width)
+    if stack is not None:
+        parts = wide.view(d.shape[0], s, n * units // s)
+        return torch.bmm(parts.permute(1, 2, 0), stack.transpose(0, 1)).view(n, units, width)
+    dweight = torch.empty_like(flat, memory_format=torch.contiguous_format)
     for slot, first, last in groups:
         part = slice(first * units, last * units)
-        if dweight is not None and even is None:
-            target = dweight.view(n * units, width)[part]
-            if first_block:
-                torch.mm(wide[:, part].t(), slots.at(slot, rows), out=target)
-            else:
-                target.addmm_(wide[:, part].t(), slots.at(slot, rows))
-        if dslots.wants(slot) and not (even is not None and dslots.is_even):
-            dslots.add(slot, rows, wide[:, part], flat[part])
-    if dbias is not None:
-        add_rows(dbias, d, first_block=first_block)
-
-
-def stacked_linear_forward(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """A later layer: member ``m`` reads ``a[:, m]``. ``a (rows, n, K)``, weight ``(n, H, K)``, out ``(rows, n, H)``."""
-    if weight.shape[0] == 1:
-        addmm(None if bias is None else bias[0], a[:, 0], weight[0], out[:, 0])
-    elif bias is None:
-        torch.bmm(a.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
-    else:
-        torch.baddbmm(bias.unsqueeze(1), a.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+        torch.mm(wide[:, part].t(), slots.at(slot, rows), out=dweight[part])
+    return dweight.view(n, units, width)
 
 
 def stacked_linear_backward(
-    a: Tensor | None,
-    d: Tensor,
-    weight: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    *,
-    below: bool,
-    first_block: bool,
-) -> Tensor | None:
-    """Backward of ``stacked_linear_forward``; returns the gradient of ``a`` if ``below`` wants it."""
-    parts = d.transpose(0, 1)
-    if dweight is not None:
+    a: Tensor | None, d: Tensor, weight: Tensor, *, weight_grad: bool, below: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Backward of ``grouped`` for ``d (rows, n, H)``: gradients of ``a`` and of the weight, each if wanted."""
+    dweight = None
+    if weight_grad:
         assert a is not None
-        if first_block:
-            torch.bmm(parts.transpose(1, 2), a.transpose(0, 1), out=dweight)
-        else:
-            dweight.baddbmm_(parts.transpose(1, 2), a.transpose(0, 1))
-    if dbias is not None:
-        add_rows(dbias, d, first_block=first_block)
-    if not below:
-        return None
-    da = torch.empty((d.shape[0], d.shape[1], weight.shape[2]), dtype=d.dtype, device=d.device)
-    torch.bmm(parts, weight, out=da.transpose(0, 1))
-    return da
-
-
-def add_rows(total: Tensor, d: Tensor, *, first_block: bool) -> None:
-    """``total`` (+)= the sum of ``d`` over its rows."""
-    if first_block:
-        torch.sum(d.view(d.shape[0], -1), 0, out=total.view(-1))
-    else:
-        total.add_(d.sum(0).view(total.shape))
+        dweight = torch.bmm(d.permute(1, 2, 0), a.transpose(0, 1))
+    return grouped(d, weight.transpose(1, 2)) if below else None, dweight

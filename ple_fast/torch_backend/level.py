@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
-from . import grouped_linear as linear
 from .dropout import MASK_ROWS
-from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, mlp_backward, mlp_forward, needs_of
+from .grouped_linear import slots_linear_backward, slots_linear_forward
+from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, accumulate, mlp_backward, mlp_forward, needs_of
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
+from .products import linear
 from .slots import SlotGrads, Slots
 
 BLOCK_BYTES = 8 << 20
@@ -155,23 +156,17 @@ class Run:
         ``again``: this forward repeats another, and running statistics stay.
         """
         inputs, needs = self.inputs, self.needs
-        plan, topology, state = inputs.plan, inputs.plan.topology, inputs.state
+        plan, state = inputs.plan, inputs.state
         states = _still(state) if again else state
-        mlps, h = [], None
-        if len(plan.blocks) > 1:
-            weight = inputs.layers[0].weight
-            units = plan.blocks[0].layers[-1].units
-            shape = (rows.stop - rows.start, topology.num_experts, units)
-            h = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        mlps, parts = [], []
         for block, groups, need in zip(plan.blocks, self.groups, needs.mlps, strict=False):
             part = _layers(inputs, block)
-            out = None if h is None else h[:, block.start : block.start + len(block.slots)]
             done, kept = mlp_forward(
-                block, inputs.layers[part], states.layers[part], inputs.x, groups, rows, need, state.seed, out
+                block, inputs.layers[part], states.layers[part], inputs.x, groups, rows, need, state.seed
             )
             mlps.append(kept)
-            h = done if h is None else h
-        assert h is not None
+            parts.append(done)
+        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         gated, hidden, logits, mean, var, kept = self._gate_forward(rows, states)
         mlps.append(kept)
         weights = gates.mixture_weights(plan, gated, inputs.gate.offset, h.shape[0], h)
@@ -197,22 +192,21 @@ class Run:
             return None, None, None, None, None, []
         hidden: Tensor | None = None
         kept: list[LayerKept] = []
-        size = rows.stop - rows.start
-        logits = torch.empty((size, gate.weight.shape[0]), dtype=gate.weight.dtype, device=gate.weight.device)
         if plan.gate.layers:
             part = _layers(inputs, plan.gate)
             hidden, kept = mlp_forward(
                 plan.gate, inputs.layers[part], states.layers[part], inputs.gate_x, self.groups[-1], rows,
                 self.needs.mlps[-1], inputs.state.seed,
             )  # fmt: skip
+            logits = torch.empty((hidden.shape[0], gate.weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
             for i, start, stop in _mixture_rows(plan):
                 bias = None if gate.bias is None else gate.bias[start:stop]
-                linear.addmm(bias, hidden[:, i], gate.weight[start:stop], logits[:, start:stop])
+                logits[:, start:stop] = linear(hidden[:, i], gate.weight[start:stop], bias)
         else:
             bias = None if gate.bias is None else gate.bias.view(-1, 1)
-            linear.slots_linear_forward(
-                inputs.gate_x, rows, self.gate_groups, gate.weight.unsqueeze(1), bias, logits.unsqueeze(2)
-            )
+            logits = slots_linear_forward(
+                inputs.gate_x, rows, self.gate_groups, gate.weight.unsqueeze(1), bias
+            ).squeeze(2)
         raw, saved = None, BatchNormSaved(None, None)
         if states.gate_norm is not None:
             raw = logits.unsqueeze(1)
@@ -231,8 +225,6 @@ class Run:
         grads: list[list[Tensor | None]],
         dx: SlotGrads,
         dgate_x: SlotGrads,
-        *,
-        first_block: bool,
     ) -> None:
         """Accumulate every gradient of these rows into ``grads`` (per layer, then the gates' end), dx and dgate_x."""
         inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
@@ -255,21 +247,20 @@ class Run:
                     d = dh[:, block.start : block.start + len(block.slots)].contiguous()
                 mlp_backward(
                     block, inputs.layers[part], inputs.state.layers[part], inputs.x, groups, rows, need,
-                    inputs.state.seed, keep, d, grads[part], dx, first_block=first_block,
+                    inputs.state.seed, keep, d, grads[part], dx,
                 )  # fmt: skip
         if dweights is None:
             return
         if needs.gate.offset:
             assert inputs.gate.offset is not None
             doffset = gates.offset_grad(plan, dweights, inputs.gate.offset.dtype)
-            before = grads[-1][4]
-            grads[-1][4] = doffset if before is None else before.add_(doffset)
+            accumulate(grads[-1], 4, doffset)
         if needs.logits:
             assert kept.gated is not None
             dlogits = gates.gate_softmax_backward(
                 plan, gates.gated_part(plan, dweights), kept.gated, inputs.gate_x.tensors[0].dtype
             )
-            self._gate_backward(rows, kept, dlogits, grads, dgate_x, first_block=first_block)
+            self._gate_backward(rows, kept, dlogits, grads, dgate_x)
 
     def _gate_backward(
         self,
@@ -278,8 +269,6 @@ class Run:
         d: Tensor,
         grads: list[list[Tensor | None]],
         dgate_x: SlotGrads,
-        *,
-        first_block: bool,
     ) -> None:
         inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
         gate, own = inputs.gate, grads[-1]
@@ -293,40 +282,33 @@ class Run:
                 BatchNormSaved(kept.mean, kept.var), affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
             )  # fmt: skip
             d = normed.squeeze(1)
-            for index, value in ((2, dw), (3, db)):
-                if value is not None:
-                    before = own[index]
-                    own[index] = value if before is None else before.add_(value)
-        if first_block:
-            own[0] = torch.empty_like(gate.weight) if needs.gate.weight else None
-            own[1] = torch.empty_like(gate.bias) if gate.bias is not None and needs.gate.bias else None
+            accumulate(own, 2, dw)
+            accumulate(own, 3, db)
+        if gate.bias is not None and needs.gate.bias:
+            accumulate(own, 1, d.sum(0))
+        wanted = bool(needs.gate.weight)
         if not plan.gate.layers:
-            dweight = None if own[0] is None else own[0].unsqueeze(1)
-            linear.slots_linear_backward(
-                inputs.gate_x, rows, self.gate_groups, d.unsqueeze(2), gate.weight.unsqueeze(1), dweight,
-                own[1], dgate_x, first_block=first_block,
+            dweight = slots_linear_backward(
+                inputs.gate_x, rows, self.gate_groups, d.unsqueeze(2), gate.weight.unsqueeze(1), dgate_x,
+                weight_grad=wanted,
             )  # fmt: skip
+            accumulate(own, 0, None if dweight is None else dweight.squeeze(1))
             return
-        if own[1] is not None:
-            linear.add_rows(own[1], d, first_block=first_block)
         below = needs.mlps[-1][-1].output
-        width = gate.weight.shape[1]
-        dhidden = torch.empty((d.shape[0], len(plan.gate.slots), width), dtype=d.dtype, device=d.device)
+        dweight = torch.empty_like(gate.weight, memory_format=torch.contiguous_format) if wanted else None
+        dhidden = torch.empty((d.shape[0], len(plan.gate.slots), gate.weight.shape[1]), dtype=d.dtype, device=d.device)
         for i, start, stop in _mixture_rows(plan):
-            if own[0] is not None:
+            if dweight is not None:
                 assert kept.hidden is not None
-                if first_block:
-                    torch.mm(d[:, start:stop].t(), kept.hidden[:, i], out=own[0][start:stop])
-                else:
-                    own[0][start:stop].addmm_(d[:, start:stop].t(), kept.hidden[:, i])
+                torch.mm(d[:, start:stop].t(), kept.hidden[:, i], out=dweight[start:stop])
             if below:
                 torch.mm(d[:, start:stop], gate.weight[start:stop], out=dhidden[:, i])
+        accumulate(own, 0, dweight)
         if below:
             part = _layers(inputs, plan.gate)
             mlp_backward(
                 plan.gate, inputs.layers[part], inputs.state.layers[part], inputs.gate_x, self.groups[-1], rows,
                 needs.mlps[-1], inputs.state.seed, kept.mlps[-1], dhidden, grads[part], dgate_x,
-                first_block=first_block,
             )  # fmt: skip
 
 
@@ -388,9 +370,11 @@ def level_backward(
     dgate_x = dx if inputs.gate_x is inputs.x else SlotGrads(inputs.gate_x, needs.gate_x)
     for i, rows in enumerate(blocks):
         keep = kept[i] if kept else run.forward(rows, again=True)[2]
-        run.backward(rows, keep, dy, dlisted, grads, dx, dgate_x, first_block=i == 0)
+        run.backward(rows, keep, dy, dlisted, grads, dx, dgate_x)
     dgate = [] if dgate_x is dx else dgate_x.finish(blocks)
-    return dx.finish(blocks), dgate, [grad for row in grads for grad in row]
+    # A product may leave its result transposed.
+    flat = [None if grad is None else grad.contiguous() for row in grads for grad in row]
+    return dx.finish(blocks), dgate, flat
 
 
 def flatten_kept(kept: Sequence[BlockKept]) -> list[Tensor | None]:

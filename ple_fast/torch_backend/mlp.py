@@ -1,18 +1,17 @@
-"""Stacked MLPs on a block of rows, forward and backward by hand: a block of experts, or the hidden part of all gates."""
+"""Stacked MLPs on a block of rows, forward and backward by hand: experts of a block, or all gates' hidden layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
-from . import grouped_linear as linear
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
 from .dropout import mask
+from .grouped_linear import Groups, slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
     BatchNormSaved,
     batch_norm_backward,
@@ -20,6 +19,7 @@ from .norms import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from .products import grouped
 from .slots import SlotGrads, Slots
 
 
@@ -66,46 +66,32 @@ def needs_of(
     return needs
 
 
-def is_plain(spec: LayerSpec, state: LayerState) -> bool:
-    """Linear and an activation in place, nothing else."""
-    return state.norm is None and not state.dropout and from_output(spec.activation)
-
-
 def mlp_forward(
     plan: MLPPlan,
     tensors: Sequence[LayerTensors],
     states: Sequence[LayerState],
     slots: Slots,
-    groups: linear.Groups,
+    groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
     seed: int | None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, list[LayerKept]]:
-    """Run the layers on ``rows``; returns ``(rows, n, H)`` (``out``, if given) and what backward needs."""
+    """Run the layers on ``rows``; returns ``(rows, n, H)`` and what backward needs."""
     kept: list[LayerKept] = []
     a: Tensor | None = None
-    last = len(plan.layers) - 1
-    count, size = len(plan.slots), rows.stop - rows.start
     for i, (spec, tensor, state, need) in enumerate(zip(plan.layers, tensors, states, needs, strict=True)):
-        if i == last and out is not None and is_plain(spec, state):
-            z = out
-        else:
-            weight = tensor.weight
-            z = torch.empty((size, count, spec.units), dtype=weight.dtype, device=weight.device)
+        # ReLU right after the linear layer is applied by the product itself.
+        relu = spec.activation.name == "relu" and (state.norm is None or spec.norm_position == "after")
         if a is None:
-            linear.slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, z)
+            z = slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, relu=relu)
         else:
-            linear.stacked_linear_forward(a, tensor.weight, tensor.bias, z)
-        z, keep = _after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start)
+            z = grouped(a, tensor.weight, tensor.bias, relu=relu)
+        z, keep = _after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start, activated=relu)
         if need.output and need.tensors.weight and a is not None:
             keep = keep._replace(a=a)
         kept.append(keep)
         a = z
     assert a is not None
-    if out is not None and a is not out:
-        out.copy_(a)
-        a = out
     return a, kept
 
 
@@ -118,8 +104,10 @@ def _after_linear(
     seed: int | None,
     position: int,
     start: int,
+    *,
+    activated: bool,
 ) -> tuple[Tensor, LayerKept]:
-    """Norm, activation and dropout of one layer; ``z`` may be overwritten."""
+    """Norm, activation (unless it is done) and dropout of one layer; ``z`` may be overwritten."""
     keep = NOTHING_KEPT
     if state.norm is not None and spec.norm_position == "before":
         z, keep = _norm(z, tensor, state, need, keep)
@@ -131,7 +119,8 @@ def _after_linear(
         z = y
     else:
         by_output = from_output(spec.activation)
-        y = activation_forward(z, spec.activation, tensor.slope, keep_input=need.output and not by_output)
+        keeps_input = need.output and not by_output
+        y = z if activated else activation_forward(z, spec.activation, tensor.slope, keep_input=keeps_input)
         if need.output and spec.activation.name != "identity":
             keep = keep._replace(act=y if by_output else z)
         z = y
@@ -171,12 +160,13 @@ def _norm_backward(
     else:
         assert tensor.norm_weight is not None and keep.mean is not None and keep.var is not None
         d, dw, db = layer_norm_backward(d, keep.normed, tensor.norm_weight, keep.mean, keep.var, affine=affine)
-    _accumulate(grads, 2, dw)
-    _accumulate(grads, 3, db)
+    accumulate(grads, 2, dw)
+    accumulate(grads, 3, db)
     return d
 
 
-def _accumulate(grads: list[Tensor | None], index: int, value: Tensor | None) -> None:
+def accumulate(grads: list[Tensor | None], index: int, value: Tensor | None) -> None:
+    """``grads[index]`` += ``value``; None stands for 0."""
     if value is not None:
         before = grads[index]
         grads[index] = value if before is None else before.add_(value.view(before.shape))
@@ -187,7 +177,7 @@ def mlp_backward(
     tensors: Sequence[LayerTensors],
     states: Sequence[LayerState],
     slots: Slots,
-    groups: linear.Groups,
+    groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
     seed: int | None,
@@ -195,8 +185,6 @@ def mlp_backward(
     d: Tensor,
     grads: Sequence[list[Tensor | None]],
     dslots: SlotGrads,
-    *,
-    first_block: bool,
 ) -> None:
     """Backward of ``mlp_forward``: ``d``, ``(rows, n, H)``, is overwritten.
 
@@ -217,25 +205,23 @@ def mlp_backward(
             saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
             wanted = bool(need.tensors.slope)
             d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
-            _accumulate(own, 4, ds)
+            accumulate(own, 4, ds)
         elif spec.activation.name != "identity":
             assert keep.act is not None
             wanted = bool(need.tensors.slope)
             ds = activation_backward(d, keep.act, spec.activation, tensor.slope, slope_grad=wanted)
-            _accumulate(own, 4, ds)
+            accumulate(own, 4, ds)
         if state.norm is not None and spec.norm_position == "before":
             d = _norm_backward(d, tensor, state, need, keep, own)
-        if first_block:
-            own[0] = torch.empty_like(tensor.weight) if need.tensors.weight else None
-            own[1] = torch.empty_like(tensor.bias) if tensor.bias is not None and need.tensors.bias else None
+        if tensor.bias is not None and need.tensors.bias:
+            accumulate(own, 1, d.view(d.shape[0], -1).sum(0).view(tensor.bias.shape))
+        wanted = bool(need.tensors.weight)
         if i == 0:
-            linear.slots_linear_backward(
-                slots, rows, groups, d, tensor.weight, own[0], own[1], dslots, first_block=first_block
-            )
-        else:
-            da = linear.stacked_linear_backward(
-                keep.a, d, tensor.weight, own[0], own[1], below=need.below, first_block=first_block
-            )
-            if da is None:
-                return
-            d = da
+            dweight = slots_linear_backward(slots, rows, groups, d, tensor.weight, dslots, weight_grad=wanted)
+            accumulate(own, 0, dweight)
+            return
+        da, dweight = stacked_linear_backward(keep.a, d, tensor.weight, weight_grad=wanted, below=need.below)
+        accumulate(own, 0, dweight)
+        if da is None:
+            return
+        d = da

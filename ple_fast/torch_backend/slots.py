@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .products import by_onednn, grouped, linear
+
 
 class Place(NamedTuple):
     """A slot is ``tensors[tensor]``, ``(B, D)``, or ``tensors[tensor][:, column]`` of a ``(B, S, D)``."""
@@ -70,7 +72,7 @@ class Slots:
         return runs
 
     def even_stack(self, groups: Sequence[tuple[int, int, int]], rows: slice) -> Tensor | None:
-        """``(S, rows, D)`` view for a batched product, if the groups are all slots, in order and of one size."""
+        """``(rows, S, D)`` view for a grouped product, if the groups are all slots, in order and of one size."""
         stacked = self.stacked
         if stacked is None or len(groups) < 2 or len(groups) != stacked.shape[1]:
             return None
@@ -78,7 +80,7 @@ class Slots:
         for s, (slot, start, stop) in enumerate(groups):
             if slot != s or stop - start != size:
                 return None
-        return stacked[rows].transpose(0, 1)
+        return stacked[rows]
 
 
 class SlotGrads:
@@ -112,21 +114,26 @@ class SlotGrads:
         target = self._rows_of(place, rows)
         if (place, rows.start) in self._written:
             target.addmm_(d, weight)
+            return
+        self._written.add((place, rows.start))
+        if by_onednn(d):
+            target.copy_(linear(d, weight.t()))
         else:
-            self._written.add((place, rows.start))
             torch.mm(d, weight, out=target)
 
     def add_even(self, rows: slice, d: Tensor, weight: Tensor) -> None:
-        """Gradient of every slot += ``(S, rows, N) @ (S, N, D)``."""
+        """Gradient of every slot += ``d @ weight``: ``(rows, S, N)`` and ``(S, N, D)``."""
         assert self._stacked is not None
-        target = self._stacked[rows].transpose(0, 1)
+        target = self._stacked[rows]
         missing = [place for place in self.slots.places if (place, rows.start) not in self._written]
-        if len(missing) == len(self.slots.places):
-            torch.bmm(d, weight, out=target)
+        if len(missing) == len(self.slots.places) and by_onednn(d):
+            target.copy_(grouped(d, weight.transpose(1, 2)))
+        elif len(missing) == len(self.slots.places):
+            torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
         else:
             for place in missing:
                 self._rows_of(place, rows).zero_()
-            target.baddbmm_(d, weight)
+            target.transpose(0, 1).baddbmm_(d.transpose(0, 1), weight)
         self._written.update((place, rows.start) for place in missing)
 
     def _rows_of(self, place: Place, rows: slice) -> Tensor:

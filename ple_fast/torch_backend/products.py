@@ -1,0 +1,78 @@
+"""The two matrix products that everything is made of, by the faster library of the machine.
+
+PyTorch's own ``mm`` and ``bmm`` call MKL for float32. MKL does not use AVX-512 on processors that are not Intel's;
+oneDNN does, and there its inner products and grouped 1x1 convolutions run at twice the rate and apply bias and ReLU on
+the way (docs/performance.md has the measurement). Elsewhere, and for other dtypes or few rows, PyTorch's own are used.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ONEDNN_ROWS = 32
+"""Fewer rows than this are bound by reading the weights, and PyTorch's own products have less overhead."""
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether this processor has AVX-512 and is not Intel's, and this PyTorch has the operators."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "AuthenticAMD" in processor and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+
+
+_OPERATORS = ("_linear_pointwise", "_convolution_pointwise")
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether products with ``x (rows, ...)`` go to oneDNN."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.shape[0] >= ONEDNN_ROWS
+        and _onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``x @ weight.T + bias``, then ReLU if asked: ``(rows, K)`` and ``(N, K)`` to ``(rows, N)``.
+
+    ``weight`` is dense, or the transpose of a dense tensor.
+    """
+    if by_onednn(x):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+        return out
+    out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return out.relu_() if relu else out
+
+
+def grouped(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``n`` products at once: ``(rows, n, K)``, ``(n, H, K)`` and ``(n, H)`` to a contiguous ``(rows, n, H)``."""
+    rows, (n, units, width) = x.shape[0], weight.shape
+    if by_onednn(x):
+        x = x.contiguous()
+        # A grouped 1x1 convolution over `rows` pixels with the channels last is this product in this layout.
+        image = x.as_strided((1, n * width, 1, rows), (rows * n * width, 1, rows * n * width, n * width))
+        kernel = weight.contiguous().view(n * units, width, 1, 1)
+        flat = None if bias is None else bias.reshape(n * units)
+        attribute: Any = "relu" if relu else "none"
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            image, kernel, flat, [0, 0], [1, 1], [1, 1], n, attribute, [], ""
+        )
+        return y.permute(0, 2, 3, 1).reshape(rows, n, units)
+    out = torch.empty((rows, n, units), dtype=x.dtype, device=x.device)
+    if bias is None:
+        torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+    else:
+        torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+    return out.relu_() if relu else out
