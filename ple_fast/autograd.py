@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from .torch_backend import level as by_hand
 from .torch_backend.slots import Place, Slots
 
 
-@dataclass(frozen=True, eq=False)
-class LevelCall:
+class LevelCall(NamedTuple):
     """What one call of a level consists of besides its tensors."""
 
     plan: LevelPlan

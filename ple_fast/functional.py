@@ -13,6 +13,7 @@ from .backend import note, resolve
 from .checks import check_input, shape_of
 from .plan import GateTensors, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
+from .torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves
 from .torch_backend.gate_combine import combine
 from .torch_backend.slots import Place, Slots
 
@@ -103,6 +104,20 @@ def extraction_level(
     weight = layers[0].weight
     autocast = _autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
+    if (
+        not torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and 0 < x.shape[0] < MAX_ROWS
+        and gate_input is None
+        and gate_features == in_features
+        and not return_gates
+        and autocast is None
+        and serves(plan, x.dim() == 3)
+        and weight.dtype in (torch.float32, torch.float64)
+        and not _by_hand_cannot()
+    ):
+        note(resolve(weight.device, backend))
+        return few_rows_forward(plan, layers, gate, x), None
     tensors, places = _place(x, slots)
     batch = tensors[0].shape[0]
     gate_tensors: tuple[Tensor, ...] = ()

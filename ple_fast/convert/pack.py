@@ -73,10 +73,11 @@ def pack(
         dtype=weight.dtype,
         _splits={e for e in range(1, topology.num_experts) if settings[e] != settings[e - 1]},
     ).to_empty(device=weight.device)
-    level.train(any(_mode(module, True) for module in [*expert_modules, *gate_modules] if module is not None))
+    # Of the layers, and not of the containers around them, which a caller may just have made.
+    level.train(any(layer.training for stack in [*expert_stacks, *gate_stacks] for layer in stack.layers))
     with torch.no_grad():
-        _fill_experts(level, expert_modules, expert_stacks)
-        _fill_gates(level, gate_modules, gate_stacks)
+        _fill_experts(level, expert_stacks)
+        _fill_gates(level, gate_stacks)
     return level
 
 
@@ -113,7 +114,7 @@ def _check_gate_layers(stack: PlainStack, logits: int) -> None:
         if layer.linear.bias is None:
             refuse(layer.path, layer.linear, "a hidden layer of a gate has a bias; give it one of 0, frozen")
         if layer.norm_after:
-            refuse(layer.path, layer.norm, "a hidden layer of a gate has its norm before the activation")
+            refuse(layer.paths["norm"], layer.norm, "a hidden layer of a gate has its norm before the activation")
     last = stack.layers[-1]
     if last.linear.out_features != logits:
         refuse(
@@ -121,11 +122,12 @@ def _check_gate_layers(stack: PlainStack, logits: int) -> None:
             last.linear,
             f"expected out_features={logits}, the experts of this mixture, got {last.linear.out_features}",
         )
-    for module in (last.activation, last.dropout):
+    for role, module in (("activation", last.activation), ("dropout", last.dropout)):
         if module is not None:
-            refuse(stack.path, module, "follows the last Linear, after which a gate has BatchNorm1d and Softmax alone")
+            why = "follows the last Linear, after which a gate has BatchNorm1d and Softmax alone"
+            refuse(last.paths[role], module, why)
     if isinstance(last.norm, nn.LayerNorm):
-        refuse(stack.path, last.norm, "follows the last Linear, and logits have BatchNorm1d or no norm")
+        refuse(last.paths["norm"], last.norm, "follows the last Linear, and logits have BatchNorm1d or no norm")
 
 
 def _check_experts(stacks: list[PlainStack]) -> None:
@@ -146,9 +148,9 @@ def _tensors(stacks: list[PlainStack]) -> Iterator[tuple[str, nn.Module, str, Te
     """Path, module, name and value of every parameter and buffer."""
     for stack in stacks:
         for layer in stack.layers:
-            for module in layer.modules.values():
+            for role, module in layer.modules.items():
                 for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                    yield layer.path, module, name, tensor
+                    yield layer.paths[role], module, name, tensor
         if stack.offset is not None:
             yield stack.path, stack.offset, "weight", stack.offset.weight
 
@@ -236,11 +238,6 @@ def _check_like(stack: PlainStack, first: PlainStack) -> None:
             differs(layer.path, name, expected, _settings(layer)[name])
 
 
-def _mode(module: Any, default: bool) -> bool:
-    """Train or eval mode of a stack."""
-    return module.training if isinstance(module, nn.Module) else default
-
-
 def _copy(part: Part, modules: dict[str, nn.Module]) -> None:
     """Write one tensor of an ordinary module to its place."""
     source = getattr(modules[part.role], part.name)
@@ -269,23 +266,23 @@ def _fill_norm(norm: Any, plain: nn.Module | None) -> None:
             norm.momentum = plain.momentum
 
 
-def _fill_experts(level: ExtractionNetwork, modules: list[Any], stacks: list[PlainStack]) -> None:
+def _fill_experts(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
     for block in level.blocks:
         assert isinstance(block, ExpertBlock)
         start, stop = block.experts
-        block.train(_mode(modules[start], stacks[start].layers[0].training))
+        block.train(any(layer.training for layer in stacks[start].layers))
         for e in range(start, stop):
             for layer, plain in zip(block.layers, stacks[e].layers, strict=True):
                 _fill_layer(layer, e - start, plain)
 
 
-def _fill_gates(level: ExtractionNetwork, modules: list[Any], stacks: list[PlainStack]) -> None:
+def _fill_gates(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
     topology, gate = level.topology, level.gate
     assert isinstance(gate, Gate)
     for row, o in enumerate(topology.gated_mixtures):
         last, first = stacks[o].layers[-1], topology.logit_offset[o]
         if row == 0:
-            gate.train(_mode(modules[o], last.training))
+            gate.train(last.training)
         for layer, plain in zip(gate.layers, stacks[o].layers[:-1], strict=True):
             _fill_layer(layer, row, plain)
         _fill_norm(gate.norm, last.norm)

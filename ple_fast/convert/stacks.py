@@ -32,7 +32,6 @@ HOOKS = (
 )
 HINTS: dict[type, str] = {
     nn.SyncBatchNorm: "pack with BatchNorm1d, and call convert_sync_batchnorm on the packed level",
-    nn.LazyLinear: "run the model once, so that it becomes a Linear",
 }
 
 
@@ -45,14 +44,20 @@ def kind(module: Any) -> str:
 class PlainLayer:
     """One layer of an ordinary stack: its modules, and its make-up."""
 
-    path: str
     linear: nn.Linear
+    paths: dict[str, str]
+    """Of the modules, by role."""
     norm: nn.BatchNorm1d | nn.LayerNorm | None = None
     activation: nn.Module | None = None
     dropout: nn.Dropout | None = None
     norm_after: bool = False
     identity: bool = False
     """An Identity stands in the place of the activation."""
+
+    @property
+    def path(self) -> str:
+        """Of the linear layer."""
+        return self.paths["linear"]
 
     @property
     def dice_norm(self) -> nn.BatchNorm1d | None:
@@ -134,6 +139,8 @@ def _check_bare(path: str, module: nn.Module) -> None:
     """No hook, no parametrization and no replaced forward, which the packed level would silently lose."""
     if is_parametrized(module):
         refuse(path, module, "is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        refuse(path, module, "has no weights yet; run the model once, so that it becomes an ordinary layer")
     hooks = [name for name in HOOKS if getattr(module, name, None)]
     if hooks:
         names = ", ".join(name.strip("_") for name in hooks)
@@ -203,7 +210,7 @@ class _Reader:
         if stack.layers and stack.layers[-1].linear.out_features != linear.in_features:
             width = stack.layers[-1].linear.out_features
             refuse(path, linear, f"expected in_features={width}, the width before it, got {linear.in_features}")
-        stack.layers.append(PlainLayer(path, linear))
+        stack.layers.append(PlainLayer(linear, {"linear": path}))
 
     def _norm(self, layer: PlainLayer, path: str, norm: nn.BatchNorm1d | nn.LayerNorm) -> None:
         units = layer.linear.out_features
@@ -218,7 +225,7 @@ class _Reader:
             refuse(path, norm, f"expected normalized_shape=({units},), the last axis, got {norm.normalized_shape}")
         if any(tensor is None for tensor in (norm.weight, norm.bias)):
             refuse(path, norm, "has no weight or bias; give it weight 1 and bias 0, frozen, which compute the same")
-        layer.norm = norm
+        layer.norm, layer.paths["norm"] = norm, path
         layer.norm_after = layer.activation is not None or layer.identity
 
     def _activation(self, layer: PlainLayer, path: str, activation: nn.Module) -> None:
@@ -227,7 +234,7 @@ class _Reader:
             refuse(path, activation, f"{ORDER}; a {before} stands before it")
         if isinstance(activation, nn.PReLU) and activation.num_parameters != 1:
             refuse(path, activation, f"expected one slope, got num_parameters={activation.num_parameters}")
-        layer.activation = activation
+        layer.activation, layer.paths["activation"], layer.paths["dice_norm"] = activation, path, path
         # What an Identity seemed to say is void: the norm stands before a real activation.
         layer.norm_after = False
 
@@ -236,7 +243,7 @@ class _Reader:
             refuse(path, dropout, f"{ORDER}; a Dropout stands before it")
         if dropout.p >= 1.0:
             refuse(path, dropout, "expected a probability below 1, got 1: nothing would pass")
-        layer.dropout = dropout
+        layer.dropout, layer.paths["dropout"] = dropout, path
 
     def _end(self, stack: PlainStack, path: str, module: nn.Module) -> None:
         if isinstance(module, Temperature):

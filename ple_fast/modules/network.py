@@ -143,8 +143,12 @@ class ExtractionNetwork(CheckedModule):
 
     def _stacked_layers(self) -> list[StackedLayer]:
         """Every layer in the order of the plan."""
-        layers = [layer for block in self.blocks for layer in block.layers]  # type: ignore[union-attr]  # ExpertBlock
-        return [*layers, *self.gate.layers]
+        # Straight from the dicts: this runs at every call, and a small batch waits for it.
+        modules: list[Any] = []
+        for block in self.blocks._modules.values():
+            modules += block._modules["layers"]._modules.values()  # type: ignore[union-attr]  # never None
+        modules += self.gate._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        return modules
 
     def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
         return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()

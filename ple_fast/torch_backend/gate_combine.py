@@ -36,7 +36,7 @@ def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
     logits = logits.to(_wide(logits.dtype))
     experts = plan.topology.num_experts
     if not plan.is_dense:
-        padded = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+        padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
         logits = padded.index_select(1, _index(plan.dense_logit, logits.device))
     return torch.softmax(logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts), dim=2)
 

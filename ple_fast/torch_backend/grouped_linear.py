@@ -5,16 +5,11 @@ Outputs and gradients are contiguous ``(rows, n, H)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .products import by_onednn, grouped, linear
-from .slots import SlotGrads, Slots
-
-Groups = Sequence[tuple[int, int, int]]
-"""Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
+from .slots import Groups, SlotGrads, Slots
 
 
 def slots_linear_forward(
@@ -50,10 +45,10 @@ def slots_linear_backward(
     """
     n, units, width = weight.shape
     wide, flat = d.view(d.shape[0], n * units), weight.reshape(n * units, width)
-    stack = slots.even_stack(groups, rows) if len(groups) > 1 else None
+    stack = slots.even_stack(groups, rows)
     s = len(groups)
     if stack is not None and dslots.is_even:
-        dslots.add_even(rows, wide.view(d.shape[0], s, n * units // s), flat.view(s, -1, width))
+        dslots.add_even(groups[0][0], rows, wide.view(d.shape[0], s, n * units // s), flat.view(s, -1, width))
     else:
         for slot, first, last in groups:
             if dslots.wants(slot):

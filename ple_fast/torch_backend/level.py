@@ -7,6 +7,7 @@ tensors, so that autograd can guard it, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from .grouped_linear import slots_linear_backward, slots_linear_forward
 from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, accumulate, mlp_backward, mlp_forward, needs_of
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
 from .products import linear
-from .slots import SlotGrads, Slots
+from .slots import Groups, SlotGrads, Slots
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 13 << 20
 """Activations of a row block take about this much."""
 
 
@@ -95,36 +96,46 @@ def level_needs(inputs: LevelInput, x: Sequence[bool], gate_x: Sequence[bool], t
     return LevelNeeds(mlps, gate, x, gate_x, below or any(rows[-1][:4]))
 
 
-def no_needs(inputs: LevelInput) -> LevelNeeds:
+def _no_needs(plan: LevelPlan) -> LevelNeeds:
     """Needs of a forward pass that no backward follows."""
-    return level_needs(
-        inputs,
-        [False] * len(inputs.x.tensors),
-        [False] * len(inputs.gate_x.tensors),
-        [False] * (5 * (inputs.plan.num_layers + 1)),
-    )
+    nothing = (False,) * 5
+    mlps = [needs_of(len(mlp.layers), [nothing] * len(mlp.layers), False) for mlp in plan.mlps()]
+    return LevelNeeds(mlps, GateTensors(*nothing), (), (), False)  # type: ignore[arg-type]  # bools for tensors
+
+
+class Tables(NamedTuple):
+    """What follows from a plan alone."""
+
+    no_needs: LevelNeeds
+    width: int
+    """Activations of one row, over all layers."""
+
+
+@lru_cache(maxsize=1024)
+def tables(plan: LevelPlan) -> Tables:
+    width = sum(spec.units * len(mlp.slots) for mlp in plan.mlps() for spec in mlp.layers)
+    return Tables(_no_needs(plan), width)
 
 
 def row_blocks(inputs: LevelInput) -> list[slice]:
     """Blocks of rows; the whole batch where statistics, or sums in low precision, run over all of it."""
-    batch = inputs.x.batch
-    if inputs.state.uses_batch or inputs.layers[0].weight.dtype not in (torch.float32, torch.float64):
+    batch, weight = inputs.x.batch, inputs.layers[0].weight
+    if batch <= MASK_ROWS or inputs.state.uses_batch or weight.dtype not in (torch.float32, torch.float64):
         return [slice(0, batch)]
-    width = sum(spec.units * len(mlp.slots) for mlp in inputs.plan.mlps() for spec in mlp.layers)
-    size = BLOCK_BYTES // (width * inputs.layers[0].weight.element_size())
+    size = BLOCK_BYTES // (tables(inputs.plan).width * weight.element_size())
     size = max(MASK_ROWS, size // MASK_ROWS * MASK_ROWS)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
-def _gate_groups(plan: LevelPlan, slots: Slots) -> list[tuple[int, int, int]]:
+@lru_cache(maxsize=4096)
+def _gate_groups(plan: LevelPlan, groups: Groups) -> Groups:
     """Rows of the gates' last weight by the slot that they read, where gates have no hidden layer."""
-    topology = plan.topology
-    groups = []
-    for slot, first, last in slots.groups(plan.gate.slots):
+    topology, runs = plan.topology, []
+    for slot, first, last in groups:
         start, end = topology.gated_mixtures[first], topology.gated_mixtures[last - 1]
         stop = topology.logit_offset[end] + len(topology.mixture_experts[end])
-        groups.append((slot, topology.logit_offset[start], stop))
-    return groups
+        runs.append((slot, topology.logit_offset[start], stop))
+    return tuple(runs)
 
 
 def _mixture_rows(plan: LevelPlan) -> list[tuple[int, int, int]]:
@@ -148,7 +159,7 @@ class Run:
         plan = inputs.plan
         self.groups = [inputs.x.groups(mlp.slots) for mlp in plan.blocks]
         self.groups.append(inputs.gate_x.groups(plan.gate.slots))
-        self.gate_groups = [] if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, inputs.gate_x)
+        self.gate_groups: Groups = () if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, self.groups[-1])
 
     def forward(self, rows: slice, *, again: bool = False) -> tuple[Tensor, Tensor, BlockKept]:
         """``y (rows, O, H)``, dense weights ``(rows, O, E)``, and what backward needs of these rows.
@@ -329,7 +340,7 @@ def level_forward(
 
     Without ``needs`` nothing is kept.
     """
-    run = Run(inputs, no_needs(inputs) if needs is None else needs)
+    run = Run(inputs, tables(inputs.plan).no_needs if needs is None else needs)
     blocks = row_blocks(inputs)
     plan = inputs.plan
     weight = inputs.layers[0].weight

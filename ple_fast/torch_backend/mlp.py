@@ -11,7 +11,7 @@ from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
 from .dropout import mask
-from .grouped_linear import Groups, slots_linear_backward, slots_linear_forward, stacked_linear_backward
+from .grouped_linear import slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
     BatchNormSaved,
     batch_norm_backward,
@@ -20,7 +20,7 @@ from .norms import (
     layer_norm_forward,
 )
 from .products import grouped
-from .slots import SlotGrads, Slots
+from .slots import Groups, SlotGrads, Slots
 
 
 class LayerNeeds(NamedTuple):

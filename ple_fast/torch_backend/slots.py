@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from .products import by_onednn, grouped, linear
+
+
+Groups = tuple[tuple[int, int, int], ...]
+"""Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
 
 
 class Place(NamedTuple):
@@ -61,26 +66,34 @@ class Slots:
         x = self.tensors[tensor] if rows is None else self.tensors[tensor][rows]
         return x if column < 0 else x.select(1, column)
 
-    def groups(self, slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    def groups(self, slots: tuple[int, ...]) -> Groups:
         """Runs of readers of the same input: ``(slot, first reader, last reader + 1)`` each."""
-        runs: list[tuple[int, int, int]] = []
-        for reader, slot in enumerate(slots):
-            if runs and self.places[runs[-1][0]] == self.places[slot]:
-                runs[-1] = (runs[-1][0], runs[-1][1], reader + 1)
-            else:
-                runs.append((slot, reader, reader + 1))
-        return runs
+        return _groups(self.places, slots)
 
-    def even_stack(self, groups: Sequence[tuple[int, int, int]], rows: slice) -> Tensor | None:
-        """``(rows, S, D)`` view for a grouped product, if the groups are all slots, in order and of one size."""
-        stacked = self.stacked
-        if stacked is None or len(groups) < 2 or len(groups) != stacked.shape[1]:
+    def even_stack(self, groups: Groups, rows: slice) -> Tensor | None:
+        """``(rows, n, D)`` view for a grouped product, if the groups are n slots in order, and all of one size."""
+        if self.stacked is None or not _are_even(groups):
             return None
-        size = groups[0][2] - groups[0][1]
-        for s, (slot, start, stop) in enumerate(groups):
-            if slot != s or stop - start != size:
-                return None
-        return stacked[rows]
+        first = groups[0][0]
+        return self.stacked[rows, first : first + len(groups)]
+
+
+@lru_cache(maxsize=4096)
+def _groups(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
+    runs: list[tuple[int, int, int]] = []
+    for reader, slot in enumerate(slots):
+        if runs and places[runs[-1][0]] == places[slot]:
+            runs[-1] = (runs[-1][0], runs[-1][1], reader + 1)
+        else:
+            runs.append((slot, reader, reader + 1))
+    return tuple(runs)
+
+
+@lru_cache(maxsize=4096)
+def _are_even(groups: Groups) -> bool:
+    """Two groups or more, of consecutive slots and equal sizes."""
+    (slot, start, stop), size = groups[0], groups[0][2] - groups[0][1]
+    return len(groups) > 1 and all((s, b - a) == (slot + i, size) for i, (s, a, b) in enumerate(groups))
 
 
 class SlotGrads:
@@ -121,14 +134,16 @@ class SlotGrads:
         else:
             torch.mm(d, weight, out=target)
 
-    def add_even(self, rows: slice, d: Tensor, weight: Tensor) -> None:
-        """Gradient of every slot += ``d @ weight``: ``(rows, S, N)`` and ``(S, N, D)``."""
+    def add_even(self, first: int, rows: slice, d: Tensor, weight: Tensor) -> None:
+        """Gradients of n slots from ``first`` += ``d @ weight``: ``(rows, n, N)`` and ``(n, N, D)``."""
         assert self._stacked is not None
-        target = self._stacked[rows]
-        missing = [place for place in self.slots.places if (place, rows.start) not in self._written]
-        if len(missing) == len(self.slots.places) and by_onednn(d):
+        last = first + d.shape[1]
+        target = self._stacked[rows, first:last]
+        places = self.slots.places[first:last]
+        missing = [place for place in places if (place, rows.start) not in self._written]
+        if len(missing) == len(places) and by_onednn(d):
             target.copy_(grouped(d, weight.transpose(1, 2)))
-        elif len(missing) == len(self.slots.places):
+        elif len(missing) == len(places):
             torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
         else:
             for place in missing:
