@@ -45,7 +45,7 @@ def level(
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     """Member ``m`` reads slot ``slots[m]``: weight ``(n, H, D)``, bias ``(n, H)`` to ``(B, n, H)``."""
     parts = []
-    for slot, first, last in x.groups(slots):
+    for slot, first, last in x.groups(tuple(slots)):
         count, units, width = last - first, weight.shape[1], weight.shape[2]
         part_bias = None if bias is None else bias[first:last].reshape(count * units)
         part = F.linear(x.at(slot), weight[first:last].reshape(count * units, width), part_bias)

@@ -1,6 +1,6 @@
-"""The level for a handful of rows without gradients, where the host's time counts more than the arithmetic.
+"""The level for a handful of rows without gradients, where the host's time counts beside the arithmetic.
 
-As few operators and as little Python as possible, for the make-up that serving mostly sees: one block of experts without
+As few operators and as little Python as possible, for the make-up that serving mostly sees: one block of experts with no
 norms or dropout, and gates of one linear layer.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plan import GateTensors, LayerTensors, LevelPlan
 from .activations import activation_forward
 from .gate_combine import gate_softmax
+from .products import linear
 
 MAX_ROWS = 32
 """From here on the products take most of the time, and ``level.py`` chooses them better."""
@@ -43,13 +44,14 @@ def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: Gate
     rows = x.shape[0]
     weight, bias = layers[0].weight, layers[0].bias
     count, units, width = weight.shape
+    specs = plan.blocks[0].layers
+    relu = specs[0].activation.name == "relu" and x.dim() == 2  # then the product has applied it
     assert gate.weight is not None
     if x.dim() == 2:
-        flat = weight.reshape(count * units, width).t()
-        z = torch.mm(x, flat) if bias is None else torch.addmm(bias.reshape(-1), x, flat)
+        flat_bias = None if bias is None else bias.reshape(-1)
+        z = linear(x, weight.reshape(count * units, width), flat_bias, relu=relu)
         a = z.view(rows, count, units).transpose(0, 1)
-        kernel = gate.weight.t()
-        logits = torch.mm(x, kernel) if gate.bias is None else torch.addmm(gate.bias, x, kernel)
+        logits = linear(x, gate.weight, gate.bias)
     else:
         slots, x = x.shape[1], x.transpose(0, 1)
         z = _products(x, weight.reshape(slots, -1, width), bias)
@@ -57,12 +59,12 @@ def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: Gate
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
-    specs = plan.blocks[0].layers
-    for spec, layer in zip(specs, layers, strict=True):
-        if layer is not layers[0]:
-            a = _products(a, layer.weight, layer.bias)
+    for i, spec in enumerate(specs):
+        if i > 0:
+            a = _products(a, layers[i].weight, layers[i].bias)
         if spec.activation.name == "relu":
-            a.relu_()
+            if i > 0 or not relu:
+                a.relu_()
         else:
             a = activation_forward(a, spec.activation, None, keep_input=False)
     return torch.bmm(gate_softmax(plan, logits), a.transpose(0, 1))

@@ -33,7 +33,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
     """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied."""
-    logits = logits.to(_wide(logits.dtype))
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
     experts = plan.topology.num_experts
     if not plan.is_dense:
         padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)

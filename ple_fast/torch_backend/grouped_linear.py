@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import by_onednn, grouped, linear
+from .products import LINEAR_WORK, by_onednn, grouped, linear
 from .slots import Groups, SlotGrads, Slots
 
 
@@ -58,7 +58,7 @@ def slots_linear_backward(
         return None
     if len(groups) == 1:
         x = slots.at(groups[0][0], rows)
-        if by_onednn(x):
+        if by_onednn(x) and x.shape[0] * flat.numel() >= LINEAR_WORK:
             # Of the two inputs oneDNN wants one transposed in memory: x is the smaller.
             return linear(x.t().contiguous(), wide.t()).t().view(n, units, width)
         return torch.mm(wide.t(), x).view(n, units, width)

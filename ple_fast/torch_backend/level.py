@@ -159,7 +159,9 @@ class Run:
         plan = inputs.plan
         self.groups = [inputs.x.groups(mlp.slots) for mlp in plan.blocks]
         self.groups.append(inputs.gate_x.groups(plan.gate.slots))
-        self.gate_groups: Groups = () if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, self.groups[-1])
+        self.gate_groups: Groups = (
+            () if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, self.groups[-1])
+        )
 
     def forward(self, rows: slice, *, again: bool = False) -> tuple[Tensor, Tensor, BlockKept]:
         """``y (rows, O, H)``, dense weights ``(rows, O, E)``, and what backward needs of these rows.

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONEDNN_ROWS = 32
-"""Fewer rows than this are bound by reading the weights, and PyTorch's own products have less overhead."""
+_mkldnn: Any = torch.backends.mkldnn  # ``enabled`` is the user's switch
+
+LINEAR_WORK = 1 << 19
+"""Multiply-adds below which PyTorch's own product costs less than the call of oneDNN's."""
+GROUPED_ROWS = 32
+"""Rows below which PyTorch's own batched product is faster than a grouped convolution."""
 
 
 @cache
@@ -34,14 +38,8 @@ _OPERATORS = ("_linear_pointwise", "_convolution_pointwise")
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether products with ``x (rows, ...)`` go to oneDNN."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.shape[0] >= ONEDNN_ROWS
-        and _onednn_is_faster()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+    """Whether products of any size with ``x`` go to oneDNN."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_faster() and _mkldnn.enabled
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -49,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
 
     ``weight`` is dense, or the transpose of a dense tensor.
     """
-    if by_onednn(x):
+    if x.shape[0] * weight.numel() >= LINEAR_WORK and by_onednn(x):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
         return out
     out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -59,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
 def grouped(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``n`` products at once: ``(rows, n, K)``, ``(n, H, K)`` and ``(n, H)`` to a contiguous ``(rows, n, H)``."""
     rows, (n, units, width) = x.shape[0], weight.shape
-    if by_onednn(x):
+    if rows >= GROUPED_ROWS and by_onednn(x):
         x = x.contiguous()
         # A grouped 1x1 convolution over `rows` pixels with the channels last is this product in this layout.
         image = x.as_strided((1, n * width, 1, rows), (rows * n * width, 1, rows * n * width, n * width))

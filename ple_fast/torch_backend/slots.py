@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .products import by_onednn, grouped, linear
-
+from .products import GROUPED_ROWS, LINEAR_WORK, by_onednn, grouped, linear
 
 Groups = tuple[tuple[int, int, int], ...]
 """Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
@@ -92,7 +91,7 @@ def _groups(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
 @lru_cache(maxsize=4096)
 def _are_even(groups: Groups) -> bool:
     """Two groups or more, of consecutive slots and equal sizes."""
-    (slot, start, stop), size = groups[0], groups[0][2] - groups[0][1]
+    slot, size = groups[0][0], groups[0][2] - groups[0][1]
     return len(groups) > 1 and all((s, b - a) == (slot + i, size) for i, (s, a, b) in enumerate(groups))
 
 
@@ -129,7 +128,7 @@ class SlotGrads:
             target.addmm_(d, weight)
             return
         self._written.add((place, rows.start))
-        if by_onednn(d):
+        if by_onednn(d) and d.shape[0] * weight.numel() >= LINEAR_WORK:
             target.copy_(linear(d, weight.t()))
         else:
             torch.mm(d, weight, out=target)
@@ -141,7 +140,7 @@ class SlotGrads:
         target = self._stacked[rows, first:last]
         places = self.slots.places[first:last]
         missing = [place for place in places if (place, rows.start) not in self._written]
-        if len(missing) == len(places) and by_onednn(d):
+        if len(missing) == len(places) and d.shape[0] >= GROUPED_ROWS and by_onednn(d):
             target.copy_(grouped(d, weight.transpose(1, 2)))
         elif len(missing) == len(places):
             torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
