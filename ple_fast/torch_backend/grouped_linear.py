@@ -12,6 +12,10 @@ from .products import LINEAR_WORK, by_onednn, grouped, linear
 from .slots import Groups, SlotGrads, Slots
 
 
+FEW_ROWS = 256
+"""Up to here a weight's gradient is larger than its inputs, and turning it round costs more than turning them."""
+
+
 def slots_linear_forward(
     slots: Slots, rows: slice, groups: Groups, weight: Tensor, bias: Tensor | None, *, relu: bool = False
 ) -> Tensor:
@@ -59,7 +63,9 @@ def slots_linear_backward(
     if len(groups) == 1:
         x = slots.at(groups[0][0], rows)
         if by_onednn(x) and x.shape[0] * flat.numel() >= LINEAR_WORK:
-            # Of the two inputs oneDNN wants one transposed in memory: x is the smaller.
+            # oneDNN wants one of its inputs transposed in memory: x is the smaller, but then the result is transposed.
+            if x.shape[0] <= FEW_ROWS:
+                return linear(wide.t().contiguous(), x.t()).view(n, units, width)
             return linear(x.t().contiguous(), wide.t()).t().view(n, units, width)
         return torch.mm(wide.t(), x).view(n, units, width)
     if stack is not None:
