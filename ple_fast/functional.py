@@ -37,7 +37,8 @@ def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]
 def _autocast_dtype(like: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the device of ``like``; None where it does not apply."""
     kind = like.device.type
-    if like.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    # The meta device has no autocast, and asking for it raises.
+    if like.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -141,7 +142,7 @@ def extraction_level(
     flat = (*tensors, *gate_tensors, *flatten(layers, gate))
     apply: Any = ExtractionLevelFunction.apply  # untyped in torch
     listed: Tensor | None
-    if batch == 0 or now.has_foreign_norm or _by_hand_cannot():
+    if batch == 0 or weight.is_meta or now.has_foreign_norm or _by_hand_cannot():
         y, listed = run_composed(call, flat)
     elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
         y, listed = run_without_grad(call, flat)

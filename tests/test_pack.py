@@ -337,7 +337,11 @@ def test_packed_levels_are_a_trunk() -> None:
     original = PLE(5, 2, expert_units=(6, 4), norm="batch", activation="prelu").double()
     randomise(original)
     levels: Any = original.levels
-    again = PLE.from_levels([pack(*own.unpack(), topology=own.topology) for own in levels])
+    packed = []
+    for own in levels:
+        experts, gates = own.unpack()
+        packed.append(pack(experts, gates, own.topology))
+    again = PLE.from_levels(packed)
     _assert_same(again, original)
     x = torch.randn(8, 5, dtype=torch.float64)
     assert torch.equal(again(x), original(x))

@@ -155,10 +155,12 @@ class ExtractionNetwork(CheckedModule):
 
     def _state(self, batch: int) -> LevelState:
         """What one call on ``batch`` rows reads besides parameters; draws the dropout seed."""
-        layers = tuple(layer.state(batch) for layer in self._stacked_layers())
+        stacked = self._stacked_layers()
+        layers = tuple(layer.state(batch) for layer in stacked)
         seed = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
-        if self._drops and any(layer.dropout for layer in layers) and not torch.compiler.is_compiling():
+        drops = self._drops and any(layer.dropout for layer in layers)
+        if drops and not torch.compiler.is_compiling() and not stacked[0].weight.is_meta:
             seed = int(torch.randint(2**31 - 1, ()))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
