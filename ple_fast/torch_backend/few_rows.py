@@ -1,6 +1,6 @@
 """The level for a handful of rows without gradients, where the host's time counts beside the arithmetic.
 
-As few operators and as little Python as possible, for the make-up that serving mostly sees: one block of experts with no
+As few operators and as little Python as possible, for the make-up that serving meets most: one block of experts with no
 norms or dropout, and gates of one linear layer.
 """
 

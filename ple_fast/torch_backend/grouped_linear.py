@@ -11,7 +11,6 @@ from torch import Tensor
 from .products import LINEAR_WORK, by_onednn, grouped, linear
 from .slots import Groups, SlotGrads, Slots
 
-
 FEW_ROWS = 256
 """Up to here a weight's gradient is larger than its inputs, and turning it round costs more than turning them."""
 
