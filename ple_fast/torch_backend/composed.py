@@ -16,7 +16,7 @@ from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState,
 from ..specs import LayerSpec
 from . import gate_combine as gates
 from .dropout import mask
-from .slots import Slots
+from .slots import Slots, groups_of
 
 
 def level(
@@ -45,7 +45,7 @@ def level(
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     """Member ``m`` reads slot ``slots[m]``: weight ``(n, H, D)``, bias ``(n, H)`` to ``(B, n, H)``."""
     parts = []
-    for slot, first, last in x.groups(tuple(slots)):
+    for slot, first, last in groups_of(x.places, tuple(slots)):  # uncached: compilers trace this
         count, units, width = last - first, weight.shape[1], weight.shape[2]
         part_bias = None if bias is None else bias[first:last].reshape(count * units)
         part = F.linear(x.at(slot), weight[first:last].reshape(count * units, width), part_bias)

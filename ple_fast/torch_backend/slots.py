@@ -67,7 +67,7 @@ class Slots:
 
     def groups(self, slots: tuple[int, ...]) -> Groups:
         """Runs of readers of the same input: ``(slot, first reader, last reader + 1)`` each."""
-        return _groups(self.places, slots)
+        return _cached_groups(self.places, slots)
 
     def even_stack(self, groups: Groups, rows: slice) -> Tensor | None:
         """``(rows, n, D)`` view for a grouped product, if the groups are n slots in order, and all of one size."""
@@ -77,8 +77,8 @@ class Slots:
         return self.stacked[rows, first : first + len(groups)]
 
 
-@lru_cache(maxsize=4096)
-def _groups(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
+def groups_of(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
+    """Runs of readers of the same place."""
     runs: list[tuple[int, int, int]] = []
     for reader, slot in enumerate(slots):
         if runs and places[runs[-1][0]] == places[slot]:
@@ -86,6 +86,9 @@ def _groups(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
         else:
             runs.append((slot, reader, reader + 1))
     return tuple(runs)
+
+
+_cached_groups = lru_cache(maxsize=4096)(groups_of)
 
 
 @lru_cache(maxsize=4096)
