@@ -396,7 +396,7 @@ def build(name: str, config: TrunkConfig) -> nn.Module:
 
 
 class BareGemm:
-    """The matrix products of a step and nothing else, into buffers that exist: the floor under every contestant.
+    """The matrix products of a step alone, by ``torch.mm`` into buffers that exist: the floor of whoever calls that.
 
     Experts that share an input are one wide product, which measures fastest; biases, activations, softmax, mixing, and
     the sums over experts are left out. Numbers are random: only time and FLOPs mean anything.
