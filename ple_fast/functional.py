@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
 from .backend import note, resolve
@@ -58,12 +58,15 @@ def _cast_layers(
     return rows, gate._replace(weight=_cast(gate.weight, dtype), bias=_cast(gate.bias, dtype))
 
 
-def _by_hand_cannot() -> bool:
-    """Whether a tracer or transform is at work that needs to see PyTorch's own operators."""
+def must_compose(weight: Tensor) -> bool:
+    """Whether a tracer, a transform or a tensor subclass is at work that needs to see PyTorch's own operators."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or weight.is_meta
+        or type(weight) not in (Tensor, nn.Parameter)
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -115,7 +118,7 @@ def extraction_level(
         and autocast is None
         and serves(plan, x.dim() == 3)
         and weight.dtype in (torch.float32, torch.float64)
-        and not _by_hand_cannot()
+        and not must_compose(weight)
     ):
         note(resolve(weight.device, backend))
         return few_rows_forward(plan, layers, gate, x), None
@@ -142,7 +145,7 @@ def extraction_level(
     flat = (*tensors, *gate_tensors, *flatten(layers, gate))
     apply: Any = ExtractionLevelFunction.apply  # untyped in torch
     listed: Tensor | None
-    if batch == 0 or weight.is_meta or now.has_foreign_norm or _by_hand_cannot():
+    if batch == 0 or now.has_foreign_norm or must_compose(weight):
         y, listed = run_composed(call, flat)
     elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
         y, listed = run_without_grad(call, flat)

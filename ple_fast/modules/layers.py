@@ -18,6 +18,10 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameters = module._parameters
     if name in parameters:
         return parameters[name]
+    # Pruning and the older weight norm compute the attribute in a hook before the forward, which a layer has not.
+    for hook in module._forward_pre_hooks.values():
+        if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            hook(module, ())
     tensor: Tensor | None = getattr(module, name)
     return tensor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dtype
-from ..functional import Input, extraction_level
+from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count
@@ -160,7 +160,7 @@ class ExtractionNetwork(CheckedModule):
         seed = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
-        if drops and not torch.compiler.is_compiling() and not stacked[0].weight.is_meta:
+        if drops and not must_compose(stacked[0].weight):
             seed = int(torch.randint(2**31 - 1, ()))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
