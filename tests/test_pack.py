@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -414,3 +418,17 @@ def test_the_dice_of_another_library(train: bool) -> None:
     for name, tensor in experts[1].state_dict().items():
         assert_close(name, back.state_dict()[name], tensor, 1e-12)
     assert (back[1].bn.eps, back[1].bn.momentum) == (1e-9, 0.01)
+
+
+def test_the_snippets_of_the_document_run() -> None:
+    """Every snippet of docs/pack.md, one after the other; the comments tell the truth."""
+    text = (Path(__file__).parents[1] / "docs" / "pack.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    with redirect_stdout(io.StringIO()) as out:
+        for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(snippet, scope)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "((0, 2), (1, 2), (0, 1, 2))"
+    assert lines[1].startswith("experts[0].1: Softplus: cannot be packed; pack takes Linear, BatchNorm1d, ")
+    assert scope["y"].shape == (64, 2, 16)
+    assert pack(scope["experts"], scope["gates"], scope["shared_first"]).topology.mixture_experts[0] == (2, 0)
