@@ -106,7 +106,7 @@ def head_to_head_table(content: Result) -> str:
 def _legend(content: Result) -> str:
     names = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
     notes = [f"`{name}`: {CONTESTANTS[name].note}" for name in names if name != FLOOR]
-    return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, the floor"]) + "."
+    return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, by `torch.mm`"]) + "."
 
 
 def grid_sentence(content: Result) -> str:

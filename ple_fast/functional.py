@@ -109,16 +109,16 @@ def extraction_level(
     autocast = _autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
     if (
-        not torch.is_grad_enabled()
-        and isinstance(x, Tensor)
+        isinstance(x, Tensor)
         and 0 < x.shape[0] < MAX_ROWS
+        and not torch.is_grad_enabled()
+        and not must_compose(weight)
         and gate_input is None
         and gate_features == in_features
         and not return_gates
         and autocast is None
-        and serves(plan, x.dim() == 3)
         and weight.dtype in (torch.float32, torch.float64)
-        and not must_compose(weight)
+        and serves(plan, x.dim() == 3)
     ):
         note(resolve(weight.device, backend))
         return few_rows_forward(plan, layers, gate, x), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # The tensors of the tests are small: more threads only cost, and a fixed number gives the same sums everywhere.
-    torch.set_num_threads(2)
+    # The tensors of the tests are small: more threads only cost, and where another process has the other core, a
+    # thread that waits for its partner costs a hundred times the work. A fixed number gives the same sums everywhere.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device under test, from ``--device``; a test fails, and is not skipped, where that device is absent."""
     return torch.device(str(request.config.getoption("--device")))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what must also be right where the work is divided."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

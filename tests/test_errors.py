@@ -169,7 +169,7 @@ def test_levels_that_do_not_fit_together() -> None:
     first = _level()  # 3 mixtures of width 4
     with pytest.raises(ValueError, match=r"4.*6|6.*4"):
         PLE.from_levels([first, _level(in_features=6)])
-    with pytest.raises(ValueError, match="slots|mixtures"):
+    with pytest.raises(ValueError, match=r"slots|mixtures"):
         PLE.from_levels([first, _level(in_features=4, topology=Topology.ple(3, 1, 1, last=True))])
     with pytest.raises(ValueError, match="level"):
         PLE.from_levels([])

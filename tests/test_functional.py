@@ -11,7 +11,7 @@ import ple_fast.functional
 from ple_fast import PLE, GateSpec, MLPSpec
 from ple_fast.functional import gate_combine, grouped_linear
 from ple_fast.reference import ExtractionNetworkReference
-from ple_fast.torch_backend.few_rows import MAX_ROWS, serves
+from ple_fast.torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise
 
 
@@ -84,7 +84,7 @@ def test_gate_combine_names_what_does_not_fit() -> None:
 def short_path(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every call that took the short path."""
     calls: list[int] = []
-    original = ple_fast.functional.few_rows_forward
+    original = few_rows_forward
 
     def counting(plan: Any, layers: Any, gate: Any, x: torch.Tensor) -> torch.Tensor:
         calls.append(x.shape[0])

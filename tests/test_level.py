@@ -260,6 +260,7 @@ def test_autocast(spec: MLPSpec, dtype: torch.dtype) -> None:
         compare_low_precision(module, draw(form, 64, 4, 40), dtype=dtype, autocast=True, form=form, slots=4)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("form", ["one", "stacked", "list"])
 @pytest.mark.parametrize("spec", [MLPSpec((96, 64)), MLPSpec((80, 72, 64), "gelu", norm="batch"), MLPSpec((64,))])
 def test_batches_beyond_a_cache_block(spec: MLPSpec, form: str) -> None:
@@ -280,6 +281,7 @@ def test_extreme_logits_are_a_choice_of_one_expert(name: str) -> None:
     assert all(bool((g.max(1).values > 0.99).any()) for g in ours.gates)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_step_twice_is_bit_for_bit_the_same() -> None:
     module = level(PLE, MLPSpec((96, 64), norm="layer"), GateSpec((24,)), in_features=96).float()
     leaves = [leaf.float() for leaf in draw("one", 1501, 4, 96)]
