@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ple_fast import PLE, ExtractionNetwork, GateSpec, Topology, pack
+from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, pack
 from ple_fast.convert import Dice, Temperature, WeightOffset
 from ple_fast.reference import ExtractionNetworkReference, correspondence
 from tests.helpers import (
@@ -322,6 +322,41 @@ def test_any_nesting_is_run_in_order() -> None:
     flat = [nn.Sequential(p, nn.ReLU(), q, nn.ReLU()) for p, q in (a, b, c)]
     logits = [nn.Sequential(gates[0].get_submodule("0")), nn.Sequential(gates[1])]
     assert_close("y", packed(x), _by_hand(flat, logits, LAST_LEVEL, x), 1e-12)
+
+
+def test_an_identity_tells_nothing_where_an_activation_follows() -> None:
+    experts = [nn.Sequential(_linear(5, 4), nn.Identity(), nn.BatchNorm1d(4).double(), nn.ReLU()) for _ in range(3)]
+    gates = [nn.Sequential(_linear(5, 2)) for _ in range(2)]
+    packed = pack(experts, gates, LAST_LEVEL)
+    assert packed.expert_specs[0].norm_position == ("before",)
+    x = torch.randn(9, 3, 5, dtype=torch.float64)
+    assert_close("y", packed(x), _by_hand(experts, gates, LAST_LEVEL, x), 1e-12)
+
+
+def test_a_norm_after_no_activation_keeps_its_place() -> None:
+    spec = MLPSpec((4,), "identity", norm="batch", norm_position="after")
+    original = level(LAST_LEVEL, spec)
+    again = pack(*original.unpack(), LAST_LEVEL)
+    assert again.expert_specs == original.expert_specs
+
+
+def test_the_mode_of_each_dropout_is_its_own() -> None:
+    topology = Topology.single_task(2)
+    experts = [nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 4), nn.Dropout(0.5)) for _ in range(2)]
+    for own in experts:
+        own.get_submodule("1").eval()
+    packed = pack(experts, [None, None], topology)
+    modes = [packed.get_submodule(f"blocks.0.layers.{i}").training for i in range(2)]
+    assert modes == [False, True]
+    back = packed.unpack()[0][1]
+    assert [back.get_submodule(str(i)).training for i in (1, 3)] == [False, True]
+
+
+def test_offsets_start_at_zero_where_the_gates_bring_none() -> None:
+    topology = TOPOLOGIES["adatt"]
+    packed = pack([_linear(5, 4) for _ in range(4)], [_linear(5, 4) for _ in range(2)], topology)
+    assert packed.gate.offset is not None
+    assert packed.gate.offset.shape == (4,) and not packed.gate.offset.any()
 
 
 def test_gates_that_read_another_input() -> None:
