@@ -76,7 +76,8 @@ class ExtractionLevelFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None = None) -> Any:
         call: LevelCall = ctx.call
         needed = ctx.needs_input_grad[1:]
-        tensors, flat = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
+        tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         if dy is None and dlisted is None:
             return (None,) * (len(needed) + 1)
         if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):

@@ -346,13 +346,7 @@ def test_from_levels_holds_the_levels_it_is_given() -> None:
         ("layer-norm-after", "hidden-layer-norm"),
         ("prelu", "hidden-prelu-dice"),
         ("dice", "temperature"),
-        pytest.param(
-            "batch-norm",
-            "everything",
-            marks=pytest.mark.xfail(
-                reason="torch's batch norm on the CPU reads a strided weight as if it were contiguous in backward"
-            ),
-        ),
+        ("batch-norm", "everything"),
     ],
 )
 def test_parameters_that_are_not_contiguous(experts: str, gate: str) -> None:

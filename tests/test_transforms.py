@@ -213,7 +213,6 @@ def test_forward_mode_and_hessian() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.xfail(reason="backward unpacks its saved tensors twice, which checkpoint refuses")
 def test_inside_a_checkpoint(recompute: bool) -> None:
     """``torch.utils.checkpoint`` repeats the forward: same output and gradients, dropout included."""
     outcomes = []

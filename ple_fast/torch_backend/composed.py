@@ -158,4 +158,6 @@ def _batch_norm(
     mean, var = norm.running_mean, norm.running_var
     if norm.batch and not (moves_statistics and norm.factor > 0.0):
         mean = var = None
+    # Its backward on the CPU reads the weight as if it had no gaps.
+    weight = None if weight is None else weight.contiguous()
     return F.batch_norm(z, mean, var, weight, bias, norm.batch, norm.factor, norm.eps)

@@ -15,10 +15,13 @@ from torch import Tensor
 from ..plan import GateTensors, LayerTensors, LevelPlan
 from .activations import activation_forward
 from .gate_combine import gate_softmax
-from .products import linear
+from .products import by_onednn, linear
 
 MAX_ROWS = 32
 """From here on the products take most of the time, and ``level.py`` chooses them better."""
+
+WIDE_ROWS = 2
+"""Up to here a product per expert reads the weights faster than one wide product does, MKL's always."""
 
 
 @lru_cache(maxsize=1024)
@@ -45,12 +48,16 @@ def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: Gate
     weight, bias = layers[0].weight, layers[0].bias
     count, units, width = weight.shape
     specs = plan.blocks[0].layers
-    relu = specs[0].activation.name == "relu" and x.dim() == 2  # then the product has applied it
+    relu = specs[0].activation.name == "relu"
+    applied = False  # by the product
     assert gate.weight is not None
     if x.dim() == 2:
-        flat_bias = None if bias is None else bias.reshape(-1)
-        z = linear(x, weight.reshape(count * units, width), flat_bias, relu=relu)
-        a = z.view(rows, count, units).transpose(0, 1)
+        if rows <= WIDE_ROWS or not by_onednn(x):
+            a = _products(x.expand(count, rows, width), weight, bias)
+        else:
+            flat_bias, applied = None if bias is None else bias.reshape(-1), relu
+            z = linear(x, weight.reshape(count * units, width), flat_bias, relu=relu)
+            a = z.view(rows, count, units).transpose(0, 1)
         logits = linear(x, gate.weight, gate.bias)
     else:
         slots, x = x.shape[1], x.transpose(0, 1)
@@ -63,7 +70,7 @@ def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: Gate
         if i > 0:
             a = _products(a, layers[i].weight, layers[i].bias)
         if spec.activation.name == "relu":
-            if i > 0 or not relu:
+            if i > 0 or not applied:
                 a.relu_()
         else:
             a = activation_forward(a, spec.activation, None, keep_input=False)
@@ -74,4 +81,4 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``(n, rows, K)``, ``(n, H, K)`` and ``n * H`` biases to ``(n, rows, H)``."""
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.view(weight.shape[0], 1, -1), x, weight.transpose(1, 2))
+    return torch.baddbmm(bias.reshape(weight.shape[0], 1, -1), x, weight.transpose(1, 2))

@@ -21,8 +21,12 @@ def _cached_index(entries: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _index(entries: tuple[int, ...], device: torch.device) -> Tensor:
-    """The entries as a tensor. While tracing or under a transform it is fresh: theirs must not outlive them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """The entries as a tensor. While tracing, under a transform or a mode it is fresh: theirs must not outlive them."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return torch.tensor(entries, dtype=torch.int64, device=device)
     return _cached_index(entries, device)
 

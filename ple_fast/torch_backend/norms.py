@@ -45,7 +45,10 @@ def batch_norm_backward(
     d: Tensor, z: Tensor, weight: Tensor | None, norm: NormState, saved: BatchNormSaved, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the input, the weight and the bias (None unless ``affine``)."""
-    running, batch = ((None, None), saved) if norm.batch else (saved, (None, None))
+    # PyTorch's kernel reads these as if they had no gaps.
+    given = [None if t is None else t.contiguous() for t in saved]
+    weight = None if weight is None else weight.contiguous()
+    running, batch = ((None, None), given) if norm.batch else (given, (None, None))
     dx, dw, db = aten.native_batch_norm_backward(
         d.flatten(1), z.flatten(1), weight, *running, *batch, norm.batch, norm.eps, [True, affine, affine]
     )
