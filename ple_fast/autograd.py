@@ -74,20 +74,29 @@ class ExtractionLevelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None = None) -> Any:
-        call: LevelCall = ctx.call
-        needed = ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
-        tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
-        if dy is None and dlisted is None:
-            return (None,) * (len(needed) + 1)
-        if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
-            return None, *_composed_backward(call, tensors, needed, dy, dlisted)
-        inputs = call.inputs(tensors)
-        needs = call.needs(inputs, needed)
-        kept = by_hand.unflatten_kept(call.plan, flat)
-        dx, dgate_x, dtensors = by_hand.level_backward(inputs, needs, kept, dy, dlisted)
-        grads = (*dx, *dgate_x, *dtensors)
-        return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+        some = dlisted if dy is None else dy
+        if some is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kind = some.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # backward() was called within the region
+            with torch.autocast(kind, enabled=False):
+                return _backward(ctx, dy, dlisted)
+        return _backward(ctx, dy, dlisted)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tensor | None, ...]:
+    call: LevelCall = ctx.call
+    needed = ctx.needs_input_grad[1:]
+    saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
+    tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+    if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
+        return None, *_composed_backward(call, tensors, needed, dy, dlisted)
+    inputs = call.inputs(tensors)
+    needs = call.needs(inputs, needed)
+    kept = by_hand.unflatten_kept(call.plan, flat)
+    dx, dgate_x, dtensors = by_hand.level_backward(inputs, needs, kept, dy, dlisted)
+    grads = (*dx, *dgate_x, *dtensors)
+    return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
 def _is_batched(d: Tensor | None) -> bool:

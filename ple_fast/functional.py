@@ -70,6 +70,16 @@ def must_compose(weight: Tensor) -> bool:
     )
 
 
+def _run(call: LevelCall, flat: tuple[Tensor | None, ...], composes: bool) -> tuple[Tensor, Tensor | None]:
+    """Output and, where the call lists them, the weights."""
+    if composes:
+        return run_composed(call, flat)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
+        return run_without_grad(call, flat)
+    out: Any = ExtractionLevelFunction.apply(call, *flat)  # type: ignore[no-untyped-call]  # untyped in torch
+    return out if call.listed else (out, None)
+
+
 def extraction_level(
     x: Input,
     gate_input: Input | None,
@@ -108,11 +118,13 @@ def extraction_level(
     weight = layers[0].weight
     autocast = _autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
+    composes = must_compose(weight)
+    # Traced programs must not come to a comparison of the batch: it would become a condition of theirs.
     if (
-        isinstance(x, Tensor)
+        not composes
+        and isinstance(x, Tensor)
         and 0 < x.shape[0] < MAX_ROWS
         and not torch.is_grad_enabled()
-        and not must_compose(weight)
         and gate_input is None
         and gate_features == in_features
         and not return_gates
@@ -143,16 +155,13 @@ def extraction_level(
         gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
     call = LevelCall(plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute)
     flat = (*tensors, *gate_tensors, *flatten(layers, gate))
-    apply: Any = ExtractionLevelFunction.apply  # untyped in torch
-    listed: Tensor | None
-    if batch == 0 or now.has_foreign_norm or must_compose(weight):
-        y, listed = run_composed(call, flat)
-    elif not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
-        y, listed = run_without_grad(call, flat)
-    elif return_gates:
-        y, listed = apply(call, *flat)
+    composes = composes or now.has_foreign_norm or batch == 0
+    if autocast is None:
+        y, listed = _run(call, flat, composes)
     else:
-        y, listed = apply(call, *flat), None
+        # What autocast asks for has been cast; the mixing stays in float32, forward and backward.
+        with torch.autocast(weight.device.type, enabled=False):
+            y, listed = _run(call, flat, composes)
     if not return_gates:
         return y, None
     assert listed is not None
@@ -197,4 +206,5 @@ def gate_combine(h: Tensor, weights: Tensor) -> Tensor:
         raise ValueError(
             f"gate_combine: expected h (B, E, H) and weights (B, O, E), got {shape_of(h)} and {shape_of(weights)}"
         )
-    return combine(weights, h)
+    with torch.autocast(h.device.type, enabled=False):  # it would round the weights
+        return combine(weights, h)
