@@ -309,12 +309,32 @@ def _reference(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
 # The list ------------------------------------------------------------------------------------------
 
 
+def _as_it_is(run: Callable[[], Any]) -> Callable[[], Any]:
+    return run
+
+
+def _without_onednn(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` with PyTorch's switch of oneDNN off, which leaves ``mm`` and ``bmm``. By the setter that the public
+    context manager calls, because that one takes as long as a tenth of a call on one row."""
+
+    def wrapped() -> Any:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return run()
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+    return wrapped
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One way to compute the trunk.
 
     ``norm`` and ``gate_bias`` describe the baseline that it must agree with; ``requires`` is the package that it needs;
-    ``modes`` restricts it; ``build`` takes the configuration and the baseline whose weights it shall have.
+    ``modes`` restricts it; ``build`` takes the configuration and the baseline whose weights it shall have; ``wrap``
+    makes the step that is run out of the plain one.
     """
 
     name: str
@@ -324,6 +344,7 @@ class Contestant:
     gate_bias: bool = True
     requires: str | None = None
     modes: tuple[Mode, ...] = ("forward", "train", "inference")
+    wrap: Callable[[Callable[[], Any]], Callable[[], Any]] = _as_it_is
 
     def available(self) -> bool:
         """Whether the package that it needs is installed."""
@@ -376,10 +397,16 @@ CONTESTANTS: dict[str, Contestant] = {
             "ple_fast.PLE(recompute=True)",
             modes=("forward", "train"),
         ),
+        Contestant(
+            "fast_mm",
+            lambda config, loop: UnboundTrunk(_fused(config, loop)),
+            "ple_fast.PLE with oneDNN switched off, so that every product is PyTorch's `mm` or `bmm`, as the peers' are",
+            wrap=_without_onednn,
+        ),
     )
 }
 BASELINE = "loop"
-OURS = ("fast", "fast_recompute")
+OURS = ("fast", "fast_recompute", "fast_mm")
 PEERS = ("loop", "loop_compiled", "loop_frozen", "rechub", "deepctr")
 """Those that ``fast`` is held against; ``bmm`` and ``reference`` are shown beside them."""
 

@@ -29,7 +29,18 @@ from benchmarks.saved_bytes import cost
 from benchmarks.steps import make_step
 
 SCHEMA = 1
-HEAD_TO_HEAD = ("fast", "fast_recompute", "loop", "loop_compiled", "loop_frozen", "rechub", "deepctr", "bmm", FLOOR)
+HEAD_TO_HEAD = (
+    "fast",
+    "fast_recompute",
+    "fast_mm",
+    "loop",
+    "loop_compiled",
+    "loop_frozen",
+    "rechub",
+    "deepctr",
+    "bmm",
+    FLOOR,
+)
 QUICK_HEAD_TO_HEAD = ("fast", "loop", FLOOR)
 
 

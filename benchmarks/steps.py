@@ -52,7 +52,8 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
     if name == FLOOR:
         return Step(name, mode, BareGemm(config, input_grad=input_grad).step(mode), None)
     trunk = build(name, config)
-    check(name, trunk, config, mode, input_grad=input_grad)
+    wrap = CONTESTANTS[name].wrap
+    wrap(lambda: check(name, trunk, config, mode, input_grad=input_grad))()
     x, grads = inputs(config, input_grad=input_grad and mode != "inference")
     parameters = [*trunk.parameters(), x]
 
@@ -68,9 +69,8 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
         with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
             return trunk(x)
 
-    return Step(
-        name, mode, {"train": train, "forward": forward, "inference": inference}[mode], trunk.train(mode != "inference")
-    )
+    step = {"train": train, "forward": forward, "inference": inference}[mode]
+    return Step(name, mode, wrap(step), trunk.train(mode != "inference"))
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
