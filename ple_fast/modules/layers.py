@@ -123,18 +123,18 @@ def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
     Raises:
         ValueError: batch norm in train mode on one row.
     """
-    if norm is None:
+    if norm is None or isinstance(norm, nn.Identity):
         return None
     if isinstance(norm, StackedLayerNorm):
         return NormState("layer", norm.eps)
     if type(norm) not in (StackedBatchNorm, nn.BatchNorm1d):
         return NormState("batch", 0.0, module=norm)
     assert isinstance(norm, nn.BatchNorm1d)
-    tracked = norm.running_mean is not None
-    if norm.training or not tracked:
+    if norm.training or norm.running_mean is None:
         check_more_than_one(batch, norm.num_features)
         factor = 0.0
-        if norm.training and tracked:
+        # The attribute is read too: some turn it off for a pass that must leave the statistics alone.
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
             assert norm.num_batches_tracked is not None
             norm.num_batches_tracked.add_(1)
             # momentum=None asks for a plain average over all batches, as in PyTorch.
@@ -197,7 +197,7 @@ class StackedLayer(nn.Module):
         if self._is_bare:
             return LayerTensors(weight, tensor_of(self, "bias"), None, None, None)
         norm_weight = norm_bias = slope = None
-        if self.norm is not None:
+        if self.norm is not None and not isinstance(self.norm, nn.Identity):  # in its place once it has been folded
             norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
         if self.activation is not None:
             slope = tensor_of(self.activation, "alpha" if isinstance(self.activation, StackedDice) else "weight")
@@ -300,7 +300,7 @@ class Gate(nn.Module):
     def tensors(self) -> GateTensors:
         """The differentiable tensors of the gates' end as they are now."""
         norm_weight = norm_bias = None
-        if self.norm is not None:
+        if self.norm is not None and not isinstance(self.norm, nn.Identity):
             norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
         return GateTensors(
             tensor_of(self, "weight"), tensor_of(self, "bias"), norm_weight, norm_bias, tensor_of(self, "offset")

@@ -161,7 +161,7 @@ class ExtractionNetwork(CheckedModule):
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
         if drops and not must_compose(stacked[0].weight):
-            seed = int(torch.randint(2**31 - 1, ()))
+            seed = int(torch.randint(2**31 - 1, (), device="cpu"))  # wherever the default device is
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload

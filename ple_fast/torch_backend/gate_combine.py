@@ -46,12 +46,14 @@ def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
     return torch.softmax(logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts), dim=2)
 
 
-def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of the logits ``(rows, G)`` in ``dtype`` from that of the dense gated weights."""
+def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the logits ``(rows, G)``, after the temperature, from that of the dense gated weights."""
+    if not plan.is_dense:
+        d = d.masked_fill(weights == 0, 0.0)  # what overflows of an expert that is not weighed would be NaN times 0
     dense = torch._softmax_backward_data(d, weights, 2, weights.dtype).flatten(1)
     if not plan.is_dense:
         dense = dense.index_select(1, _index(plan.logit_entry, dense.device))
-    return dense.to(dtype)
+    return dense
 
 
 def mixture_weights(plan: LevelPlan, gated: Tensor | None, offset: Tensor | None, rows: int, like: Tensor) -> Tensor:

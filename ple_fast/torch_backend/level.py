@@ -270,9 +270,10 @@ class Run:
             accumulate(grads[-1], 4, doffset)
         if needs.logits:
             assert kept.gated is not None
-            dlogits = gates.gate_softmax_backward(
-                plan, gates.gated_part(plan, dweights), kept.gated, inputs.gate_x.tensors[0].dtype
-            )
+            dlogits = gates.gate_softmax_backward(plan, gates.gated_part(plan, dweights), kept.gated)
+            if plan.gate_spec.temperature != 1.0:
+                dlogits = dlogits / plan.gate_spec.temperature
+            dlogits = dlogits.to(inputs.gate_x.tensors[0].dtype)
             self._gate_backward(rows, kept, dlogits, grads, dgate_x)
 
     def _gate_backward(
@@ -286,8 +287,6 @@ class Run:
         inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
         gate, own = inputs.gate, grads[-1]
         assert gate.weight is not None
-        if plan.gate_spec.temperature != 1.0:
-            d = d / plan.gate_spec.temperature
         if inputs.state.gate_norm is not None:
             assert kept.logits is not None
             normed, dw, db = batch_norm_backward(
