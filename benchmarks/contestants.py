@@ -400,7 +400,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant(
             "fast_mm",
             lambda config, loop: UnboundTrunk(_fused(config, loop)),
-            "ple_fast.PLE with oneDNN switched off, so that every product is PyTorch's `mm` or `bmm`, as the peers' are",
+            "ple_fast.PLE with oneDNN switched off: every product is PyTorch's `mm` or `bmm`, as the peers' are",
             wrap=_without_onednn,
         ),
     )

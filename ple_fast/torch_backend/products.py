@@ -2,7 +2,8 @@
 
 PyTorch's own ``mm`` and ``bmm`` call MKL for float32. MKL does not use AVX-512 on processors that are not Intel's;
 oneDNN does, and there its inner products and grouped 1x1 convolutions run at twice the rate and apply bias and ReLU on
-the way (`fast_mm` in the README's table is without it). Elsewhere, and for other dtypes or few rows, PyTorch's own are used.
+the way (`fast_mm` in the README's table is without it). Elsewhere, and for other dtypes or few rows, PyTorch's own are
+used.
 """
 
 from __future__ import annotations
