@@ -38,12 +38,12 @@ class LevelCall(NamedTuple):
         layers, gate = unflatten(tensors[start:])
         return by_hand.LevelInput(self.plan, layers, gate, self.state, x, gate_x)
 
-    def needs(self, inputs: by_hand.LevelInput, needed: Sequence[bool]) -> by_hand.LevelNeeds:
+    def needs(self, needed: tuple[bool, ...]) -> by_hand.LevelNeeds:
         """Needs of backward, from one bool per tensor."""
         start = self.num_x + self.num_gate_x
         x = needed[: self.num_x]
         gate_x = x if self.gate_places is None else needed[self.num_x : start]
-        return by_hand.level_needs(inputs, x, gate_x, needed[start:])
+        return by_hand.level_needs(self.plan, self.places, self.gate_places or self.places, x, gate_x, needed[start:])
 
 
 def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bool = False) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class ExtractionLevelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LevelCall, *tensors: Tensor | None) -> Any:
         inputs = call.inputs(tensors)
-        needs = call.needs(inputs, ctx.needs_input_grad[1:])
+        needs = call.needs(ctx.needs_input_grad[1:])
         y, listed, kept = by_hand.level_forward(inputs, None if call.recompute else needs, listed=call.listed)
         ctx.call = call
         ctx.num_tensors = len(tensors)
@@ -92,7 +92,7 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
         return None, *_composed_backward(call, tensors, needed, dy, dlisted)
     inputs = call.inputs(tensors)
-    needs = call.needs(inputs, needed)
+    needs = call.needs(needed)
     kept = by_hand.unflatten_kept(call.plan, flat)
     dx, dgate_x, dtensors = by_hand.level_backward(inputs, needs, kept, dy, dlisted)
     grads = (*dx, *dgate_x, *dtensors)

@@ -119,6 +119,8 @@ class LevelPlan:
     num_layers: int = field(init=False)
     dense_logit: tuple[int, ...] = field(init=False)
     """Logit column of each entry of the dense ``(O_gated, E)`` weights; ``G`` where the mixture has no such expert."""
+    is_absent: tuple[bool, ...] = field(init=False)
+    """Of each entry of the dense ``(O_gated, E)`` weights, whether the mixture has no such expert."""
     weight_entry: tuple[int, ...] = field(init=False)
     """Entry of the dense ``(O, E)`` weights that each of the ``num_weights`` columns stands for."""
     logit_entry: tuple[int, ...] = field(init=False)
@@ -152,6 +154,7 @@ class LevelPlan:
                     offset_entry.append(o * experts + e)
         put("num_layers", sum(len(block.layers) for block in self.blocks) + len(self.gate.layers))
         put("dense_logit", tuple(dense_logit))
+        put("is_absent", tuple(column == t.num_logits for column in dense_logit))
         put("weight_entry", tuple(weight_entry))
         put("logit_entry", tuple(logit_entry))
         put("static_entry", tuple(static_entry))

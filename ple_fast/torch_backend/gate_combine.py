@@ -15,20 +15,20 @@ from ..plan import LevelPlan
 
 
 @lru_cache(maxsize=4096)
-def _cached_index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+def _cached_index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return torch.tensor(entries, dtype=torch.int64, device=device)
+        return torch.tensor(entries, dtype=dtype, device=device)
 
 
-def _index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+def _index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The entries as a tensor. While tracing, under a transform or a mode it is fresh: theirs must not outlive them."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
     ):
-        return torch.tensor(entries, dtype=torch.int64, device=device)
-    return _cached_index(entries, device)
+        return torch.tensor(entries, dtype=dtype, device=device)
+    return _cached_index(entries, device, dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,9 +47,10 @@ def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
 
 
 def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the logits ``(rows, G)``, after the temperature, from that of the dense gated weights."""
+    """Gradient of the logits ``(rows, G)``, past the temperature, from that of the weights ``d``, overwritten."""
     if not plan.is_dense:
-        d = d.masked_fill(weights == 0, 0.0)  # what overflows of an expert that is not weighed would be NaN times 0
+        # What overflows of an expert that is not weighed would be NaN times 0.
+        d.masked_fill_(_index(plan.is_absent, d.device, torch.bool).view(d.shape[1:]), 0.0)
     dense = torch._softmax_backward_data(d, weights, 2, weights.dtype).flatten(1)
     if not plan.is_dense:
         dense = dense.index_select(1, _index(plan.logit_entry, dense.device))

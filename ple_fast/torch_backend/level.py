@@ -20,7 +20,7 @@ from .grouped_linear import slots_linear_backward, slots_linear_forward
 from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, accumulate, mlp_backward, mlp_forward, needs_of
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
 from .products import linear
-from .slots import Groups, SlotGrads, Slots
+from .slots import Groups, Place, SlotGrads, Slots, rows_of
 
 BLOCK_BYTES = 13 << 20
 """Activations of a row block take about this much."""
@@ -78,21 +78,29 @@ class BlockKept(NamedTuple):
     var: Tensor | None
 
 
-def level_needs(inputs: LevelInput, x: Sequence[bool], gate_x: Sequence[bool], tensors: Sequence[bool]) -> LevelNeeds:
-    """Needs from those of the input tensors, the gate inputs and the flat tuple of the level's tensors."""
-    plan = inputs.plan
+@lru_cache(maxsize=1024)
+def level_needs(
+    plan: LevelPlan,
+    places: tuple[Place, ...],
+    gate_places: tuple[Place, ...],
+    x: tuple[bool, ...],
+    gate_x: tuple[bool, ...],
+    tensors: tuple[bool, ...],
+) -> LevelNeeds:
+    """Needs from those of the input tensors, the gate inputs and the flat tuple of the level's tensors.
+
+    ``places``: of the slots among the input tensors; ``gate_places``: among the gate inputs.
+    """
     rows = [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
-    mlps, source = [], (inputs.x, x)
+    mlps, source = [], (places, x)
     for mlp in plan.mlps():
         if mlp is plan.gate:
-            source = (inputs.gate_x, gate_x)
-        slots, needed = source
-        wanted = any(needed[slots.places[slot].tensor] for slot in mlp.slots)
+            source = (gate_places, gate_x)
+        at, needed = source
+        wanted = any(needed[at[slot].tensor] for slot in mlp.slots)
         mlps.append(needs_of(len(mlp.layers), rows[mlp.position : mlp.position + len(mlp.layers)], wanted))
     gate = GateTensors(*rows[-1])  # type: ignore[arg-type]  # bools in the place of tensors
-    below = (
-        mlps[-1][-1].output if mlps[-1] else any(gate_x[inputs.gate_x.places[slot].tensor] for slot in plan.gate.slots)
-    )
+    below = mlps[-1][-1].output if mlps[-1] else any(gate_x[gate_places[slot].tensor] for slot in plan.gate.slots)
     return LevelNeeds(mlps, gate, x, gate_x, below or any(rows[-1][:4]))
 
 
@@ -246,13 +254,13 @@ class Run:
             if dy is not None:
                 assert kept.h is not None
                 wide = torch.promote_types(dy.dtype, torch.float32)
-                dweights = torch.bmm(dy[rows].to(wide), kept.h.to(wide).transpose(1, 2))
+                dweights = torch.bmm(rows_of(dy, rows).to(wide), kept.h.to(wide).transpose(1, 2))
             if dlisted is not None:
-                listed = gates.listed_weights_backward(plan, dlisted[rows])
+                listed = gates.listed_weights_backward(plan, rows_of(dlisted, rows))
                 dweights = listed if dweights is None else dweights.add_(listed)
         if dy is not None and needs.experts:
             assert kept.weights is not None
-            dh = torch.bmm(kept.weights.transpose(1, 2), dy[rows].to(kept.weights.dtype)).to(dy.dtype)
+            dh = torch.bmm(kept.weights.transpose(1, 2), rows_of(dy, rows).to(kept.weights.dtype)).to(dy.dtype)
             for block, groups, need, keep in zip(plan.blocks, self.groups, needs.mlps, kept.mlps, strict=False):
                 part = _layers(inputs, block)
                 d = dh

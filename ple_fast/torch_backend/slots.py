@@ -16,6 +16,11 @@ Groups = tuple[tuple[int, int, int], ...]
 """Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
 
 
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Some rows of a tensor: itself where they are all of them, which takes no operator."""
+    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
+
+
 class Place(NamedTuple):
     """A slot is ``tensors[tensor]``, ``(B, D)``, or ``tensors[tensor][:, column]`` of a ``(B, S, D)``."""
 
@@ -62,7 +67,7 @@ class Slots:
     def at(self, slot: int, rows: slice | None = None) -> Tensor:
         """Slot as ``(B, D)``, or some of its rows."""
         tensor, column = self.places[slot]
-        x = self.tensors[tensor] if rows is None else self.tensors[tensor][rows]
+        x = self.tensors[tensor] if rows is None else rows_of(self.tensors[tensor], rows)
         return x if column < 0 else x.select(1, column)
 
     def groups(self, slots: tuple[int, ...]) -> Groups:
@@ -73,8 +78,8 @@ class Slots:
         """``(rows, n, D)`` view for a grouped product, if the groups are n slots in order, and all of one size."""
         if self.stacked is None or not _are_even(groups):
             return None
-        first = groups[0][0]
-        return self.stacked[rows, first : first + len(groups)]
+        first, stack = groups[0][0], rows_of(self.stacked, rows)
+        return stack if len(groups) == stack.shape[1] else stack[:, first : first + len(groups)]
 
 
 def groups_of(places: tuple[Place, ...], slots: tuple[int, ...]) -> Groups:
@@ -140,7 +145,7 @@ class SlotGrads:
         """Gradients of n slots from ``first`` += ``d @ weight``: ``(rows, n, N)`` and ``(n, N, D)``."""
         assert self._stacked is not None
         last = first + d.shape[1]
-        target = self._stacked[rows, first:last]
+        target = rows_of(self._stacked, rows)[:, first:last]
         places = self.slots.places[first:last]
         missing = [place for place in places if (place, rows.start) not in self._written]
         if len(missing) == len(places) and d.shape[0] >= GROUPED_ROWS and by_onednn(d):
@@ -156,7 +161,8 @@ class SlotGrads:
     def _rows_of(self, place: Place, rows: slice) -> Tensor:
         grad = self.grads[place.tensor]
         assert grad is not None
-        return grad[rows] if place.column < 0 else grad[rows].select(1, place.column)
+        grad = rows_of(grad, rows)
+        return grad if place.column < 0 else grad.select(1, place.column)
 
     @property
     def is_even(self) -> bool:
