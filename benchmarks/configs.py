@@ -57,6 +57,10 @@ class TrunkConfig:
         own = (self.task_experts + self.shared_experts,) * self.num_tasks
         return own if level == self.num_levels - 1 else (*own, self.num_experts)
 
+    def with_dtype(self, dtype: str) -> TrunkConfig:
+        """The same trunk in another dtype."""
+        return replace(self, dtype=dtype)
+
     def at(self, batch: int) -> TrunkConfig:
         """The same trunk at another batch."""
         return replace(self, batch=batch)
@@ -98,6 +102,15 @@ def suite_config(name: str) -> TrunkConfig:
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, or one with -BATCH appended, got {name!r}")
     return SIZES[base].at(int(batch)) if batch else SIZES[base]
 
+
+AOT_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper")
+AOT_DTYPES: dict[str, tuple[str, ...]] = {
+    "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
+    "medium": ("bfloat16", "float32/tf32"),
+    "large": ("bfloat16", "float32/tf32"),
+    "paper": ("bfloat16", "float32/tf32"),
+}
+"""What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
 
 # The grid: batch 1 to 65,536, 2 to 8 tasks, 1 to 4 expert layers. Every batch sees the two corners (few tasks with one
 # layer, many tasks with four) and two points between them; the largest batches have narrow layers, so that no point

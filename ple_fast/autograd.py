@@ -28,6 +28,16 @@ class LevelCall(NamedTuple):
     listed: bool
     """Whether the weights are an output."""
     recompute: bool
+    backend: str = "torch"
+    """``"torch"`` or ``"triton"``; backward runs where forward ran."""
+
+    def arithmetic(self) -> Any:
+        """The module with ``level_forward`` and ``level_backward``."""
+        if self.backend == "torch":
+            return by_hand
+        from .triton_backend import level as in_kernels  # triton is optional
+
+        return in_kernels
 
     def inputs(self, tensors: Sequence[Tensor | None]) -> by_hand.LevelInput:
         """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""
@@ -54,7 +64,7 @@ def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bo
 
 def run_without_grad(call: LevelCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """The level where no backward follows."""
-    y, listed, _ = by_hand.level_forward(call.inputs(tensors), None, listed=call.listed)
+    y, listed, _ = call.arithmetic().level_forward(call.inputs(tensors), None, listed=call.listed)
     return y, listed
 
 
@@ -65,7 +75,8 @@ class ExtractionLevelFunction(torch.autograd.Function):
     def forward(ctx: Any, call: LevelCall, *tensors: Tensor | None) -> Any:
         inputs = call.inputs(tensors)
         needs = call.needs(ctx.needs_input_grad[1:])
-        y, listed, kept = by_hand.level_forward(inputs, None if call.recompute else needs, listed=call.listed)
+        forward = call.arithmetic().level_forward
+        y, listed, kept = forward(inputs, None if call.recompute else needs, listed=call.listed)
         ctx.call = call
         ctx.num_tensors = len(tensors)
         ctx.save_for_backward(*tensors, *by_hand.flatten_kept(kept))
@@ -94,7 +105,7 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     inputs = call.inputs(tensors)
     needs = call.needs(needed)
     kept = by_hand.unflatten_kept(call.plan, flat)
-    dx, dgate_x, dtensors = by_hand.level_backward(inputs, needs, kept, dy, dlisted)
+    dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, needs, kept, dy, dlisted)
     grads = (*dx, *dgate_x, *dtensors)
     return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -78,12 +81,55 @@ def resolve(device: torch.device, backend: str | None = None) -> Choice:
     if wanted not in NAMES:
         _check(wanted, "backend")
     if wanted == "triton":
-        raise RuntimeError(
-            f"backend 'triton' cannot run on {device.type} tensors: this version has no Triton kernels yet, and Triton "
-            "does not compile for a CPU; use 'auto' or 'torch'"
-        )
-    reason = "asked for" if wanted == "torch" else f"{device.type} tensors"
-    return Choice("torch", reason)
+        missing = _why_no_triton(device)
+        if missing is not None:
+            raise RuntimeError(
+                f"backend 'triton' cannot run on {device.type} tensors: {missing}; use 'auto' or 'torch'"
+            )
+        return _TRITON
+    if wanted == "torch":
+        return Choice("torch", "asked for")
+    if device.type != "cuda":
+        return Choice("torch", f"{device.type} tensors")
+    missing = _why_no_triton(device)
+    if missing is None:
+        return Choice("triton", "cuda tensors")
+    _warn_once(missing)
+    return Choice("torch", missing)
+
+
+_TRITON = Choice("triton", "asked for")
+OLDEST_CAPABILITY = (8, 0)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _why_too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY:
+        return None
+    return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, as half a sentence; None if they can."""
+    if device.type not in ("cuda", "cpu"):
+        return "the kernels run on CUDA and ROCm devices"
+    if not _has_triton():
+        return "triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        # Triton's interpreter runs kernels on CPU tensors, very slowly: for tests.
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interprets else "Triton does not compile for a CPU (TRITON_INTERPRET=1 interprets, for tests)"
+    return _why_too_old(device)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"ple_fast runs PyTorch's operators on this GPU: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def note(choice: Choice) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
-from .backend import note, resolve
+from .backend import Choice, note, resolve
 from .checks import check_input, shape_of
 from .plan import GateTensors, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
@@ -119,9 +119,11 @@ def extraction_level(
     autocast = _autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
     composes = must_compose(weight)
+    choice = resolve(weight.device, backend)
     # Traced programs must not come to a comparison of the batch: it would become a condition of theirs.
     if (
         not composes
+        and choice.name == "torch"
         and isinstance(x, Tensor)
         and 0 < x.shape[0] < MAX_ROWS
         and not torch.is_grad_enabled()
@@ -132,7 +134,7 @@ def extraction_level(
         and weight.dtype in (torch.float32, torch.float64)
         and serves(plan, x.dim() == 3)
     ):
-        note(resolve(weight.device, backend))
+        note(choice)
         return few_rows_forward(plan, layers, gate, x), None
     tensors, places = _place(x, slots)
     batch = tensors[0].shape[0]
@@ -148,14 +150,18 @@ def extraction_level(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
     now = state(batch)
-    note(resolve(weight.device, backend))
+    composes = composes or now.has_foreign_norm or batch == 0
+    if composes and choice.name == "triton":
+        choice = Choice("torch", "traced, transformed, empty, or with a norm of another kind: PyTorch's own operators")
+    note(choice)
     if autocast is not None:
         layers, gate = _cast_layers(layers, gate, autocast)
         tensors = tuple(t.to(autocast) for t in tensors)
         gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
-    call = LevelCall(plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute)
+    call = LevelCall(
+        plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute, choice.name
+    )
     flat = (*tensors, *gate_tensors, *flatten(layers, gate))
-    composes = composes or now.has_foreign_norm or batch == 0
     if autocast is None:
         y, listed = _run(call, flat, composes)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +37,13 @@ TORCH_GENERATOR = _TorchGenerator()  # hypothesis holds it weakly
 register_random(TORCH_GENERATOR)
 
 OURS = ("ple_fast", "ple_fast_kernels")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before triton is imported
+    from tests.interpreter import install
+
+    install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

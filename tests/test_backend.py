@@ -43,7 +43,8 @@ def test_a_block_wins_over_the_process_and_ends() -> None:
     assert _choice().reason == "cpu tensors", "an error ends the block too"
 
 
-def test_a_call_wins_over_the_block() -> None:
+def test_a_call_wins_over_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with use_backend("triton"):
         assert backend.resolve(torch.device("cpu"), "torch").name == "torch"
         with pytest.raises(RuntimeError, match="triton"):

@@ -20,7 +20,7 @@ def _cached_index(entries: tuple[int, ...], device: torch.device, dtype: torch.d
         return torch.tensor(entries, dtype=dtype, device=device)
 
 
-def _index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+def index_of(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The entries as a tensor. While tracing, under a transform or a mode it is fresh: theirs must not outlive them."""
     if (
         torch.compiler.is_compiling()
@@ -42,7 +42,7 @@ def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
     experts = plan.topology.num_experts
     if not plan.is_dense:
         padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
-        logits = padded.index_select(1, _index(plan.dense_logit, logits.device))
+        logits = padded.index_select(1, index_of(plan.dense_logit, logits.device))
     return torch.softmax(logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts), dim=2)
 
 
@@ -50,10 +50,10 @@ def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor
     """Gradient of the logits ``(rows, G)``, past the temperature, from that of the weights ``d``, overwritten."""
     if not plan.is_dense:
         # What overflows of an expert that is not weighed would be NaN times 0.
-        d.masked_fill_(_index(plan.is_absent, d.device, torch.bool).view(d.shape[1:]), 0.0)
+        d.masked_fill_(index_of(plan.is_absent, d.device, torch.bool).view(d.shape[1:]), 0.0)
     dense = torch._softmax_backward_data(d, weights, 2, weights.dtype).flatten(1)
     if not plan.is_dense:
-        dense = dense.index_select(1, _index(plan.logit_entry, dense.device))
+        dense = dense.index_select(1, index_of(plan.logit_entry, dense.device))
     return dense
 
 
@@ -67,13 +67,13 @@ def mixture_weights(plan: LevelPlan, gated: Tensor | None, offset: Tensor | None
             topology.num_mixtures * topology.num_experts, dtype=_wide(like.dtype), device=like.device
         )
         if plan.static_entry:
-            constants[_index(plan.static_entry, like.device)] = 1.0
+            constants[index_of(plan.static_entry, like.device)] = 1.0
         weights = constants.view(1, topology.num_mixtures, topology.num_experts).repeat(rows, 1, 1)
         if gated is not None:
-            weights = weights.index_copy(1, _index(topology.gated_mixtures, like.device), gated)
+            weights = weights.index_copy(1, index_of(topology.gated_mixtures, like.device), gated)
     if offset is not None:
         added = torch.zeros(topology.num_mixtures * topology.num_experts, dtype=weights.dtype, device=weights.device)
-        added = added.index_copy(0, _index(plan.offset_entry, weights.device), offset.to(weights.dtype))
+        added = added.index_copy(0, index_of(plan.offset_entry, weights.device), offset.to(weights.dtype))
         weights = weights + added.view(1, topology.num_mixtures, topology.num_experts)
     return weights
 
@@ -82,17 +82,17 @@ def gated_part(plan: LevelPlan, d: Tensor) -> Tensor:
     """The gated mixtures' part of a dense ``(rows, O, E)``."""
     if not plan.static_entry:
         return d
-    return d.index_select(1, _index(plan.topology.gated_mixtures, d.device))
+    return d.index_select(1, index_of(plan.topology.gated_mixtures, d.device))
 
 
 def offset_grad(plan: LevelPlan, d: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of the learned scalars from that of the dense weights."""
-    return d.sum(0).flatten().index_select(0, _index(plan.offset_entry, d.device)).to(dtype)
+    return d.sum(0).flatten().index_select(0, index_of(plan.offset_entry, d.device)).to(dtype)
 
 
 def listed_weights(plan: LevelPlan, weights: Tensor) -> Tensor:
     """The weights as users see them: ``(rows, num_weights)``, mixture after mixture, each in its own order."""
-    return weights.flatten(1).index_select(1, _index(plan.weight_entry, weights.device))
+    return weights.flatten(1).index_select(1, index_of(plan.weight_entry, weights.device))
 
 
 def listed_weights_backward(plan: LevelPlan, d: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def listed_weights_backward(plan: LevelPlan, d: Tensor) -> Tensor:
     topology = plan.topology
     size = topology.num_mixtures * topology.num_experts
     dense = torch.zeros((d.shape[0], size), dtype=d.dtype, device=d.device)
-    dense = dense.index_copy(1, _index(plan.weight_entry, d.device), d)
+    dense = dense.index_copy(1, index_of(plan.weight_entry, d.device), d)
     return dense.view(d.shape[0], topology.num_mixtures, topology.num_experts)
 
 

@@ -155,7 +155,7 @@ def _mixture_rows(plan: LevelPlan) -> list[tuple[int, int, int]]:
     ]
 
 
-def _layers(inputs: LevelInput, mlp: MLPPlan) -> slice:
+def layers_of(inputs: LevelInput, mlp: MLPPlan) -> slice:
     return slice(mlp.position, mlp.position + len(mlp.layers))
 
 
@@ -178,10 +178,10 @@ class Run:
         """
         inputs, needs = self.inputs, self.needs
         plan, state = inputs.plan, inputs.state
-        states = _still(state) if again else state
+        states = still(state) if again else state
         mlps, parts = [], []
         for block, groups, need in zip(plan.blocks, self.groups, needs.mlps, strict=False):
-            part = _layers(inputs, block)
+            part = layers_of(inputs, block)
             done, kept = mlp_forward(
                 block, inputs.layers[part], states.layers[part], inputs.x, groups, rows, need, state.seed
             )
@@ -214,7 +214,7 @@ class Run:
         hidden: Tensor | None = None
         kept: list[LayerKept] = []
         if plan.gate.layers:
-            part = _layers(inputs, plan.gate)
+            part = layers_of(inputs, plan.gate)
             hidden, kept = mlp_forward(
                 plan.gate, inputs.layers[part], states.layers[part], inputs.gate_x, self.groups[-1], rows,
                 self.needs.mlps[-1], inputs.state.seed,
@@ -262,7 +262,7 @@ class Run:
             assert kept.weights is not None
             dh = torch.bmm(kept.weights.transpose(1, 2), rows_of(dy, rows).to(kept.weights.dtype)).to(dy.dtype)
             for block, groups, need, keep in zip(plan.blocks, self.groups, needs.mlps, kept.mlps, strict=False):
-                part = _layers(inputs, block)
+                part = layers_of(inputs, block)
                 d = dh
                 if len(plan.blocks) > 1:
                     d = dh[:, block.start : block.start + len(block.slots)].contiguous()
@@ -325,14 +325,14 @@ class Run:
                 torch.mm(d[:, start:stop], gate.weight[start:stop], out=dhidden[:, i])
         accumulate(own, 0, dweight)
         if below:
-            part = _layers(inputs, plan.gate)
+            part = layers_of(inputs, plan.gate)
             mlp_backward(
                 plan.gate, inputs.layers[part], inputs.state.layers[part], inputs.gate_x, self.groups[-1], rows,
                 needs.mlps[-1], inputs.state.seed, kept.mlps[-1], dhidden, grads[part], dgate_x,
             )  # fmt: skip
 
 
-def _still(state: LevelState) -> LevelState:
+def still(state: LevelState) -> LevelState:
     """The state of a forward that is run again: batch statistics are taken, running ones stay."""
 
     def norm(n: NormState | None) -> NormState | None:

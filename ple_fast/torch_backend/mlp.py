@@ -86,7 +86,7 @@ def mlp_forward(
             z = slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, relu=relu)
         else:
             z = grouped(a, tensor.weight, tensor.bias, relu=relu)
-        z, keep = _after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start, activated=relu)
+        z, keep = after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start, activated=relu)
         if need.output and need.tensors.weight and a is not None:
             keep = keep._replace(a=a)
         kept.append(keep)
@@ -95,7 +95,7 @@ def mlp_forward(
     return a, kept
 
 
-def _after_linear(
+def after_linear(
     z: Tensor,
     spec: LayerSpec,
     tensor: LayerTensors,
@@ -172,6 +172,43 @@ def accumulate(grads: list[Tensor | None], index: int, value: Tensor | None) -> 
         grads[index] = value if before is None else before.add_(value.view(before.shape))
 
 
+def after_linear_backward(
+    d: Tensor,
+    spec: LayerSpec,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    keep: LayerKept,
+    own: list[Tensor | None],
+    seed: int | None,
+    position: int,
+    start: int,
+) -> Tensor:
+    """Backward of ``after_linear``, activation included: ``d``, ``(rows, n, H)``, may be overwritten.
+
+    ``own``: the layer's gradients in the order of ``LayerTensors``, those of norm and slope are accumulated.
+    """
+    if state.dropout:
+        assert seed is not None
+        d = d * mask(seed, position, start, d, state.dropout)
+    if state.norm is not None and spec.norm_position == "after":
+        d = _norm_backward(d, tensor, state, need, keep, own)
+    if state.dice is not None:
+        assert keep.act is not None and tensor.slope is not None
+        saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
+        wanted = bool(need.tensors.slope)
+        d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
+        accumulate(own, 4, ds)
+    elif spec.activation.name != "identity":
+        assert keep.act is not None
+        wanted = bool(need.tensors.slope)
+        ds = activation_backward(d, keep.act, spec.activation, tensor.slope, slope_grad=wanted)
+        accumulate(own, 4, ds)
+    if state.norm is not None and spec.norm_position == "before":
+        d = _norm_backward(d, tensor, state, need, keep, own)
+    return d
+
+
 def mlp_backward(
     plan: MLPPlan,
     tensors: Sequence[LayerTensors],
@@ -195,24 +232,7 @@ def mlp_backward(
         if not need.output:
             return
         own = grads[i]
-        if state.dropout:
-            assert seed is not None
-            d = d * mask(seed, plan.position + i, rows.start, d, state.dropout)
-        if state.norm is not None and spec.norm_position == "after":
-            d = _norm_backward(d, tensor, state, need, keep, own)
-        if state.dice is not None:
-            assert keep.act is not None and tensor.slope is not None
-            saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
-            wanted = bool(need.tensors.slope)
-            d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
-            accumulate(own, 4, ds)
-        elif spec.activation.name != "identity":
-            assert keep.act is not None
-            wanted = bool(need.tensors.slope)
-            ds = activation_backward(d, keep.act, spec.activation, tensor.slope, slope_grad=wanted)
-            accumulate(own, 4, ds)
-        if state.norm is not None and spec.norm_position == "before":
-            d = _norm_backward(d, tensor, state, need, keep, own)
+        d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, plan.position + i, rows.start)
         if tensor.bias is not None and need.tensors.bias:
             accumulate(own, 1, d.view(d.shape[0], -1).sum(0).view(tensor.bias.shape))
         wanted = bool(need.tensors.weight)

@@ -1,0 +1,58 @@
+"""Activations and their derivatives, in the accumulator's dtype. A NaN stays a NaN, as in PyTorch."""
+
+import triton
+import triton.language as tl
+
+FUSED = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+"""What an epilogue can apply. The others have learned parameters."""
+
+
+@triton.jit
+def _tanh(z):
+    t = tl.exp(-2.0 * tl.abs(z))
+    y = (1.0 - t) / (1.0 + t)
+    return tl.where(z < 0, -y, y)
+
+
+@triton.jit
+def activate(z, NAME: tl.constexpr, VALUE: tl.constexpr):
+    """``f(z)``."""
+    if NAME == "relu":
+        z = tl.where(z < 0, 0.0, z)
+    elif NAME == "leaky_relu":
+        z = tl.where(z < 0, z * VALUE, z)
+    elif NAME == "gelu":
+        z = 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    elif NAME == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif NAME == "tanh":
+        z = _tanh(z)
+    elif NAME == "sigmoid":
+        z = 1.0 / (1.0 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
+    """``d f'(z)``; ``kept``: the output for relu, tanh, sigmoid and a leaky slope above 0, else the input ``z``."""
+    if NAME == "relu":
+        d = tl.where(kept <= 0, 0.0, d)
+    elif NAME == "leaky_relu":
+        d = tl.where(kept <= 0, d * VALUE, d)
+    elif NAME == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(kept * 0.7071067811865476))
+        d = d * (cdf + kept * 0.3989422804014327 * tl.exp(-0.5 * kept * kept))
+    elif NAME == "gelu_tanh":
+        t = _tanh(0.7978845608028654 * (kept + 0.044715 * kept * kept * kept))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * kept * kept)
+        d = d * (0.5 * (1.0 + t) + 0.5 * kept * (1.0 - t * t) * inner)
+    elif NAME == "silu":
+        s = 1.0 / (1.0 + tl.exp(-kept))
+        d = d * s * (1.0 + kept * (1.0 - s))
+    elif NAME == "tanh":
+        d = d * (1.0 - kept * kept)
+    elif NAME == "sigmoid":
+        d = d * kept * (1.0 - kept)
+    return d

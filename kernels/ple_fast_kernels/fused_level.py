@@ -1,0 +1,312 @@
+"""A whole level in one launch: expert products, activation, gates and mixtures, with expert outputs in registers.
+
+The experts are a run-time loop with dense weights: unrolled, the compiler would spill their accumulators.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._activations import activate
+from ._launch import cdiv, launch, next_power, wide_of
+from ._matmul import accumulate, pick, swizzle
+from ._tiles import Tile, fused_tile
+from .tables import Mixtures
+
+
+@triton.jit
+def _row_of(TABLE: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr, o_e):
+    """``TABLE[FIRST + o_e]`` for every expert, -1 beyond the last."""
+    row = o_e * 0 - 1
+    for e in tl.static_range(EXPERTS):
+        row = tl.where(o_e == e, TABLE[FIRST + e], row)
+    return row
+
+
+@triton.jit
+def _dense_weights(
+    X, GateW, GateBias, Logits, Offset, P, o_m, m_m, save, gate_depth,
+    MIXTURE: tl.constexpr, WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, IS_STATIC: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, EXPERTS: tl.constexpr, WEIGHTS: tl.constexpr, LOGITS: tl.constexpr,
+    HAS_LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr,
+    X_AT: tl.constexpr, TEMPERATURE: tl.constexpr, SAVE_P: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights of MIXTURE over all experts ``[BLOCK_M, WIDTH]``, 0 where it weighs none."""
+    o_e = tl.arange(0, WIDTH)
+    o_w = _row_of(WEIGHT, MIXTURE * EXPERTS, EXPERTS, o_e)
+    m_e = o_w >= 0
+    if IS_STATIC:
+        weight = tl.where(m_e[None, :], tl.full((BLOCK_M, WIDTH), 1.0, WIDE), 0.0)
+    else:
+        o_l = tl.where(m_e, _row_of(LOGIT, MIXTURE * EXPERTS, EXPERTS, o_e), 0)
+        if HAS_LOGITS:
+            p_l = Logits + o_m[:, None] * LOGITS + o_l[None, :]
+            logit = tl.load(p_l, mask=m_m[:, None] & m_e[None, :], other=0.0)
+        else:
+            o_k = tl.arange(0, BLOCK_K)
+            p_x = X + tl.where(m_m, o_m, 0)[:, None] * X_ROW + (X_AT + o_k)[None, :]
+            p_w = GateW + o_l.to(tl.int64)[None, :] * GATE_DEPTH + o_k[:, None]
+            logit = tl.zeros((BLOCK_M, WIDTH), WIDE)
+            logit = accumulate(
+                logit, p_x, p_w, gate_depth, BLOCK_K, BLOCK_K, m_e, GATE_DEPTH, False, PRECISION, BLOCK_K
+            )
+            if HAS_GATE_BIAS:
+                logit += tl.load(GateBias + o_l, mask=m_e, other=0.0).to(WIDE)[None, :]
+        logit = tl.where(m_e[None, :], logit / TEMPERATURE, float("-inf"))
+        weight = tl.exp(logit - tl.max(logit, 1)[:, None])
+        weight = weight / tl.sum(weight, 1)[:, None]
+    if SAVE_P:
+        if save:
+            tl.store(P + o_m[:, None] * WEIGHTS + o_w[None, :], weight, mask=m_m[:, None] & m_e[None, :])
+    if HAS_OFFSET:
+        o_s = _row_of(OFFSET, MIXTURE * EXPERTS, EXPERTS, o_e)
+        weight += tl.load(Offset + tl.where(o_s >= 0, o_s, 0), mask=o_s >= 0, other=0.0).to(WIDE)[None, :]
+    return weight
+
+
+@triton.jit(do_not_specialize=["B", "experts", "depth", "gate_depth"])
+def _fused_level_fwd_kernel(
+    A, W, Bias, X, GateW, GateBias, Logits, Offset, H, Z, P, Y, B, experts, depth, gate_depth,
+    DEPTH: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr, A_SLOT: tl.constexpr,
+    GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr, X_SLOT: tl.constexpr, MIXTURE_SLOT: tl.constexpr,
+    WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, STATIC: tl.constexpr, WEIGHTS: tl.constexpr,
+    LOGITS: tl.constexpr, TEMPERATURE: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    SAVE_H: tl.constexpr, SAVE_Z: tl.constexpr, SAVE_P: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``Y[:, o] = sum_e weight_oe f(A[:, SLOT[e]] @ W[e].T + Bias[e])``; the weights out of logits, or of X and GateW.
+
+    A program is a tile of rows by a tile of units, for all experts and all mixtures.
+    """
+    wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
+    EXPERTS: tl.constexpr = len(SLOT)
+    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), (UNITS + BLOCK_N - 1) // BLOCK_N, GROUP)
+    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    o_e = tl.arange(0, WIDTH)
+    m_m, m_n = o_m < B, o_n < UNITS
+    m_mn = m_m[:, None] & m_n[None, :]
+    weights = ()
+    ys = ()
+    for o in tl.static_range(len(STATIC)):
+        weight = _dense_weights(
+            X, GateW, GateBias, Logits, Offset, P, o_m, m_m, i_n == 0, gate_depth,
+            o, WEIGHT, LOGIT, OFFSET, STATIC[o], HAS_OFFSET, EXPERTS, WEIGHTS, LOGITS, HAS_LOGITS, HAS_GATE_BIAS,
+            GATE_DEPTH, X_ROW, MIXTURE_SLOT[o] * X_SLOT, TEMPERATURE, SAVE_P, wide, PRECISION, BLOCK_M, WIDTH, BLOCK_K,
+        )  # fmt: skip
+        weights = weights + (weight,)
+        ys = ys + (tl.zeros((BLOCK_M, BLOCK_N), wide),)
+    row = tl.where(m_m, o_m, 0)[:, None]
+    column = tl.where(m_n, o_n, 0)
+    for e in range(experts):
+        p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_k[None, :]
+        p_w = W + tl.cast(e * UNITS + column, tl.int64)[None, :] * DEPTH + o_k[:, None]
+        h = tl.zeros((BLOCK_M, BLOCK_N), wide)
+        h = accumulate(h, p_a, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False, PRECISION, BLOCK_K)
+        if HAS_BIAS:
+            h += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
+        o_h = o_m[:, None] * (EXPERTS * UNITS) + (e * UNITS + o_n)[None, :]
+        if SAVE_Z:
+            tl.store(Z + o_h, h.to(Z.dtype.element_ty), mask=m_mn)
+        h = activate(h, NAME, VALUE)
+        if SAVE_H:
+            tl.store(H + o_h, h.to(H.dtype.element_ty), mask=m_mn)
+        mixed = ()
+        for o in tl.static_range(len(STATIC)):
+            share = tl.sum(tl.where((o_e == e)[None, :], weights[o], 0.0), 1)
+            m_h = (tl.sum(tl.where(o_e == e, _row_of(WEIGHT, o * EXPERTS, EXPERTS, o_e), 0)) >= 0).to(wide)
+            # An expert that overflows must not reach mixtures that do not weigh it: 0 times infinity is NaN.
+            mixed = mixed + (ys[o] + share[:, None] * tl.where(m_h > 0, h, 0.0),)
+        ys = mixed
+    for o in tl.static_range(len(STATIC)):
+        p_y = Y + o_m[:, None] * (len(STATIC) * UNITS) + (o * UNITS + o_n)[None, :]
+        tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
+
+
+@triton.jit(do_not_specialize=["B", "experts", "depth", "gate_depth"])
+def _fused_two_layers_fwd_kernel(
+    A, W1, Bias1, W2, Bias2, X, GateW, GateBias, Offset, P, Y, B, experts, depth, gate_depth,
+    DEPTH: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr,
+    A_SLOT: tl.constexpr, GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr, X_SLOT: tl.constexpr,
+    MIXTURE_SLOT: tl.constexpr, WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, STATIC: tl.constexpr,
+    WEIGHTS: tl.constexpr, LOGITS: tl.constexpr, TEMPERATURE: tl.constexpr, NAME1: tl.constexpr, VALUE1: tl.constexpr,
+    NAME2: tl.constexpr, VALUE2: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE_P: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Experts of two layers, gates and mixtures: a program is a tile of rows with all units, ``BLOCK_N >= UNITS``.
+
+    Hidden units come in chunks of BLOCK_C, and a chunk goes into the second product as soon as it is there.
+    """
+    wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
+    EXPERTS: tl.constexpr = len(SLOT)
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    o_e = tl.arange(0, WIDTH)
+    m_m, m_n = o_m < B, o_n < UNITS
+    m_mn = m_m[:, None] & m_n[None, :]
+    weights = ()
+    ys = ()
+    for o in tl.static_range(len(STATIC)):
+        weight = _dense_weights(
+            X, GateW, GateBias, A, Offset, P, o_m, m_m, True, gate_depth,
+            o, WEIGHT, LOGIT, OFFSET, STATIC[o], HAS_OFFSET, EXPERTS, WEIGHTS, LOGITS, False, HAS_GATE_BIAS,
+            GATE_DEPTH, X_ROW, MIXTURE_SLOT[o] * X_SLOT, TEMPERATURE, SAVE_P, wide, PRECISION, BLOCK_M, WIDTH, BLOCK_K,
+        )  # fmt: skip
+        weights = weights + (weight,)
+        ys = ys + (tl.zeros((BLOCK_M, BLOCK_N), wide),)
+    row = tl.where(m_m, o_m, 0)[:, None]
+    column = tl.where(m_n, o_n, 0)
+    for e in range(experts):
+        h = tl.zeros((BLOCK_M, BLOCK_N), wide)
+        for c in range(0, HIDDEN, BLOCK_C):
+            o_c = c + tl.arange(0, BLOCK_C)
+            m_c = o_c < HIDDEN
+            p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_k[None, :]
+            p_w = W1 + tl.cast(e * HIDDEN + tl.where(m_c, o_c, 0), tl.int64)[None, :] * DEPTH + o_k[:, None]
+            a = tl.zeros((BLOCK_M, BLOCK_C), wide)
+            a = accumulate(a, p_a, p_w, depth, BLOCK_K, BLOCK_K, m_c, DEPTH, False, PRECISION, BLOCK_K)
+            if HAS_BIAS1:
+                a += tl.load(Bias1 + e * HIDDEN + o_c, mask=m_c, other=0.0).to(wide)[None, :]
+            a = activate(a, NAME1, VALUE1).to(A.dtype.element_ty)
+            p_w = W2 + tl.cast(e * UNITS + column, tl.int64)[None, :] * HIDDEN + o_c[:, None]
+            if HIDDEN % BLOCK_C == 0:
+                w = tl.load(p_w)
+            else:
+                a = tl.where(m_c[None, :], a, 0.0)
+                w = tl.load(p_w, mask=m_c[:, None], other=0.0)
+            h = tl.dot(a, w, h, input_precision=PRECISION, out_dtype=h.dtype)
+        if HAS_BIAS2:
+            h += tl.load(Bias2 + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
+        h = activate(h, NAME2, VALUE2)
+        mixed = ()
+        for o in tl.static_range(len(STATIC)):
+            share = tl.sum(tl.where((o_e == e)[None, :], weights[o], 0.0), 1)
+            m_h = (tl.sum(tl.where(o_e == e, _row_of(WEIGHT, o * EXPERTS, EXPERTS, o_e), 0)) >= 0).to(wide)
+            mixed = mixed + (ys[o] + share[:, None] * tl.where(m_h > 0, h, 0.0),)
+        ys = mixed
+    for o in tl.static_range(len(STATIC)):
+        p_y = Y + o_m[:, None] * (len(STATIC) * UNITS) + (o * UNITS + o_n)[None, :]
+        tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
+
+
+def _wiring(mixtures: Mixtures, temperature: float) -> tuple[object, ...]:
+    weight, logit, offset = mixtures.dense()
+    static = tuple(first < 0 for first in mixtures.logit_first)
+    return weight, logit, offset, static, mixtures.weights, mixtures.logits, temperature
+
+
+def fused_width(mixtures: Mixtures) -> int:
+    """Columns of a tile of dense weights: a power of two, at least 16."""
+    return max(16, next_power(mixtures.experts))
+
+
+def fused_level_fwd(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: tuple[int, ...],
+    mixtures: Mixtures,
+    *,
+    activation: tuple[str, float] = ("identity", 0.0),
+    logits: Tensor | None = None,
+    x: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    mixture_slots: tuple[int, ...] = (),
+    offset: Tensor | None = None,
+    temperature: float = 1.0,
+    keep_output: bool = False,
+    keep_input: bool = False,
+    keep_weights: bool = False,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The last layer of all experts, the gates and the mixtures in one launch; for experts of one layer: the level.
+
+    Args:
+        a, weight, bias, slots, activation: as in ``grouped_linear_fwd``.
+        logits: ``(B, G)`` in float32 (float64); or None, and the gates are computed from
+        x, gate_weight, gate_bias: ``(B, S, K)``, ``(G, K)``, ``(G,)``, contiguous in K; ``mixture_slots``: the slot
+            that each mixture's gate reads.
+        offset, temperature, mixtures: as in ``gate_combine_fwd``.
+        keep_output, keep_input, keep_weights: return what backward reads.
+
+    Returns:
+        ``(B, O, H)``; outputs of the experts ``(B, E, H)``, inputs of their activation ``(B, E, H)``, softmax weights
+        ``(B, W)``; None where not asked for.
+    """
+    rows, depth = a.shape[0], a.shape[2]
+    experts, units, _ = weight.shape
+    y = torch.empty((rows, len(mixtures.sizes), units), dtype=a.dtype, device=a.device)
+    h = torch.empty((rows, experts, units), dtype=a.dtype, device=a.device) if keep_output else None
+    z = torch.empty((rows, experts, units), dtype=a.dtype, device=a.device) if keep_input else None
+    p = torch.empty((rows, mixtures.weights), dtype=wide_of(a.dtype), device=a.device) if keep_weights else None
+    gate_depth = 1 if x is None else x.shape[2]
+    if tile is None:
+        tile = fused_tile(a, units, len(mixtures.sizes), fused_width(mixtures), precision)
+        assert tile is not None, "the caller asks fused_tile first"
+    launch(
+        _fused_level_fwd_kernel, (cdiv(rows, tile.rows) * cdiv(units, tile.columns),), tile, a.device,
+        a, weight, bias, x, gate_weight, gate_bias, logits, offset, h, z, p, y, rows, experts, depth, gate_depth,
+        depth, units, slots, a.stride(0), a.stride(1),
+        gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
+        mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature), *activation,
+        bias is not None, logits is not None, gate_bias is not None, offset is not None,
+        keep_output, keep_input, keep_weights, fused_width(mixtures),
+        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    )  # fmt: skip
+    return y, h, z, p
+
+
+def fused_two_layers_fwd(
+    a: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    slots: tuple[int, ...],
+    mixtures: Mixtures,
+    *,
+    activations: tuple[tuple[str, float], tuple[str, float]],
+    x: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    mixture_slots: tuple[int, ...] = (),
+    offset: Tensor | None = None,
+    temperature: float = 1.0,
+    keep_weights: bool = False,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A level of experts of two layers in one launch, for inference at small sizes; see ``fused_level_fwd``.
+
+    Returns:
+        ``(B, O, H)`` and, if asked for, the softmax weights ``(B, W)``.
+    """
+    rows, depth = a.shape[0], a.shape[2]
+    experts, hidden, _ = weights[0].shape
+    units = weights[1].shape[1]
+    y = torch.empty((rows, len(mixtures.sizes), units), dtype=a.dtype, device=a.device)
+    p = torch.empty((rows, mixtures.weights), dtype=wide_of(a.dtype), device=a.device) if keep_weights else None
+    gate_depth = 1 if x is None else x.shape[2]
+    if tile is None:
+        tile = fused_tile(a, units, len(mixtures.sizes), fused_width(mixtures), precision, whole=True)
+        assert tile is not None, "the caller asks fused_tile first"
+    launch(
+        _fused_two_layers_fwd_kernel, (cdiv(rows, tile.rows),), tile, a.device,
+        a, weights[0], biases[0], weights[1], biases[1], x, gate_weight, gate_bias, offset, p, y,
+        rows, experts, depth, gate_depth,
+        depth, hidden, units, slots, a.stride(0), a.stride(1),
+        gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
+        mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature),
+        *activations[0], *activations[1], biases[0] is not None, biases[1] is not None, gate_bias is not None,
+        offset is not None, keep_weights, fused_width(mixtures),
+        precision, tile.rows, tile.depth, tile.columns, tile.depth,
+    )  # fmt: skip
+    return y, p

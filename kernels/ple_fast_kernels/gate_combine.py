@@ -1,0 +1,250 @@
+"""Gates and mixtures: softmax over each mixture's own experts, weighted sums for all mixtures, and both backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._activations import derive
+from ._launch import cdiv, launch, next_power, wide_of
+from ._matmul import add_at
+from ._tiles import Tile, combine_tile
+from .tables import Mixtures
+
+
+@triton.jit
+def _weight(Logits, Offset, top, total, o_m, m_m, LOGITS: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr,
+            TEMPERATURE: tl.constexpr):  # fmt: skip
+    """One column of weights ``[M]``: ``exp(l / T - top) / total`` or 1, and a learned scalar."""
+    weight = tl.full(top.shape, 1.0, top.dtype)
+    if LOGIT >= 0:
+        logit = tl.load(Logits + o_m * LOGITS + LOGIT, mask=m_m, other=0.0)
+        weight = tl.exp(logit / TEMPERATURE - top) / total
+    if OFFSET >= 0:
+        weight += tl.load(Offset + OFFSET).to(weight.dtype)
+    return weight
+
+
+@triton.jit(do_not_specialize=["B"])
+def _gate_combine_fwd_kernel(
+    Logits, H, Offset, P, Y, B,
+    UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, TEMPERATURE: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
+    EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_LOGIT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
+    SAVE_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``P[:, o] = softmax(Logits[:, o] / T)``, ``Y[:, o] = sum_e (P_oe + Offset_oe) H[:, e]``; H is read once."""
+    wide: tl.constexpr = tl.float64 if H.dtype.element_ty == tl.float64 else tl.float32
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < B, o_n < UNITS
+    m_mn = m_m[:, None] & m_n[None, :]
+    o_g = tl.arange(0, WIDTH)
+    tops = ()
+    totals = ()
+    ys = ()
+    for o in tl.static_range(len(SIZES)):
+        m_g = (o_g < SIZES[o])[None, :]
+        if LOGIT_FIRST[o] >= 0:
+            p_l = Logits + o_m[:, None] * LOGITS + (LOGIT_FIRST[o] + o_g)[None, :]
+            logit = tl.load(p_l, mask=m_m[:, None] & m_g, other=0.0) / TEMPERATURE
+            logit = tl.where(m_g, logit, float("-inf"))
+            top = tl.max(logit, 1)
+            weight = tl.exp(logit - top[:, None])
+            total = tl.sum(weight, 1)
+            weight = weight / total[:, None]
+        else:
+            top = tl.zeros((BLOCK_M,), wide)
+            total = tl.zeros((BLOCK_M,), wide)
+            weight = tl.full((BLOCK_M, WIDTH), 1.0, wide)
+        if SAVE_P:
+            if tl.program_id(1) == 0:
+                p_p = P + o_m[:, None] * WEIGHTS + (WEIGHT_FIRST[o] + o_g)[None, :]
+                tl.store(p_p, weight, mask=m_m[:, None] & m_g)
+        tops = tops + (top,)
+        totals = totals + (total,)
+        ys = ys + (tl.zeros((BLOCK_M, BLOCK_N), wide),)
+    for e in tl.static_range(len(EXPERT_FIRST) - 1):
+        h = tl.load(H + o_m[:, None] * H_ROW + (e * UNITS + o_n)[None, :], mask=m_mn, other=0.0).to(wide)
+        for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
+            weight = _weight(Logits, Offset, tops[ENTRY_MIXTURE[i]], totals[ENTRY_MIXTURE[i]], o_m, m_m, LOGITS,
+                             ENTRY_LOGIT[i], ENTRY_OFFSET[i], TEMPERATURE)  # fmt: skip
+            ys = add_at(ys, ENTRY_MIXTURE[i], weight[:, None] * h)
+    for o in tl.static_range(len(SIZES)):
+        p_y = Y + o_m[:, None] * (len(SIZES) * UNITS) + (o * UNITS + o_n)[None, :]
+        tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _gate_combine_bwd_kernel(
+    DY, DListed, H, Kept, Offset, P, DH, DP, DL, B,
+    UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
+    EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr, HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
+    SAVE_DP: tl.constexpr, SAVE_DL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]``, ``DP_oe = <DY[:, o], H[:, e]>``, and the softmax's
+    backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with ``dP = DP + DListed``."""
+    wide: tl.constexpr = tl.float64 if P.dtype.element_ty == tl.float64 else tl.float32
+    CHUNKS: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < B
+    if HAS_DY:
+        dys = ()
+        if CHUNKS == 1:  # every row of DY is read once, and stays in registers
+            o_n = tl.arange(0, BLOCK_N)
+            m_mn = m_m[:, None] & (o_n < UNITS)[None, :]
+            for o in tl.static_range(len(SIZES)):
+                p_dy = DY + o_m[:, None] * (len(SIZES) * UNITS) + (o * UNITS + o_n)[None, :]
+                dys = dys + (tl.load(p_dy, mask=m_mn, other=0.0),)
+        for e in tl.static_range(len(EXPERT_FIRST) - 1):
+            dps = ()
+            for _ in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
+                dps = dps + (tl.zeros((BLOCK_M,), wide),)
+            for c in tl.static_range(CHUNKS):
+                o_n = c * BLOCK_N + tl.arange(0, BLOCK_N)
+                m_mn = m_m[:, None] & (o_n < UNITS)[None, :]
+                if SAVE_DP:
+                    p_h = H + o_m[:, None] * H_ROW + (e * UNITS + o_n)[None, :]
+                    h = tl.load(p_h, mask=m_mn, other=0.0).to(wide)
+                d = tl.zeros((BLOCK_M, BLOCK_N), wide)
+                for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
+                    if CHUNKS == 1:
+                        dy = dys[ENTRY_MIXTURE[i]].to(wide)
+                    else:
+                        p_dy = DY + o_m[:, None] * (len(SIZES) * UNITS) + (ENTRY_MIXTURE[i] * UNITS + o_n)[None, :]
+                        dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
+                    if SAVE_DH:
+                        weight = tl.load(P + o_m * WEIGHTS + ENTRY_WEIGHT[i], mask=m_m, other=0.0)
+                        if ENTRY_OFFSET[i] >= 0:
+                            weight += tl.load(Offset + ENTRY_OFFSET[i]).to(wide)
+                        d += weight[:, None] * dy
+                    if SAVE_DP:
+                        dps = add_at(dps, i - EXPERT_FIRST[e], tl.sum(dy * h, 1))
+                if SAVE_DH:
+                    if NAME != "identity":
+                        p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
+                        d = derive(d, tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, VALUE)
+                    p_dh = DH + o_m[:, None] * ((len(EXPERT_FIRST) - 1) * UNITS) + (e * UNITS + o_n)[None, :]
+                    tl.store(p_dh, d.to(DH.dtype.element_ty), mask=m_mn)
+            if SAVE_DP:
+                for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
+                    tl.store(DP + o_m * WEIGHTS + ENTRY_WEIGHT[i], dps[i - EXPERT_FIRST[e]], mask=m_m)
+    if SAVE_DL:
+        if HAS_DY:
+            tl.debug_barrier()  # other threads of this program wrote what is read now
+        o_g = tl.arange(0, WIDTH)
+        for o in tl.static_range(len(SIZES)):
+            if LOGIT_FIRST[o] >= 0:
+                m_mg = m_m[:, None] & (o_g < SIZES[o])[None, :]
+                o_p = o_m[:, None] * WEIGHTS + (WEIGHT_FIRST[o] + o_g)[None, :]
+                p = tl.load(P + o_p, mask=m_mg, other=0.0)
+                dp = tl.zeros((BLOCK_M, WIDTH), wide)
+                if HAS_DY:
+                    dp += tl.load(DP + o_p, mask=m_mg, other=0.0)
+                if HAS_LISTED:
+                    dp += tl.load(DListed + o_p, mask=m_mg, other=0.0)
+                dl = p * (dp - tl.sum(p * dp, 1)[:, None]) / TEMPERATURE
+                p_dl = DL + o_m[:, None] * LOGITS + (LOGIT_FIRST[o] + o_g)[None, :]
+                tl.store(p_dl, dl.to(DL.dtype.element_ty), mask=m_mg)
+
+
+def _width(mixtures: Mixtures) -> int:
+    return next_power(max(mixtures.sizes))
+
+
+def gate_combine_fwd(
+    h: Tensor,
+    logits: Tensor | None,
+    mixtures: Mixtures,
+    *,
+    offset: Tensor | None = None,
+    temperature: float = 1.0,
+    keep_weights: bool = True,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``y_o = sum_e (softmax(logits_o / T) + offset)_e h_e`` for all mixtures (paper eq. 2).
+
+    Args:
+        h: ``(B, E, H)``, its last two axes contiguous. B at least 1.
+        logits: ``(B, G)`` in float32 (float64 for float64), contiguous; None where every mixture is static.
+        offset: learned scalars, those of the tables.
+        temperature: positive.
+        keep_weights: return the weights.
+
+    Returns:
+        ``(B, O, H)`` like ``h``; softmax weights ``(B, W)`` without the learned scalars, or None.
+    """
+    rows, _, units = h.shape
+    y = torch.empty((rows, len(mixtures.sizes), units), dtype=h.dtype, device=h.device)
+    p = torch.empty((rows, mixtures.weights), dtype=wide_of(h.dtype), device=h.device) if keep_weights else None
+    tile = combine_tile(h, rows, units, len(mixtures.sizes)) if tile is None else tile
+    launch(
+        _gate_combine_fwd_kernel, (cdiv(rows, tile.rows), cdiv(units, tile.columns)), tile, h.device,
+        logits, h, offset, p, y, rows,
+        units, mixtures.logits, mixtures.weights, h.stride(0), temperature,
+        mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
+        mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_logit, mixtures.entry_offset,
+        keep_weights, tile.rows, tile.columns,
+    )  # fmt: skip
+    return y, p
+
+
+def gate_combine_bwd(
+    dy: Tensor | None,
+    dlisted: Tensor | None,
+    h: Tensor | None,
+    p: Tensor,
+    mixtures: Mixtures,
+    units: int,
+    dtype: torch.dtype,
+    *,
+    kept: Tensor | None = None,
+    activation: tuple[str, float] = ("identity", 0.0),
+    offset: Tensor | None = None,
+    temperature: float = 1.0,
+    experts_grad: bool = True,
+    weights_grad: bool = True,
+    logits_grad: bool = True,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of ``gate_combine_fwd`` and of the activation that made ``h``.
+
+    Args:
+        dy: ``(B, O, H)``, contiguous, or None.
+        dlisted: gradient of the weights ``(B, W)``, contiguous, or None.
+        h: as in forward; read where ``weights_grad``.
+        p: the weights that forward returned.
+        dtype: of the gradients.
+        kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        experts_grad, weights_grad, logits_grad: which results are asked for.
+
+    Returns:
+        Gradient of ``h`` before its activation ``(B, E, H)``; ``<dy_o, h_e>`` ``(B, W)`` in float32 (float64), without
+        ``dlisted``; gradient of the logits ``(B, G)``.
+    """
+    rows, wide = p.shape[0], p.dtype
+    weights_grad = weights_grad or logits_grad
+    dh = dp = dl = None
+    if dy is not None and experts_grad:
+        dh = torch.empty((rows, mixtures.experts, units), dtype=dtype, device=p.device)
+    if dy is not None and weights_grad:
+        dp = torch.empty((rows, mixtures.weights), dtype=wide, device=p.device)
+    if logits_grad and mixtures.logits:
+        dl = torch.empty((rows, mixtures.logits), dtype=dtype, device=p.device)
+    tile = combine_tile(p, rows, units, len(mixtures.sizes), backward=True) if tile is None else tile
+    launch(
+        _gate_combine_bwd_kernel, (cdiv(rows, tile.rows),), tile, p.device,
+        dy, dlisted, h, kept, offset, p, dh, dp, dl, rows,
+        units, mixtures.logits, mixtures.weights, 0 if h is None else h.stride(0),
+        0 if kept is None else kept.stride(0), temperature,
+        mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
+        mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_weight, mixtures.entry_offset,
+        *activation, dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
+        tile.rows, tile.columns,
+    )  # fmt: skip
+    return dh, dp, dl

@@ -1,0 +1,184 @@
+"""Linear layers of stacked MLPs: all members in one launch, the gates' logits beside them; and their data gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._activations import activate, derive
+from ._launch import cdiv, launch, wide_of
+from ._matmul import accumulate, pick, swizzle
+from ._tiles import Tile, gate_width, matmul_tile
+from .tables import NO_GATES, GateRuns
+
+
+@triton.jit(do_not_specialize=["B", "depth"])
+def _grouped_linear_fwd_kernel(
+    A, W, Bias, Y, Z, GateW, GateBias, Logits, B, depth,
+    DEPTH: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr, A_SLOT: tl.constexpr,
+    Y_ROW: tl.constexpr, Z_ROW: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
+    HAS_MEMBERS: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr,
+    HAS_GATES: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GATE_SLOT: tl.constexpr, GATE_FIRST: tl.constexpr,
+    GATE_SIZE: tl.constexpr, GATE_WIDTH: tl.constexpr, LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``Y[:, m] = f(A[:, SLOT[m]] @ W[m].T + Bias[m])``; ``Logits``: the same for runs of rows of the gates' weight.
+
+    A program is one tile of rows by one tile of a member's units, or by one run of gate rows. The tiles of columns of
+    all members follow each other, so that a tile of rows of A stays in L2 for every one of them.
+    """
+    wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
+    TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
+    MEMBER_TILES: tl.constexpr = TILES * len(SLOT) if HAS_MEMBERS else 0
+    GATE_TILES: tl.constexpr = len(GATE_SLOT) if HAS_GATES else 0
+    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), MEMBER_TILES + GATE_TILES, GROUP)
+    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < B
+    o_k = tl.arange(0, BLOCK_K)
+    # Rows are clamped, not masked: no predicate in the loop. The axis that is contiguous must not be.
+    p_a = A + tl.where(m_m, o_m, 0)[:, None] * A_ROW + o_k[None, :]
+    if i_n < MEMBER_TILES:
+        if HAS_MEMBERS:
+            e = i_n // TILES
+            o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+            m_n = o_n < UNITS
+            p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + tl.where(m_n, o_n, 0)[None, :] * DEPTH + o_k[:, None]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
+            acc = accumulate(acc, p_a + pick(SLOT, e) * A_SLOT, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False,
+                             PRECISION, BLOCK_K)  # fmt: skip
+            if HAS_BIAS:
+                acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
+            m_mn = m_m[:, None] & m_n[None, :]
+            if SAVE_Z:
+                p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
+                tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
+            p_y = Y + o_m[:, None] * Y_ROW + (e * UNITS + o_n)[None, :]
+            tl.store(p_y, activate(acc, NAME, VALUE).to(Y.dtype.element_ty), mask=m_mn)
+    else:
+        if HAS_GATES:
+            r = i_n - MEMBER_TILES
+            o_g = tl.arange(0, GATE_WIDTH)
+            m_g = o_g < pick(GATE_SIZE, r)
+            o_l = pick(GATE_FIRST, r) + tl.where(m_g, o_g, 0)
+            p_g = GateW + o_l.to(tl.int64)[None, :] * DEPTH + o_k[:, None]
+            logit = tl.zeros((BLOCK_M, GATE_WIDTH), wide)
+            logit = accumulate(logit, p_a + pick(GATE_SLOT, r) * A_SLOT, p_g, depth, BLOCK_K, BLOCK_K, m_g, DEPTH,
+                               False, PRECISION, BLOCK_K)  # fmt: skip
+            if HAS_GATE_BIAS:
+                logit += tl.load(GateBias + o_l, mask=m_g, other=0.0).to(wide)[None, :]
+            p_l = Logits + o_m[:, None] * LOGITS + (pick(GATE_FIRST, r) + o_g)[None, :]
+            tl.store(p_l, logit, mask=m_m[:, None] & m_g[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "depth"])
+def _grouped_data_grad_kernel(
+    D, W, Kept, Out, B, depth,
+    DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
+    OUT_ROW: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below."""
+    wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
+    TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
+    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * MEMBERS, GROUP)
+    e = i_n // TILES
+    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m, m_n = o_m < B, o_n < UNITS
+    p_d = D + tl.where(m_m, o_m, 0)[:, None] * D_ROW + (e * DEPTH + o_k)[None, :]
+    p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + o_k[:, None] * UNITS + o_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
+    acc = accumulate(acc, p_d, p_w, depth, BLOCK_K, BLOCK_K * UNITS, m_n, DEPTH, UNITS % BLOCK_N != 0, PRECISION,
+                     BLOCK_K)  # fmt: skip
+    m_mn = m_m[:, None] & m_n[None, :]
+    if NAME != "identity":
+        p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
+        acc = derive(acc, tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, VALUE)
+    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
+
+
+def grouped_linear_fwd(
+    a: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slots: tuple[int, ...],
+    *,
+    activation: tuple[str, float] = ("identity", 0.0),
+    keep_input: bool = False,
+    out: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    gates: GateRuns = NO_GATES,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Member ``m`` reads ``a[:, slots[m]]``; runs of gate rows read theirs in the same launch.
+
+    Args:
+        a: ``(B, S, K)``, rows and slots at any stride, K contiguous. B at least 1.
+        weight, bias: ``(n, H, K)`` and ``(n, H)``, contiguous; weight None: no members.
+        activation: name and constant, one of ``FUSED``.
+        keep_input: also return the input of the activation.
+        out: ``(B, n, H)``, a view into wider rows, say; default new.
+        gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
+
+    Returns:
+        ``(B, n, H)``, the activation's input ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
+        asked for.
+    """
+    rows, depth = a.shape[0], a.shape[2]
+    y = z = logits = None
+    units = members = 0
+    if weight is not None:
+        members, units = weight.shape[0], weight.shape[1]
+        y = torch.empty((rows, members, units), dtype=a.dtype, device=a.device) if out is None else out
+        z = torch.empty((rows, members, units), dtype=a.dtype, device=a.device) if keep_input else None
+    total = 0
+    if gate_weight is not None:
+        total = gate_weight.shape[0]
+        logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
+    tile = matmul_tile(a, rows, max(units, 1), max(members, 1), precision) if tile is None else tile
+    programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
+    launch(
+        _grouped_linear_fwd_kernel, (programs,), tile, a.device,
+        a, weight, bias, y, z, gate_weight, gate_bias, logits, rows, depth,
+        depth, max(units, 1), slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0), members * units,
+        *activation, weight is not None, bias is not None, keep_input, gate_weight is not None, gate_bias is not None,
+        gates.slot, gates.first, gates.sizes, gate_width(gates), total,
+        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    )  # fmt: skip
+    return y, z, logits
+
+
+def grouped_data_grad(
+    d: Tensor,
+    weight: Tensor,
+    *,
+    kept: Tensor | None = None,
+    activation: tuple[str, float] = ("identity", 0.0),
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Tensor:
+    """``out[:, m] = (d[:, m] @ weight[m]) f'(kept[:, m])``: gradient of the linear layer below, before its activation.
+
+    Args:
+        d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
+        weight: ``(n, H, K)``, contiguous.
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads, None for identity.
+
+    Returns:
+        ``(B, n, K)``.
+    """
+    rows, (members, depth, units) = d.shape[0], weight.shape
+    out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
+    tile = matmul_tile(d, rows, units, members, precision) if tile is None else tile
+    launch(
+        _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
+        d, weight, kept, out, rows, depth,
+        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *activation,
+        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,110 @@
+"""Gradient of a level's input: one sum over all experts and gates that read a slot, one write per element."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, launch
+from ._matmul import pick, swizzle
+from ._tiles import Tile, gate_width, matmul_tile
+from .tables import NO_GATES, GateRuns
+
+
+@triton.jit(do_not_specialize=["B", "steps"])
+def _input_grad_kernel(
+    D, W, DL, GateW, Out, B, steps,
+    DEPTH: tl.constexpr, UNITS: tl.constexpr, D_ROW: tl.constexpr, OUT_ROW: tl.constexpr, SLOTS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, HAS_MEMBERS: tl.constexpr, HAS_GATES: tl.constexpr,
+    GATE_SLOT: tl.constexpr, GATE_FIRST: tl.constexpr, GATE_SIZE: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    LOGITS: tl.constexpr, ADDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``Out[:, s] (+)= sum_{e: slot s} D[:, e] @ W[e] + sum_{r: slot s} DL[:, r] @ GateW[r]``.
+
+    D ``(B, n, DEPTH)``, W ``(n, DEPTH, UNITS)``, and ``FIRST[s]`` to ``LAST[s]`` are the members that read slot s: to
+    the loop they are one long depth, of ``steps`` times BLOCK_K each.
+    """
+    wide: tl.constexpr = tl.float64 if Out.dtype.element_ty == tl.float64 else tl.float32
+    TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
+    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * SLOTS, GROUP)
+    s = i_n // TILES
+    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m, m_n = o_m < B, o_n < UNITS
+    m_mn = m_m[:, None] & m_n[None, :]
+    row = tl.where(m_m, o_m, 0)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
+    if HAS_MEMBERS:
+        p_d = D + row * D_ROW + o_k[None, :]
+        p_w = W + o_k[:, None] * UNITS + o_n[None, :]
+        for t in range(pick(FIRST, s) * steps, pick(LAST, s) * steps):
+            e = t // steps
+            k = (t % steps) * BLOCK_K
+            p_dk = p_d + (e * DEPTH + k)
+            p_wk = p_w + tl.cast(e * DEPTH + k, tl.int64) * UNITS
+            if DEPTH % BLOCK_K == 0:
+                d = tl.load(p_dk)
+                if UNITS % BLOCK_N == 0:
+                    w = tl.load(p_wk)
+                else:
+                    w = tl.load(p_wk, mask=m_n[None, :], other=0.0)
+            else:
+                m_k = o_k < DEPTH - k
+                d = tl.load(p_dk, mask=m_k[None, :], other=0.0)
+                w = tl.load(p_wk, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            acc = tl.dot(d, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if HAS_GATES:
+        o_g = tl.arange(0, GATE_WIDTH)
+        for r in tl.static_range(len(GATE_SLOT)):
+            if s == GATE_SLOT[r]:
+                m_g = o_g < GATE_SIZE[r]
+                p_dl = DL + row * LOGITS + (GATE_FIRST[r] + o_g)[None, :]
+                dl = tl.load(p_dl, mask=m_g[None, :], other=0.0)
+                p_g = GateW + (GATE_FIRST[r] + o_g)[:, None] * UNITS + o_n[None, :]
+                g = tl.load(p_g, mask=m_g[:, None] & m_n[None, :], other=0.0)
+                acc = tl.dot(dl, g, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    p_out = Out + o_m[:, None] * OUT_ROW + (s * UNITS + o_n)[None, :]
+    if ADDS:
+        acc += tl.load(p_out, mask=m_mn, other=0.0).to(wide)
+    tl.store(p_out, acc.to(Out.dtype.element_ty), mask=m_mn)
+
+
+def grouped_input_grad(
+    d: Tensor | None,
+    weight: Tensor | None,
+    members: tuple[tuple[int, int], ...],
+    out: Tensor,
+    *,
+    dl: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gates: GateRuns = NO_GATES,
+    adds: bool = False,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Tensor:
+    """Gradient of the slots, ``(B, S, K)``, written into ``out`` or, with ``adds``, added to it.
+
+    Args:
+        d, weight: ``(B, n, H)`` with its last two axes contiguous, ``(n, H, K)`` contiguous; both None: no members.
+        members: per slot the half-open range of members that read it.
+        out: contiguous.
+        dl, gate_weight: ``(B, G)`` and ``(G, K)``, contiguous; both None: no gates.
+        gates: which rows of ``gate_weight`` read which slot.
+    """
+    some = d if d is not None else dl
+    assert some is not None
+    rows, slots, units = out.shape
+    depth = 1 if weight is None else weight.shape[1]
+    tile = matmul_tile(some, rows, units, slots, precision) if tile is None else tile
+    launch(
+        _input_grad_kernel, (cdiv(rows, tile.rows) * slots * cdiv(units, tile.columns),), tile, out.device,
+        d, weight, dl, gate_weight, out, rows, cdiv(depth, tile.depth),
+        depth, units, 0 if d is None else d.stride(0), out.stride(0), slots,
+        tuple(first for first, _ in members), tuple(last for _, last in members), d is not None, dl is not None,
+        gates.slot, gates.first, gates.sizes, gate_width(gates), 0 if dl is None else dl.shape[1], adds,
+        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,80 @@
+"""What a launcher must know of the wiring, as plain tuples: they become constants of the compiled kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class GateRuns(NamedTuple):
+    """Runs of rows of the gates' last weight ``(G, K)``; the rows of a run read one slot."""
+
+    slot: tuple[int, ...]
+    first: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+NO_GATES = GateRuns((), (), ())
+
+MAX_RUN = 64
+"""Rows of a run at most: wider ones are cut, so that one tile covers a run."""
+
+
+class Mixtures(NamedTuple):
+    """Which experts every mixture weighs. Columns of ``P (B, weights)`` are in mixture order, static ones included."""
+
+    experts: int
+    weights: int
+    logits: int
+    weight_first: tuple[int, ...]
+    """Per mixture its first column of P."""
+    logit_first: tuple[int, ...]
+    """Per mixture its first column of the logits; -1: static, its weights are 1."""
+    sizes: tuple[int, ...]
+    expert_first: tuple[int, ...]
+    """Per expert its first entry below; E + 1 numbers."""
+    entry_mixture: tuple[int, ...]
+    """Entries sorted by expert: the mixture that weighs it,"""
+    entry_weight: tuple[int, ...]
+    """the column of P,"""
+    entry_logit: tuple[int, ...]
+    """the column of the logits (-1: static),"""
+    entry_offset: tuple[int, ...]
+    """and the learned scalar that is added (-1: none)."""
+
+    @classmethod
+    def build(
+        cls,
+        experts: int,
+        mixture_experts: tuple[tuple[int, ...], ...],
+        logit_first: tuple[int, ...],
+        offsets: tuple[tuple[bool, ...], ...],
+    ) -> Mixtures:
+        """Tables of mixtures ``o`` that weigh ``mixture_experts[o]`` in order; ``offsets`` marks learned scalars."""
+        rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(experts)]
+        column = scalar = 0
+        first = []
+        for o, mixed in enumerate(mixture_experts):
+            first.append(column)
+            for i, e in enumerate(mixed):
+                marked = offsets[o][i]
+                rows[e].append((o, column, logit_first[o] + i if logit_first[o] >= 0 else -1, scalar if marked else -1))
+                column += 1
+                scalar += marked
+        entries = [entry for row in rows for entry in row]
+        starts = [0]
+        for row in rows:
+            starts.append(starts[-1] + len(row))
+        sizes = tuple(map(len, mixture_experts))
+        logits = sum(n for n, at in zip(sizes, logit_first, strict=True) if at >= 0)
+        columns = (tuple(values) for values in zip(*entries, strict=True))
+        return cls(experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns)
+
+    def dense(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Per mixture and expert, ``(O * E,)``: column of P, of the logits, learned scalar; -1 where there is none."""
+        size = len(self.sizes) * self.experts
+        weight, logit, offset = [-1] * size, [-1] * size, [-1] * size
+        for e in range(self.experts):
+            for i in range(self.expert_first[e], self.expert_first[e + 1]):
+                at = self.entry_mixture[i] * self.experts + e
+                weight[at], logit[at], offset[at] = self.entry_weight[i], self.entry_logit[i], self.entry_offset[i]
+        return tuple(weight), tuple(logit), tuple(offset)

@@ -1,0 +1,274 @@
+"""Gradients of weights and biases: rows are split, every part adds up on its own, and one launch adds the parts.
+
+No atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, launch, wide_of
+from ._matmul import pick
+from ._tiles import REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
+from .tables import NO_GATES, GateRuns
+
+ALIGNMENT = 16
+"""Every gradient begins at a multiple of so many elements of the flat buffer."""
+
+
+@triton.jit(do_not_specialize=["B", "CHUNK"])
+def _grouped_weight_grad_kernel(
+    A, D, DL, Parts, B, CHUNK,
+    DEPTH: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr, A_SLOT: tl.constexpr,
+    D_ROW: tl.constexpr, HAS_MEMBERS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GATES: tl.constexpr, GATE_SLOT: tl.constexpr, GATE_FIRST: tl.constexpr, GATE_SIZE: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr,
+    SIZE: tl.constexpr, BIAS_AT: tl.constexpr, GATE_AT: tl.constexpr, GATE_BIAS_AT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``D[:, m].T @ A[:, SLOT[m]]``, ``D[:, m].sum(0)`` and the same of the gates, over rows ``z CHUNK`` to
+    ``(z + 1) CHUNK``, into ``Parts[z]``.
+
+    A program is a tile of a weight, a tile of a run of gate rows, or some columns of a bias.
+    """
+    wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
+    O_TILES: tl.constexpr = (UNITS + BLOCK_O - 1) // BLOCK_O
+    I_TILES: tl.constexpr = (DEPTH + BLOCK_I - 1) // BLOCK_I
+    WEIGHT_TILES: tl.constexpr = len(SLOT) * O_TILES * I_TILES if HAS_WEIGHT else 0
+    GATE_TILES: tl.constexpr = len(GATE_SLOT) * I_TILES if HAS_GATES else 0
+    WIDTH: tl.constexpr = len(SLOT) * UNITS  # of D
+    BIAS_TILES: tl.constexpr = (WIDTH + BLOCK_O - 1) // BLOCK_O if HAS_BIAS else 0
+    pid = tl.program_id(0)
+    z = tl.program_id(1)
+    first = z * CHUNK
+    last = tl.minimum(first + CHUNK, B)
+    o_r = tl.arange(0, BLOCK_R)
+    row = (first + o_r).to(tl.int64)[:, None]
+    Parts += z.to(tl.int64) * SIZE
+    if pid < WEIGHT_TILES:
+        if HAS_WEIGHT:
+            e = pid // (O_TILES * I_TILES)
+            tile = pid % (O_TILES * I_TILES)
+            o_o = (tile // I_TILES) * BLOCK_O + tl.arange(0, BLOCK_O)
+            o_i = (tile % I_TILES) * BLOCK_I + tl.arange(0, BLOCK_I)
+            m_o, m_i = o_o < UNITS, o_i < DEPTH
+            p_d = D + row * D_ROW + (e * UNITS + o_o)[None, :]
+            p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_i[None, :]
+            acc = tl.zeros((BLOCK_O, BLOCK_I), wide)
+            for r in range(first, last, BLOCK_R):
+                m_r = (o_r < last - r)[:, None]
+                if UNITS % BLOCK_O == 0:
+                    d = tl.load(p_d, mask=m_r, other=0.0)
+                else:
+                    d = tl.load(p_d, mask=m_r & m_o[None, :], other=0.0)
+                if DEPTH % BLOCK_I == 0:
+                    a = tl.load(p_a, mask=m_r, other=0.0)
+                else:
+                    a = tl.load(p_a, mask=m_r & m_i[None, :], other=0.0)
+                acc = tl.dot(tl.trans(d), a, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+                p_d += BLOCK_R * D_ROW
+                p_a += BLOCK_R * A_ROW
+            p_part = Parts + e.to(tl.int64) * (UNITS * DEPTH) + o_o[:, None] * DEPTH + o_i[None, :]
+            tl.store(p_part, acc, mask=m_o[:, None] & m_i[None, :])
+    elif pid < WEIGHT_TILES + GATE_TILES:
+        if HAS_GATES:
+            gate_tile = pid - WEIGHT_TILES
+            g = gate_tile // I_TILES
+            o_g = tl.arange(0, GATE_WIDTH)
+            o_x = (gate_tile % I_TILES) * BLOCK_I + tl.arange(0, BLOCK_I)
+            m_g, m_x = o_g < pick(GATE_SIZE, g), o_x < DEPTH
+            o_l = pick(GATE_FIRST, g) + o_g
+            p_dl = DL + row * LOGITS + o_l[None, :]
+            p_x = A + row * A_ROW + pick(GATE_SLOT, g) * A_SLOT + o_x[None, :]
+            gate_acc = tl.zeros(
+                (BLOCK_I, GATE_WIDTH), wide
+            )  # this way round: a run may be narrower than a product's rows
+            for r in range(first, last, BLOCK_R):
+                m_z = (o_r < last - r)[:, None]
+                dl = tl.load(p_dl, mask=m_z & m_g[None, :], other=0.0)
+                x = tl.load(p_x, mask=m_z & m_x[None, :], other=0.0)
+                gate_acc = tl.dot(tl.trans(x), dl, gate_acc, input_precision=PRECISION, out_dtype=gate_acc.dtype)
+                p_dl += BLOCK_R * LOGITS
+                p_x += BLOCK_R * A_ROW
+            p_gate = Parts + GATE_AT + o_l[None, :] * DEPTH + o_x[:, None]
+            tl.store(p_gate, gate_acc, mask=m_x[:, None] & m_g[None, :])
+    elif pid < WEIGHT_TILES + GATE_TILES + BIAS_TILES:
+        if HAS_BIAS:
+            o_c = (pid - WEIGHT_TILES - GATE_TILES) * BLOCK_O + tl.arange(0, BLOCK_O)
+            total = _column_sums(D, D_ROW, row, o_c, o_c < WIDTH, first, last, wide, BLOCK_O, BLOCK_R)
+            tl.store(Parts + BIAS_AT + o_c, total, mask=o_c < WIDTH)
+    else:
+        if HAS_GATE_BIAS:
+            o_c = (pid - WEIGHT_TILES - GATE_TILES - BIAS_TILES) * BLOCK_O + tl.arange(0, BLOCK_O)
+            total = _column_sums(DL, LOGITS, row, o_c, o_c < LOGITS, first, last, wide, BLOCK_O, BLOCK_R)
+            tl.store(Parts + GATE_BIAS_AT + o_c, total, mask=o_c < LOGITS)
+
+
+@triton.jit
+def _column_sums(D, ROW: tl.constexpr, row, o_c, m_c, first, last, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+                 BLOCK_R: tl.constexpr):  # fmt: skip
+    """Sums of columns ``o_c`` of D over rows ``first`` to ``last``."""
+    o_r = tl.arange(0, BLOCK_R)
+    p_d = D + row * ROW + o_c[None, :]
+    total = tl.zeros((BLOCK_C,), WIDE)
+    for r in range(first, last, BLOCK_R):
+        d = tl.load(p_d, mask=(o_r < last - r)[:, None] & m_c[None, :], other=0.0)
+        total += tl.sum(d.to(WIDE), 0)
+        p_d += BLOCK_R * ROW
+    return total
+
+
+@triton.jit
+def _reduce_parts_kernel(
+    Parts, Out, START: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, PARTS_AT: tl.constexpr,
+    OUT_AT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions; START counts programs."""
+    pid = tl.program_id(0)
+    for r in tl.static_range(len(SIZE)):
+        if (pid >= START[r]) & (pid < START[r + 1]):
+            o = (pid - START[r]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK,), Parts.dtype.element_ty)
+            for z in range(SPLITS[r]):
+                total += tl.load(Parts + PARTS_AT[r] + z * SIZE[r] + o, mask=o < SIZE[r], other=0.0)
+            tl.store(Out + OUT_AT[r] + o, total.to(Out.dtype.element_ty), mask=o < SIZE[r])
+
+
+class WeightGrad(NamedTuple):
+    """One layer's part of the flat buffers: which gradients, and where they begin within the part."""
+
+    a: Tensor
+    """``(B, S, K)``: what the layer read."""
+    d: Tensor | None
+    """``(B, n, H)``: gradient of the layer's linear output; its last two axes contiguous."""
+    slots: tuple[int, ...]
+    weight: bool
+    bias: bool
+    dl: Tensor | None = None
+    """``(B, G)``: gradient of the logits, where the gates read ``a`` too."""
+    gates: GateRuns = NO_GATES
+    gate_weight: bool = False
+    gate_bias: bool = False
+
+
+class WeightGradResult(NamedTuple):
+    """Gradients, as views of one flat buffer; None where not asked for."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+
+
+class _Region(NamedTuple):
+    bias_at: int
+    gate_at: int
+    gate_bias_at: int
+    size: int
+    splits: int
+    tile: Tile
+
+
+def _aligned(size: int) -> int:
+    return cdiv(size, ALIGNMENT) * ALIGNMENT
+
+
+def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
+    rows, depth = layer.a.shape[0], layer.a.shape[2]
+    units = 0 if layer.d is None else layer.d.shape[2]
+    members = len(layer.slots)
+    logits = 0 if layer.dl is None else layer.dl.shape[1]
+    bias_at = _aligned(members * units * depth) if layer.weight else 0
+    gate_at = bias_at + (_aligned(members * units) if layer.bias else 0)
+    gate_bias_at = gate_at + (_aligned(logits * depth) if layer.gate_weight else 0)
+    size = gate_bias_at + (_aligned(logits) if layer.gate_bias else 0)
+    if tile is None:
+        tile = weight_grad_tile(layer.a, rows, max(units, 1), depth, max(members, 1), precision)
+    tiles = (
+        members * cdiv(units, tile.rows) * cdiv(depth, tile.columns) * layer.weight
+        + len(layer.gates.slot) * cdiv(depth, tile.columns) * layer.gate_weight
+        + 1
+    )
+    return _Region(bias_at, gate_at, gate_bias_at, size, row_splits(layer.a, rows, tiles), tile)
+
+
+def grouped_weight_grads(
+    layers: Sequence[WeightGrad], dtype: torch.dtype, *, precision: str = "ieee", tile: Tile | None = None
+) -> list[WeightGradResult]:
+    """Weight and bias gradients of all layers of a level: a launch per layer, and one that adds up all parts.
+
+    Args:
+        layers: what to compute; B at least 1, the same for all.
+        dtype: of the gradients. Sums run in float32 (float64 for float64).
+    """
+    layers = list(layers)
+    regions = [_region(layer, precision, tile) for layer in layers]
+    if not regions:
+        return []
+    device, wide = layers[0].a.device, wide_of(dtype)
+    parts_at, out_at, start = [0], [0], [0]
+    for region in regions:
+        parts_at.append(parts_at[-1] + region.size * region.splits)
+        out_at.append(out_at[-1] + region.size)
+        start.append(start[-1] + cdiv(region.size, REDUCE_TILE.columns))
+    parts = torch.empty(parts_at[-1], dtype=wide, device=device)
+    for layer, region, at in zip(layers, regions, parts_at, strict=False):
+        _launch_weight_grad(layer, region, parts[at : at + region.size * region.splits], precision)
+    flat = torch.empty(out_at[-1], dtype=dtype, device=device)
+    launch(
+        _reduce_parts_kernel, (start[-1],), REDUCE_TILE, device,
+        parts, flat, tuple(start), tuple(r.size for r in regions), tuple(r.splits for r in regions),
+        tuple(parts_at[:-1]), tuple(out_at[:-1]), REDUCE_TILE.columns,
+    )  # fmt: skip
+    return [_views(layer, region, flat, at) for layer, region, at in zip(layers, regions, out_at, strict=False)]
+
+
+def _launch_weight_grad(layer: WeightGrad, region: _Region, parts: Tensor, precision: str) -> None:
+    a, d, dl, tile = layer.a, layer.d, layer.dl, region.tile
+    rows, depth = a.shape[0], a.shape[2]
+    units = 0 if d is None else d.shape[2]
+    members, logits = len(layer.slots), 0 if dl is None else dl.shape[1]
+    programs = (
+        members * cdiv(units, tile.rows) * cdiv(depth, tile.columns) * layer.weight
+        + len(layer.gates.slot) * cdiv(depth, tile.columns) * layer.gate_weight
+        + cdiv(members * units, tile.rows) * layer.bias
+        + cdiv(logits, tile.rows) * layer.gate_bias
+    )
+    chunk = cdiv(cdiv(rows, region.splits), tile.depth) * tile.depth
+    launch(
+        _grouped_weight_grad_kernel, (programs, region.splits), tile, a.device,
+        a, d, dl, parts, rows, chunk,
+        depth, max(units, 1), layer.slots, a.stride(0), a.stride(1), 0 if d is None else d.stride(0),
+        d is not None, layer.weight, layer.bias,
+        layer.gate_weight, layer.gates.slot, layer.gates.first, layer.gates.sizes, gate_width(layer.gates), logits,
+        layer.gate_bias,
+        region.size, region.bias_at, region.gate_at, region.gate_bias_at,
+        precision, tile.rows, tile.columns, tile.depth,
+    )  # fmt: skip
+
+
+def _views(layer: WeightGrad, region: _Region, flat: Tensor, at: int) -> WeightGradResult:
+    depth = layer.a.shape[2]
+    members, units = len(layer.slots), 0 if layer.d is None else layer.d.shape[2]
+    logits = 0 if layer.dl is None else layer.dl.shape[1]
+
+    def view(asked: bool, offset: int, *shape: int) -> Tensor | None:
+        if not asked:
+            return None
+        size = 1
+        for n in shape:
+            size *= n
+        return flat[at + offset : at + offset + size].view(shape)
+
+    return WeightGradResult(
+        view(layer.weight, 0, members, units, depth),
+        view(layer.bias, region.bias_at, members, units),
+        view(layer.gate_weight, region.gate_at, logits, depth),
+        view(layer.gate_bias, region.gate_bias_at, logits),
+    )

@@ -1,0 +1,115 @@
+"""Tables of a plan for the kernels, and the input of a level as one tensor with a column per slot."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ple_fast_kernels import MAX_RUN, GateRuns, Mixtures
+
+from ..plan import LevelPlan
+from ..torch_backend.slots import Slots
+
+
+class Source(NamedTuple):
+    """``tensor (B, S', D)``, D contiguous, and the column of every slot: 0 for all where they share one input."""
+
+    tensor: Tensor
+    columns: tuple[int, ...]
+    is_copy: bool
+    """The slots were separate tensors: every slot has a column of its own."""
+
+
+def source_of(slots: Slots) -> Source:
+    """The input without a copy, where it is one tensor or evenly spaced views of one."""
+    first, count = slots.tensors[0], len(slots.places)
+    if len(slots.tensors) == 1 and first.dim() == 2:
+        x, columns, is_copy = first.unsqueeze(1), (0,) * count, False
+    elif slots.stacked is not None:
+        whole = first.dim() == 3
+        columns = tuple(place.column if whole else place.tensor for place in slots.places)
+        x, is_copy = slots.stacked, False
+    else:
+        x, columns, is_copy = torch.stack([slots.at(s) for s in range(count)], dim=1), tuple(range(count)), True
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        x = x.contiguous()
+    return Source(x, columns, is_copy)
+
+
+def source_grads(slots: Slots, source: Source, dx: Tensor) -> list[Tensor | None]:
+    """Gradients of the tensors of ``slots`` from that of the source, ``(B, S', D)``."""
+    if source.is_copy:
+        parts: list[Tensor | None] = [None] * len(slots.tensors)
+        for s, place in enumerate(slots.places):
+            part = dx.select(1, s)
+            before = parts[place.tensor]
+            parts[place.tensor] = part if before is None else before + part
+        return parts
+    if slots.tensors[0].dim() == 3:
+        return [dx]
+    return [dx.squeeze(1)] if len(slots.tensors) == 1 else list(dx.unbind(1))
+
+
+@lru_cache(maxsize=1024)
+def mixtures_of(plan: LevelPlan) -> Mixtures:
+    """Which experts every mixture weighs."""
+    t = plan.topology
+    assert t.mixture_offset is not None
+    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset)
+
+
+@lru_cache(maxsize=4096)
+def members_of(slots: tuple[int, ...], columns: tuple[int, ...], count: int) -> tuple[tuple[int, int], ...]:
+    """Per column of the source the half-open range of members that read it; ``slots`` is non-decreasing."""
+    read = [columns[s] for s in slots]
+    ranges, start = [], 0
+    for column in range(count):
+        stop = start + read.count(column)
+        ranges.append((start, stop))
+        start = stop
+    return tuple(ranges)
+
+
+@lru_cache(maxsize=4096)
+def columns_of(slots: tuple[int, ...], columns: tuple[int, ...]) -> tuple[int, ...]:
+    """Column of the source that each member reads."""
+    return tuple(columns[s] for s in slots)
+
+
+@lru_cache(maxsize=4096)
+def gate_runs(plan: LevelPlan, columns: tuple[int, ...]) -> GateRuns:
+    """Runs of rows of the gates' last weight; ``columns``: what each gated mixture reads."""
+    topology = plan.topology
+    runs: list[list[int]] = []
+    for o, column in zip(topology.gated_mixtures, columns, strict=True):
+        first, count = topology.logit_offset[o], len(topology.mixture_experts[o])
+        if runs and runs[-1][0] == column:
+            runs[-1][2] += count
+        else:
+            runs.append([column, first, count])
+    cut = [
+        (column, first + i, min(MAX_RUN, count - i)) for column, first, count in runs for i in range(0, count, MAX_RUN)
+    ]
+    slot, first_rows, counts = zip(*cut, strict=True) if cut else ((), (), ())
+    return GateRuns(tuple(slot), tuple(first_rows), tuple(counts))
+
+
+@lru_cache(maxsize=1024)
+def offset_columns(plan: LevelPlan) -> tuple[int, ...]:
+    """Columns of the weights that a learned scalar is added to."""
+    t = plan.topology
+    assert t.mixture_offset is not None
+    return tuple(i for i, marked in enumerate(m for row in t.mixture_offset for m in row) if marked)
+
+
+def matmul_precision() -> str:
+    """``"tf32"`` or ``"ieee"`` for float32 products on a GPU, as PyTorch is set."""
+    backends = torch.backends
+    for owner in (backends.cuda.matmul, backends):
+        setting: str = owner.fp32_precision
+        if setting != "none":
+            return "tf32" if setting == "tf32" else "ieee"
+    return "ieee"
