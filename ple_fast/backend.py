@@ -70,6 +70,17 @@ def last_backend() -> Choice | None:
     return choice
 
 
+def require_triton(device: torch.device) -> None:
+    """Check that the kernels can run on a device.
+
+    Raises:
+        RuntimeError: they cannot; the message says why.
+    """
+    missing = _why_no_triton(device)
+    if missing is not None:
+        raise RuntimeError(f"backend 'triton' cannot run on {device.type} tensors: {missing}; use auto or torch")
+
+
 def resolve(device: torch.device, backend: str | None = None) -> Choice:
     """The backend of a call on ``device``: ``backend`` if given, else the thread's, else the process's.
 
@@ -80,12 +91,14 @@ def resolve(device: torch.device, backend: str | None = None) -> Choice:
     wanted: Any = backend if backend is not None else getattr(_thread, "name", None) or _process
     if wanted not in NAMES:
         _check(wanted, "backend")
+    choice: Choice = _choose(wanted, device)
+    return choice
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # untyped in torch
+def _choose(wanted: str, device: torch.device) -> Choice:
     if wanted == "triton":
-        missing = _why_no_triton(device)
-        if missing is not None:
-            raise RuntimeError(
-                f"backend 'triton' cannot run on {device.type} tensors: {missing}; use 'auto' or 'torch'"
-            )
+        require_triton(device)
         return _TRITON
     if wanted == "torch":
         return Choice("torch", "asked for")

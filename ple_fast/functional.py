@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
 from .backend import Choice, note, resolve
 from .checks import check_input, shape_of
+from .ops import is_plain, run_op
 from .plan import GateTensors, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
 from .torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves
@@ -18,6 +21,8 @@ from .torch_backend.gate_combine import combine
 from .torch_backend.slots import Place, Slots
 
 Input = Tensor | Sequence[Tensor]
+_TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""What parameters are to a tracer."""
 
 
 def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]:
@@ -70,9 +75,21 @@ def must_compose(weight: Tensor) -> bool:
     )
 
 
-def _run(call: LevelCall, flat: tuple[Tensor | None, ...], composes: bool) -> tuple[Tensor, Tensor | None]:
-    """Output and, where the call lists them, the weights."""
-    if composes:
+def _is_compiled_alone(weight: Tensor) -> bool:
+    """Whether ``torch.compile`` or export traces, and nothing else is at work that must see through an operator."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not weight.is_meta
+        and type(weight) in _TRACED
+    )
+
+
+def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Tensor, Tensor | None]:
+    """Output and, where the call lists them, the weights. ``way``: ``"hand"``, ``"composed"`` or ``"operator"``."""
+    if way == "operator":
+        return run_op(call, flat)
+    if way == "composed":
         return run_composed(call, flat)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
         return run_without_grad(call, flat)
@@ -150,9 +167,12 @@ def extraction_level(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
     now = state(batch)
-    composes = composes or now.has_foreign_norm or batch == 0
-    if composes and choice.name == "triton":
-        choice = Choice("torch", "traced, transformed, empty, or with a norm of another kind: PyTorch's own operators")
+    way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
+    if way == "composed" and choice.name == "triton":
+        if composes and _is_compiled_alone(weight) and is_plain(now):
+            way = "operator"
+        else:
+            choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
     note(choice)
     if autocast is not None:
         layers, gate = _cast_layers(layers, gate, autocast)
@@ -163,11 +183,11 @@ def extraction_level(
     )
     flat = (*tensors, *gate_tensors, *flatten(layers, gate))
     if autocast is None:
-        y, listed = _run(call, flat, composes)
+        y, listed = _run(call, flat, way)
     else:
         # What autocast asks for has been cast; the mixing stays in float32, forward and backward.
         with torch.autocast(weight.device.type, enabled=False):
-            y, listed = _run(call, flat, composes)
+            y, listed = _run(call, flat, way)
     if not return_gates:
         return y, None
     assert listed is not None

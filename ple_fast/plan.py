@@ -6,13 +6,15 @@ hidden layer of the gates, then the five of the gates' end. An absent tensor is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .specs import GateSpec, LayerSpec, MLPSpec
+from .specs import Activation, GateSpec, LayerSpec, MLPSpec
 from .topology import Topology
 
 
@@ -129,6 +131,8 @@ class LevelPlan:
     """Entries of the dense ``(O, E)`` weights that are the constant 1."""
     offset_entry: tuple[int, ...] = field(init=False)
     """Entries of the dense ``(O, E)`` weights that a learned scalar is added to."""
+    text: str = field(init=False)
+    """The plan as JSON, for programs that outlive this process; ``from_text`` reads it."""
     is_dense: bool = field(init=False)
     """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
 
@@ -159,6 +163,7 @@ class LevelPlan:
         put("logit_entry", tuple(logit_entry))
         put("static_entry", tuple(static_entry))
         put("offset_entry", tuple(offset_entry))
+        put("text", self._to_text())
         put("is_dense", t.num_logits == t.num_mixtures * experts and dense_logit == list(range(t.num_logits)))
 
     @classmethod
@@ -168,14 +173,44 @@ class LevelPlan:
         for start, stop, spec in blocks:
             plans.append(MLPPlan(spec.layers, topology.expert_slot[start:stop], start, position))
             position += len(spec.layers)
+        return cls._of(topology, tuple(plans), gate, position)
+
+    def _to_text(self) -> str:
+        t = self.topology
+        wiring = [
+            t.expert_slot, t.mixture_slot, t.mixture_experts, t.mixture_kind, t.mixture_offset, t.num_slots
+        ]  # fmt: skip
+        blocks = [[block.start, len(block.slots), block.layers] for block in self.blocks]
+        return json.dumps([wiring, blocks, self.gate_spec.to_config()], separators=(",", ":"))
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def from_text(cls, text: str) -> LevelPlan:
+        """The plan that ``text`` describes."""
+        wiring, blocks, gate = json.loads(text)
+        topology = Topology(*(_tuples(value) for value in wiring))
+        plans, position = [], 0
+        for start, count, rows in blocks:
+            layers = tuple(LayerSpec(units, Activation(*activation), *rest) for units, activation, *rest in rows)
+            plans.append(MLPPlan(layers, topology.expert_slot[start : start + count], start, position))
+            position += len(layers)
+        return cls._of(topology, tuple(plans), GateSpec.from_config(gate), position)
+
+    @classmethod
+    def _of(cls, topology: Topology, blocks: tuple[MLPPlan, ...], gate: GateSpec, position: int) -> LevelPlan:
         slots = tuple(topology.mixture_slot[o] for o in topology.gated_mixtures)
         # Without a gated mixture there is no gate, hidden layers or not.
-        return cls(topology, tuple(plans), MLPPlan(gate.layers if slots else (), slots, 0, position), gate)
+        return cls(topology, blocks, MLPPlan(gate.layers if slots else (), slots, 0, position), gate)
 
     def mlps(self) -> Iterator[MLPPlan]:
         """Blocks, then gates."""
         yield from self.blocks
         yield self.gate
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, and lists in them, as tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def flatten(layers: Sequence[LayerTensors], gate: GateTensors) -> tuple[Tensor | None, ...]:
