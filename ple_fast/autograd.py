@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .plan import LevelPlan, LevelState, unflatten
 from .torch_backend import composed
 from .torch_backend import level as by_hand
+from .torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward
 from .torch_backend.slots import Place, Slots
 
 
@@ -30,6 +31,8 @@ class LevelCall(NamedTuple):
     recompute: bool
     backend: str = "torch"
     """``"torch"`` or ``"triton"``; backward runs where forward ran."""
+    few_rows: bool = False
+    """The short path: one input tensor, weights not listed, and every tensor of the level requires a gradient."""
 
     def arithmetic(self) -> Any:
         """The module with ``level_forward`` and ``level_backward``."""
@@ -73,14 +76,19 @@ class ExtractionLevelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: LevelCall, *tensors: Tensor | None) -> Any:
+        ctx.call = call
+        ctx.num_tensors = len(tensors)
+        ctx.set_materialize_grads(False)
+        if call.few_rows:
+            layers, gate = unflatten(tensors[1:])
+            y, saved = few_rows_train_forward(call.plan, layers, gate, cast(Tensor, tensors[0]))
+            ctx.save_for_backward(*tensors, *saved)
+            return y
         inputs = call.inputs(tensors)
         needs = call.needs(ctx.needs_input_grad[1:])
         forward = call.arithmetic().level_forward
         y, listed, kept = forward(inputs, None if call.recompute else needs, listed=call.listed)
-        ctx.call = call
-        ctx.num_tensors = len(tensors)
         ctx.save_for_backward(*tensors, *by_hand.flatten_kept(kept))
-        ctx.set_materialize_grads(False)
         return (y, listed) if call.listed else y
 
     @staticmethod
@@ -102,6 +110,13 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
     if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
         return None, *_composed_backward(call, tensors, needed, dy, dlisted)
+    if call.few_rows:
+        assert dy is not None
+        layers, gate = unflatten(tensors[1:])
+        dfirst, dflat = few_rows_train_backward(
+            call.plan, layers, gate, tensors[0], flat, dy, want_x=needed[0], want_tensors=any(needed[1:])
+        )
+        return None, dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
     inputs = call.inputs(tensors)
     needs = call.needs(needed)
     kept = by_hand.unflatten_kept(call.plan, flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_with
 from .backend import Choice, note, resolve
 from .checks import check_input, shape_of
 from .ops import is_plain, run_op
-from .plan import GateTensors, LayerTensors, LevelPlan, LevelState, flatten
+from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
-from .torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves
+from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves
 from .torch_backend.gate_combine import combine
 from .torch_backend.slots import Place, Slots
 
@@ -97,6 +98,16 @@ def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Te
     return out if call.listed else (out, None)
 
 
+@lru_cache(maxsize=1024)
+def _few_rows_call(plan: LevelPlan, stacked: bool) -> LevelCall:
+    """Every call of a plan on the short path: it has no norm and drops nothing, so its state is always the same."""
+    slots = plan.topology.num_slots
+    assert slots is not None
+    places = tuple(Place(0, slot if stacked else -1) for slot in range(slots))
+    state = LevelState((LayerState(None, None, 0.0),) * plan.num_layers, None, None)
+    return LevelCall(plan, state, places, 1, None, 0, listed=False, recompute=False, few_rows=True)
+
+
 def extraction_level(
     x: Input,
     gate_input: Input | None,
@@ -137,13 +148,13 @@ def extraction_level(
     check_input("x", x, in_features, slots, weight, autocast)
     composes = must_compose(weight)
     choice = resolve(weight.device, backend)
+    records = torch.is_grad_enabled()
     # Traced programs must not come to a comparison of the batch: it would become a condition of theirs.
     if (
         not composes
         and choice.name == "torch"
         and isinstance(x, Tensor)
-        and 0 < x.shape[0] < MAX_ROWS
-        and not torch.is_grad_enabled()
+        and 0 < x.shape[0] < (MAX_TRAIN_ROWS if records else MAX_ROWS)
         and gate_input is None
         and gate_features == in_features
         and not return_gates
@@ -151,8 +162,13 @@ def extraction_level(
         and weight.dtype in (torch.float32, torch.float64)
         and serves(plan, x.dim() == 3)
     ):
-        note(choice)
-        return few_rows_forward(plan, layers, gate, x), None
+        if not records:
+            note(choice)
+            return few_rows_forward(plan, layers, gate, x), None
+        parameters = flatten(layers, gate)
+        if not recompute and all(t is None or t.requires_grad for t in parameters):
+            note(choice)
+            return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), "hand")[0], None
     tensors, places = _place(x, slots)
     batch = tensors[0].shape[0]
     gate_tensors: tuple[Tensor, ...] = ()

@@ -209,15 +209,19 @@ def run(
     gates_enter_loss: bool = True,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     input_grad: bool = True,
+    ask_gates: bool = True,
 ) -> Run:
-    """One forward and backward pass with fixed cotangents of the output (and the gates); grads land in ``.grad``."""
+    """One forward and backward pass with fixed cotangents of the output (and the gates); grads land in ``.grad``.
+
+    ``ask_gates``: call with ``return_gates=True``, which few rows have no short path for.
+    """
     own = [leaf.detach().clone().requires_grad_(input_grad) for leaf in leaves]
     extra = None if gate_leaves is None else [leaf.detach().clone().requires_grad_(input_grad) for leaf in gate_leaves]
     arguments = [FORMS[form].build(own, slots)]
     if extra is not None:
         arguments.append(FORMS[gate_form].build(extra, slots))
     with context():
-        y, gates = module(*arguments, return_gates=True)
+        y, gates = module(*arguments, return_gates=True) if ask_gates else (module(*arguments), [])
     flat = [g for per_level in gates for g in per_level] if gates and not isinstance(gates[0], Tensor) else list(gates)
     outputs = [y, *flat] if gates_enter_loss else [y]
     pairs = [(o, c.to(o)) for o, c in zip(outputs, _cotangents(y, flat), strict=False) if o.requires_grad]

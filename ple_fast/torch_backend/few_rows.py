@@ -1,7 +1,7 @@
-"""The level for a handful of rows without gradients, where the host's time counts beside the arithmetic.
+"""The level for a handful of rows, where the host's time counts beside the arithmetic: forward, and backward by hand.
 
-As few operators and as little Python as possible, for the make-up that serving meets most: one block of experts with no
-norms or dropout, and gates of one linear layer.
+As few operators and as little Python as possible, for the make-up that is met most: one block of experts with no norms
+or dropout, and gates of one linear layer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..plan import GateTensors, LayerTensors, LevelPlan
-from .activations import activation_forward
-from .gate_combine import gate_softmax
-from .products import by_onednn, linear
+from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan
+from .activations import activation_backward, activation_forward, from_output
+from .gate_combine import gate_softmax, gate_softmax_backward
+from .products import LINEAR_WORK, by_onednn, linear
 
 MAX_ROWS = 32
 """From here on the products take most of the time, and ``level.py`` chooses them better."""
+
+MAX_TRAIN_ROWS = 96
+"""The same for a training step, whose longer way through ``level.py`` counts up to more rows."""
 
 WIDE_ROWS = 2
 """Up to here a product per expert reads the weights faster than one wide product does, MKL's always."""
@@ -26,7 +29,7 @@ WIDE_ROWS = 2
 
 @lru_cache(maxsize=1024)
 def serves(plan: LevelPlan, stacked: bool) -> bool:
-    """Whether ``few_rows_forward`` can run the plan on one ``(B, D)`` for all slots or on a stacked ``(B, S, D)``."""
+    """Whether this path can run the plan on one ``(B, D)`` for all slots or on a stacked ``(B, S, D)``."""
     topology = plan.topology
     if len(plan.blocks) > 1 or plan.gate.layers or plan.gate_spec.logits_norm is not None:
         return False
@@ -44,19 +47,30 @@ def serves(plan: LevelPlan, stacked: bool) -> bool:
 
 def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor) -> Tensor:
     """``y (B, O, H)`` of ``x (B, D)`` or ``(B, S, D)``; the plan is one that ``serves``."""
+    return few_rows_train_forward(plan, layers, gate, x)[0]
+
+
+def few_rows_train_forward(
+    plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """``few_rows_forward``, and what backward needs.
+
+    That is the softmax ``(B, O, E)``, then per layer the output and, where the derivative does not follow from it, the
+    input of the activation, ``(E, B, H)`` each.
+    """
     rows = x.shape[0]
     weight, bias = layers[0].weight, layers[0].bias
     count, units, width = weight.shape
     specs = plan.blocks[0].layers
-    relu = specs[0].activation.name == "relu"
     applied = False  # by the product
     assert gate.weight is not None
     if x.dim() == 2:
         if rows <= WIDE_ROWS or not by_onednn(x):
             a = _products(x.expand(count, rows, width), weight, bias)
         else:
-            flat_bias, applied = None if bias is None else bias.reshape(-1), relu
-            z = linear(x, weight.reshape(count * units, width), flat_bias, relu=relu)
+            applied = specs[0].activation.name == "relu"
+            flat_bias = None if bias is None else bias.reshape(-1)
+            z = linear(x, weight.reshape(count * units, width), flat_bias, relu=applied)
             a = z.view(rows, count, units).transpose(0, 1)
         logits = linear(x, gate.weight, gate.bias)
     else:
@@ -66,15 +80,89 @@ def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: Gate
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
+    weights = gate_softmax(plan, logits)
+    kept = [weights]
     for i, spec in enumerate(specs):
-        if i > 0:
-            a = _products(a, layers[i].weight, layers[i].bias)
-        if spec.activation.name == "relu":
-            if i > 0 or not applied:
-                a.relu_()
+        z = a if i == 0 else _products(a, layers[i].weight, layers[i].bias)
+        if i == 0 and applied:
+            kept.append(a)
+        elif from_output(spec.activation):
+            a = activation_forward(z, spec.activation, None, keep_input=False)
+            kept.append(a)
         else:
-            a = activation_forward(a, spec.activation, None, keep_input=False)
-    return torch.bmm(gate_softmax(plan, logits), a.transpose(0, 1))
+            a = activation_forward(z, spec.activation, None, keep_input=True)
+            kept += (a, z)
+    return torch.bmm(weights, a.transpose(0, 1)), kept
+
+
+def few_rows_train_backward(
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    dy: Tensor,
+    *,
+    want_x: bool,
+    want_tensors: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of ``x`` and, in the order of ``flatten``, of the level's tensors, each if wanted."""
+    specs, gate_weight = plan.blocks[0].layers, gate.weight
+    rows, at = x.shape[0], len(kept)
+    grads: list[Tensor | None] = [None] * (WIDTH * (len(specs) + 1))
+    assert gate_weight is not None
+    d = torch.bmm(kept[0].transpose(1, 2), dy).transpose(0, 1)
+    dlogits = None
+    for i in range(len(specs) - 1, -1, -1):
+        activation = specs[i].activation
+        at -= 1
+        act = kept[at]
+        if not from_output(activation):
+            at -= 1
+        if dlogits is None:
+            dlogits = gate_softmax_backward(plan, torch.bmm(dy, kept[at].permute(1, 2, 0)), kept[0])
+        activation_backward(d, act, activation, None, slope_grad=False)
+        if i > 0:
+            if want_tensors:
+                below = kept[at - 1 if from_output(specs[i - 1].activation) else at - 2]
+                grads[WIDTH * i] = torch.bmm(d.transpose(1, 2), below)
+                if layers[i].bias is not None:
+                    grads[WIDTH * i + 1] = d.sum(1)
+            d = torch.bmm(d, layers[i].weight)
+    assert dlogits is not None
+    weight = layers[0].weight
+    count, units, width = weight.shape
+    d = d.transpose(0, 1).reshape(rows, -1)
+    if want_tensors:
+        # Of one row the sum is the row itself.
+        if layers[0].bias is not None:
+            grads[1] = (d if rows == 1 else d.sum(0)).view(count, units)
+        if gate.bias is not None:
+            grads[1 - WIDTH] = dlogits.view(-1) if rows == 1 else dlogits.sum(0)
+    dx = None
+    if x.dim() == 2:
+        if want_tensors:
+            if rows * weight.numel() >= LINEAR_WORK and by_onednn(x):
+                dweight = linear(d.t().contiguous(), x.t())
+            else:
+                dweight = torch.mm(d.t(), x)
+            grads[0] = dweight.view(count, units, width)
+            grads[-WIDTH] = torch.mm(dlogits.t(), x)
+        if want_x:
+            dx = linear(d, weight.reshape(-1, width).t()).addmm_(dlogits, gate_weight)
+        return dx, grads
+    slots, mixtures = x.shape[1], plan.topology.num_mixtures
+    d = d.view(rows, slots, -1).transpose(0, 1)
+    dlogits = dlogits.view(rows, mixtures, -1).transpose(0, 1)
+    if want_tensors:
+        x = x.transpose(0, 1)
+        grads[0] = torch.bmm(d.transpose(1, 2), x).view(count, units, width)
+        grads[-WIDTH] = torch.bmm(dlogits.transpose(1, 2), x[:mixtures]).view(-1, width)
+    if want_x:
+        dx = torch.empty((rows, slots, width), dtype=d.dtype, device=d.device)
+        by_slot = torch.bmm(d, weight.reshape(slots, -1, width), out=dx.transpose(0, 1))
+        by_slot[:mixtures].baddbmm_(dlogits, gate_weight.reshape(mixtures, -1, width))
+    return dx, grads
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,229 @@
+"""A training step of few rows: the short path against the float64 reference, and which calls take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ple_fast.autograd
+from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
+from ple_fast.torch_backend.few_rows import MAX_TRAIN_ROWS, few_rows_train_backward, few_rows_train_forward, serves
+from ple_fast.torch_backend.products import by_onednn
+from tests.helpers import TOPOLOGIES, assert_close, compare, compare_low_precision, draw, level
+
+WIRINGS: dict[str, Topology] = {
+    "ple": TOPOLOGIES["ple"],
+    "ple-even": TOPOLOGIES["ple-even"],
+    "ple-last": Topology.ple(2, 2, 2, last=True),
+    "mmoe": TOPOLOGIES["mmoe"],
+    "one-expert": TOPOLOGIES["one-expert"],
+    "all-to-all": Topology((0, 1, 2), (0, 1), ((0, 1, 2),) * 2),
+    "unordered": Topology((0, 0, 1, 1), (0, 1), ((3, 0, 2), (2, 1, 3))),
+}
+EXPERTS: dict[str, MLPSpec] = {
+    "1-layer": MLPSpec((4,)),
+    "1-layer-no-bias": MLPSpec((4,), bias=False),
+    "1-layer-gelu": MLPSpec((4,), "gelu"),
+    "1-layer-identity": MLPSpec((4,), "identity"),
+    "2-layers-tanh": MLPSpec((6, 4), "tanh"),
+    "2-layers-sigmoid-leaky": MLPSpec((6, 4), ("sigmoid", "leaky_relu")),
+    "3-layers": MLPSpec((5, 3, 4)),
+    "3-layers-mixed": MLPSpec((5, 3, 4), ("silu", "relu", "gelu_tanh"), bias=(True, False, True)),
+    "4-layers": MLPSpec((6, 2, 5, 4), last_activation="identity"),
+    "4-layers-negative-leaky": MLPSpec((6, 2, 5, 4), nn.LeakyReLU(-0.5), bias=False),
+}
+"""Derivatives that follow from the output, from the input, and both within one expert."""
+
+
+class Calls(list[tuple[str, int]]):
+    """``("forward" or "backward", rows)`` of every call of the short training path."""
+
+    def took(self, rows: int, levels: int = 1) -> None:
+        """Every level of one step went this way, forward and backward; forgets the calls."""
+        assert list(self) == [("forward", rows)] * levels + [("backward", rows)] * levels
+        self.clear()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    seen = Calls()
+
+    def forward(plan: Any, layers: Any, gate: Any, x: Tensor) -> Any:
+        seen.append(("forward", x.shape[0]))
+        return few_rows_train_forward(plan, layers, gate, x)
+
+    def backward(plan: Any, layers: Any, gate: Any, x: Tensor, *rest: Any, **wanted: Any) -> Any:
+        seen.append(("backward", x.shape[0]))
+        return few_rows_train_backward(plan, layers, gate, x, *rest, **wanted)
+
+    monkeypatch.setattr(ple_fast.autograd, "few_rows_train_forward", forward)
+    monkeypatch.setattr(ple_fast.autograd, "few_rows_train_backward", backward)
+    return seen
+
+
+def _slots(topology: Topology) -> int:
+    assert topology.num_slots is not None
+    return topology.num_slots
+
+
+@pytest.mark.parametrize("gate_bias", [True, False])
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("topology", WIRINGS)
+def test_a_step_equals_the_reference(topology: str, experts: str, gate_bias: bool, calls: Calls) -> None:
+    wiring = WIRINGS[topology]
+    module, slots = level(wiring, EXPERTS[experts], GateSpec(bias=gate_bias)), _slots(wiring)
+    for form in ("one", "stacked"):
+        if not serves(module._plan, form == "stacked"):
+            assert form == "stacked" and topology in ("ple", "ple-even", "mmoe")
+            continue
+        for batch in (1, 2, 31):
+            compare(module, draw(form, batch, slots, 7), form=form, slots=slots, ask_gates=False)
+            calls.took(batch)
+            assert all(p.grad is not None and p.grad.is_contiguous() for p in module.parameters())
+
+
+@pytest.mark.parametrize("experts", ["1-layer", "3-layers-mixed"])
+@pytest.mark.parametrize(
+    "form", ["every-second-row", "transposed", "expanded", "expanded-slots", "slots-first", "column-slice"]
+)
+@pytest.mark.parametrize("topology", ["ple-last", "all-to-all"])
+def test_inputs_that_are_not_contiguous(topology: str, form: str, experts: str, calls: Calls) -> None:
+    wiring = WIRINGS[topology]
+    module, slots = level(wiring, EXPERTS[experts]), _slots(wiring)
+    for batch in (1, 5):
+        compare(module, draw(form, batch, slots, 7), form=form, slots=slots, ask_gates=False)
+        calls.took(5 if form == "expanded" else batch)
+
+
+@pytest.mark.parametrize("experts", ["1-layer", "2-layers-tanh", "3-layers-mixed"])
+@pytest.mark.parametrize("form", ["one", "stacked"])
+def test_an_input_without_gradient(form: str, experts: str, calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS[experts])
+    ours, _ = compare(module, draw(form, 3, 3, 7), form=form, slots=3, ask_gates=False, input_grad=False)
+    assert ours.x_grads == [None]
+    calls.took(3)
+
+
+@pytest.mark.parametrize("form", ["one", "stacked"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_output_gradients_that_are_not_contiguous(batch: int, form: str, calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
+    (x,) = draw(form, batch, 3, 7)
+    leaves = [x.requires_grad_(), *module.parameters()]
+    y = module(x)
+    one = torch.ones((), dtype=torch.float64)
+    for dy in (one.expand(y.shape), torch.randn(4, 2, batch, dtype=torch.float64).permute(2, 1, 0)):
+        strided = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        for a, b in zip(strided, torch.autograd.grad(y, leaves, dy.contiguous(), retain_graph=True), strict=True):
+            assert_close("gradient", a, b, 1e-14)
+    assert [kind for kind, _ in calls] == ["forward"] + ["backward"] * 4
+
+
+@pytest.mark.parametrize("units", [(4,), (6, 5, 4)])
+@pytest.mark.parametrize("batch", [1, 2, 31, MAX_TRAIN_ROWS - 1])
+def test_a_whole_ple(batch: int, units: tuple[int, ...], calls: Calls) -> None:
+    module = PLE(7, 3, task_experts=2, shared_experts=2, expert_units=units, activation="silu", dtype=torch.float64)
+    compare(module, draw("one", batch, 4, 7), ask_gates=False)
+    calls.took(batch, levels=2)
+
+
+@pytest.mark.parametrize("form", ["one", "stacked"])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_float32_and_the_products_of_onednn(batch: int, form: str, calls: Calls) -> None:
+    """Wide enough that the first layer's products go to oneDNN where that is the faster library."""
+    module = level(WIRINGS["ple-last"], MLPSpec((256, 16)), in_features=256)
+    compare_low_precision(
+        module, draw(form, batch, 3, 256), dtype=torch.float32, form=form, slots=3, ask_gates=False
+    )  # fmt: skip
+    assert calls[0] == ("forward", batch)
+    if form == "one" and batch > 1 and by_onednn(torch.empty(0)):
+        assert batch * 6 * 256 * 256 >= 1 << 19, "this size is meant to reach oneDNN"
+
+
+def _leaves(module: ExtractionNetwork, batch: int = 3) -> list[Tensor]:
+    (x,) = draw("one", batch, 3, 7)
+    return [x.requires_grad_(), *module.parameters()]
+
+
+def test_a_graph_serves_two_backward_passes(calls: Calls) -> None:
+    for experts in EXPERTS.values():
+        module = level(WIRINGS["ple-last"], experts)
+        leaves = _leaves(module)
+        y = module(leaves[0])
+        dy = torch.randn_like(y)
+        kept = dy.clone()
+        first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        second = torch.autograd.grad(y, leaves, dy)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert torch.equal(dy, kept)
+    assert calls.count(("backward", 3)) == 2 * len(EXPERTS)
+
+
+def test_gradients_are_those_that_were_asked_for(calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["3-layers-mixed"])
+    leaves = _leaves(module)
+    y = module(leaves[0])
+    dy = torch.randn_like(y)
+    everything = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    for leaf, expected in zip(leaves, everything, strict=True):
+        assert_close("gradient", torch.autograd.grad(y, [leaf], dy, retain_graph=True)[0], expected, 1e-14)
+    assert calls.count(("backward", 3)) == 1 + len(leaves)
+
+
+@pytest.mark.parametrize("experts", ["1-layer-gelu", "3-layers-mixed"])
+@pytest.mark.parametrize("form", ["one", "stacked"])
+def test_derivatives_of_gradients_and_batched_gradients(form: str, experts: str, calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS[experts])
+    (x,) = draw(form, 2, 3, 7)
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+    y = module(x)
+    dys = torch.randn(3, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for dy, row in zip(dys, batched, strict=True):
+        assert_close("x.grad", row, torch.autograd.grad(y, x, dy, retain_graph=True)[0], 1e-12)
+    assert ("backward", 2) in calls
+
+
+def test_backward_within_an_autocast_region(calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["3-layers-mixed"], dtype=torch.float32)
+    x = torch.randn(3, 7)
+    grads = []
+    for enabled in (False, True):
+        y = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(y.sum(), list(module.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert len(calls) == 4
+
+
+def _freeze(module: ExtractionNetwork) -> None:
+    assert module.gate.bias is not None
+    module.gate.bias.requires_grad_(False)
+
+
+def _recompute(module: ExtractionNetwork) -> None:
+    module.recompute = True
+
+
+@pytest.mark.parametrize("change", [_freeze, _recompute])
+def test_a_frozen_tensor_and_recomputation_take_the_general_way(change: Any, calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
+    change(module)
+    compare(module, draw("one", 3, 3, 7), ask_gates=False)
+    assert calls == []
+
+
+def test_gates_more_rows_lists_and_autocast_take_the_general_way(calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
+    compare(module, draw("one", 3, 3, 7))
+    compare(module, draw("one", MAX_TRAIN_ROWS, 3, 7), ask_gates=False)
+    compare(module, draw("list", 3, 3, 7), form="list", slots=3, ask_gates=False)
+    (x,) = draw("one", 3, 3, 7)
+    assert_close("y", module(x, x.clone()), module.eval()(x, x), 1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.float()(x.float()).dtype == torch.bfloat16
+    assert calls == []
