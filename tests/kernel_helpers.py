@@ -85,9 +85,13 @@ def hold(name: str, actual: Tensor | None, expression: Callable[..., Any], *oper
     low = next(o.dtype for o in operands if isinstance(o, Tensor))
     unit = torch.finfo(low).eps * (4 if low == torch.float32 else 1)  # the order of a float32 sum is free
     ours, theirs = actual.double() - truth, plain.double() - truth
-    for kind, of in (("max", lambda t: t.abs().max().item()), ("rms", lambda t: t.square().mean().sqrt().item())):
-        bound = 2 * of(theirs) + unit * of(truth)
-        assert of(ours) <= bound, f"{name}: {kind} error {of(ours):.3g}, plain PyTorch {of(theirs):.3g}"
+    for kind, own, peer, size in zip(("max", "rms"), _sizes(ours), _sizes(theirs), _sizes(truth), strict=True):
+        bound = 2 * peer + unit * size
+        assert own <= bound, f"{name}: {kind} error {own:.3g}, plain PyTorch {peer:.3g}, bound {bound:.3g}"
+
+
+def _sizes(t: Tensor) -> tuple[float, float]:
+    return t.abs().max().item(), t.square().mean().sqrt().item()
 
 
 def _double(operand: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_what_is_not_asked_for_is_not_computed(given: str, flag: str, device: to
     assert p is not None
     dy = c.dy if "dy" in given.split() else None
     dlisted = c.dlisted if "dlisted" in given else None
-    off = dict.fromkeys(flag.split(), False)
+    off: dict[str, Any] = dict.fromkeys(flag.split(), False)
     reads_h = dy is not None and ("weights_grad" not in off or "logits_grad" not in off)
     dz, dp, dl = gate_combine_bwd(
         dy, dlisted, c.z if reads_h else None, p, mixtures_of(c.topology), 6, torch.float64, offset=c.offset, **off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -140,23 +141,21 @@ def weight_grads(layer: WeightGrad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weight, bias, gate_weight, gate_bias
 
 
+def _one_of(a: Tensor, d: Tensor | None, dl: Tensor | None, layer: list[Any], which: int) -> Tensor:
+    return weight_grads(WeightGrad(*layer)._replace(a=a, d=d, dl=dl))[which]
+
+
 def hold_layers(layers: Sequence[WeightGrad], tile: Tile | None, dtype: torch.dtype = torch.float64) -> None:
     """All gradients of all layers, which are asked for, and none else."""
     found = grouped_weight_grads(layers, dtype, tile=tile)
     assert len(found) == len(layers)
     names = ("weight", "bias", "gate_weight", "gate_bias")
     for i, (layer, ours) in enumerate(zip(layers, found, strict=True)):
-        for j, name in enumerate(names):
-            asked = getattr(layer, name)
-            assert (ours[j] is not None) == asked, name
-            if asked:
-                part = ours[j]
-                assert part is not None and part.dtype == dtype and part.is_contiguous()
-
-                def expression(a: Tensor, d: Tensor | None, dl: Tensor | None, layer=layer, j=j) -> Tensor:  # type: ignore[no-untyped-def]  # defaults bind the loop's values
-                    return weight_grads(layer._replace(a=a, d=d, dl=dl))[j]  # type: ignore[no-any-return]
-
-                hold(f"layer {i} {name}", part, expression, layer.a, layer.d, layer.dl)
+        for name, part in zip(names, ours, strict=True):
+            assert (part is not None) == getattr(layer, name), name
+            if part is not None:
+                assert part.dtype == dtype and part.is_contiguous()
+                hold(f"layer {i} {name}", part, _one_of, layer.a, layer.d, layer.dl, layer, names.index(name))
 
 
 @pytest.fixture(params=[1, 4])

@@ -101,8 +101,8 @@ def test_the_result_may_be_a_part_of_wider_rows(device: torch.device) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_gates_alone(tile: Tile | None, bias: bool, device: torch.device) -> None:
-    a, w, b = values(19, 3, 18, device=device), values(8, 18, device=device), values(8, device=device)
-    b = b if bias else None
+    a, w = values(19, 3, 18, device=device), values(8, 18, device=device)
+    b = values(8, device=device) if bias else None
     y, z, logits = grouped_linear_fwd(guarded(a, 1), None, None, (), gate_weight=w, gate_bias=b, gates=RUNS, tile=tile)
     assert y is None and z is None
     hold("logits", logits, logits_of, a, w, b, RUNS)
