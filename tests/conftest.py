@@ -105,3 +105,28 @@ def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+BAND = 64
+
+
+@pytest.fixture
+def guard_bands(_poison_fresh_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launchers get from ``torch.empty`` lies between bands, and a test that writes into a band fails."""
+    allocate = torch.empty
+    bands: list[torch.Tensor] = []
+
+    @functools.wraps(allocate)
+    def banded(*shape: Any, **kwargs: Any) -> torch.Tensor:
+        caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        if caller != "ple_fast_kernels":
+            return allocate(*shape, **kwargs)
+        sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        buffer = torch.full((sizes.numel() + 2 * BAND,), float("nan"), **kwargs)
+        buffer[:BAND], buffer[BAND + sizes.numel() :] = 3.0, 3.0
+        bands.extend((buffer[:BAND], buffer[BAND + sizes.numel() :]))
+        return buffer[BAND : BAND + sizes.numel()].view(sizes)
+
+    monkeypatch.setattr(torch, "empty", banded)
+    yield
+    assert all(bool((band == 3.0).all()) for band in bands), "a kernel wrote outside of its result"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,6 +319,30 @@ def compare(
     return ours, theirs
 
 
+@contextmanager
+def saved() -> Iterator[list[Tensor]]:
+    """The tensors that are saved for backward within the block."""
+    tensors: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield tensors
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of the storages that a forward pass saves, each once, without parameters and input."""
+    known = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers(), x]}
+    with saved() as tensors:
+        y = module(x)
+    y = y if isinstance(y, Tensor) else y[0]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert y.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in known)
+
+
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     gap = a.detach().double() - b.detach().double()
     return gap.abs().max().item(), gap.square().mean().sqrt().item()
@@ -335,7 +359,7 @@ def compare_low_precision(
 ) -> None:
     """``err(ours) <= 2 err(plain PyTorch in that dtype) + tiny`` against float64, in maximum and in root mean square.
 
-    With ``autocast`` the parameters stay float32 and the step runs under CPU autocast to ``dtype``. ``tiny`` is one
+    With ``autocast`` the parameters stay float32 and the step runs under autocast to ``dtype``. ``tiny`` is one
     unit of rounding of the quantity, for what plain PyTorch happens to round without error.
     """
     stored = torch.float32 if autocast else dtype
@@ -348,7 +372,8 @@ def compare_low_precision(
     doubled: dict[str, Any] = {
         k: [t.double() for t in v] if k == "gate_leaves" and v is not None else v for k, v in how.items()
     }
-    context = (lambda: torch.autocast("cpu", dtype)) if autocast else nullcontext
+    where = leaves[0].device.type
+    context = (lambda: torch.autocast(where, dtype)) if autocast else nullcontext
     ours = run(low, leaves, context=context, **how)
     theirs = run(plain, leaves, context=context, **how)
     truth = run(oracle, [leaf.double() for leaf in leaves], **doubled)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.configs import SIZES
 from benchmarks.contestants import baseline
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.modules.layers import ExpertBlock, StackedLayer
-from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise
+from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise, saved, saved_bytes
 
 PLE_LEVEL = TOPOLOGIES["ple"]
 CASES: dict[str, tuple[MLPSpec, GateSpec]] = {
@@ -27,46 +25,22 @@ CASES: dict[str, tuple[MLPSpec, GateSpec]] = {
 }
 
 
-@contextmanager
-def _saved() -> Iterator[list[Tensor]]:
-    """The tensors that are saved for backward within the block."""
-    tensors: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield tensors
-
-
-def _saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages that a forward pass saves, each once, without parameters and input."""
-    known = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers(), x]}
-    with _saved() as tensors:
-        y = module(x)
-    y = y if isinstance(y, Tensor) else y[0]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    assert y.requires_grad
-    return sum(size for pointer, size in storages.items() if pointer not in known)
-
-
 def _issue_ple(**kwargs: Any) -> PLE:
     return PLE(512, 3, num_levels=2, task_experts=2, shared_experts=2, expert_units=(256, 128), **kwargs)
 
 
 def test_saved_bytes_against_the_plain_loop() -> None:
     x = torch.randn(256, 512)
-    loop = _saved_bytes(baseline(SIZES["cpu"].at(256)), x)
-    assert _saved_bytes(_issue_ple(), x) <= 0.65 * loop
-    assert _saved_bytes(_issue_ple(recompute=True), x) <= 0.1 * loop
+    loop = saved_bytes(baseline(SIZES["cpu"].at(256)), x)
+    assert saved_bytes(_issue_ple(), x) <= 0.65 * loop
+    assert saved_bytes(_issue_ple(recompute=True), x) <= 0.1 * loop
 
 
 def _level_bytes(input_grad: bool = False, **frozen: bool) -> int:
     module = ExtractionNetwork(64, PLE_LEVEL, experts=MLPSpec((64, 32), "gelu"), gate=GateSpec((48,), "gelu"))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(not any(flag and name.startswith(prefix) for prefix, flag in frozen.items()))
-    return _saved_bytes(module, torch.randn(128, 64, requires_grad=input_grad))
+    return saved_bytes(module, torch.randn(128, 64, requires_grad=input_grad))
 
 
 def test_saved_bytes_shrink_with_what_is_frozen() -> None:
@@ -81,11 +55,11 @@ def test_saved_bytes_shrink_with_what_is_frozen() -> None:
 def test_nothing_is_saved_without_gradients() -> None:
     module = level(PLE_LEVEL, *CASES["relu"])
     x = torch.randn(9, module.in_features, dtype=torch.float64)
-    with _saved() as tensors, torch.no_grad():
+    with saved() as tensors, torch.no_grad():
         module(x)
     assert tensors == []
     module.requires_grad_(False)
-    with _saved() as tensors:
+    with saved() as tensors:
         module(x)
     assert tensors == []
 
@@ -96,7 +70,7 @@ def test_backward_twice_gives_equal_gradients_and_writes_into_nothing_saved(case
     module = level(PLE_LEVEL, *CASES[case], recompute=recompute).train()
     x = torch.randn(9, module.in_features, dtype=torch.float64, requires_grad=True)
     inputs = [x, *module.parameters()]
-    with _saved() as tensors:
+    with saved() as tensors:
         y, gates = module(x, return_gates=True)
     loss = y.square().sum() + sum(g.square().sum() for g in gates)
     assert isinstance(loss, Tensor)

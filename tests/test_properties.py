@@ -105,7 +105,8 @@ def _calm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _hold(c: dict[str, Any], **how: Any) -> None:
+def hold_drawn(c: dict[str, Any], device: torch.device | str = "cpu", **how: Any) -> None:
+    """A drawn level against the reference."""
     module = level(
         c["topology"],
         c["experts"],
@@ -114,12 +115,13 @@ def _hold(c: dict[str, Any], **how: Any) -> None:
         gate_features=c["gate_features"],
         recompute=c["recompute"],
         seed=c["seed"],
-    )
+    ).to(device)
     slots = c["topology"].num_slots
-    leaves = draw(c["form"], c["batch"], slots, c["in_features"], seed=c["seed"] + 1)
+    leaves = [t.to(device) for t in draw(c["form"], c["batch"], slots, c["in_features"], seed=c["seed"] + 1)]
     if c["gate_form"] is not None:
         how["gate_form"] = c["gate_form"]
-        how["gate_leaves"] = draw(c["gate_form"], c["batch"], slots, c["gate_features"], seed=c["seed"] + 2)
+        gate_leaves = draw(c["gate_form"], c["batch"], slots, c["gate_features"], seed=c["seed"] + 2)
+        how["gate_leaves"] = [t.to(device) for t in gate_leaves]
     # Norms over few samples divide by variances near 0 and so amplify rounding: errors count against the whole step.
     compare(_calm(module), leaves, form=c["form"], slots=slots, tolerance=1e-8, common_scale=True, **how)
 
@@ -127,13 +129,13 @@ def _hold(c: dict[str, Any], **how: Any) -> None:
 @FEW
 @given(configurations())
 def test_any_level_trains_like_the_reference(configuration: dict[str, Any]) -> None:
-    _hold(configuration)
+    hold_drawn(configuration)
 
 
 @FEWER
 @given(configurations(), st.booleans())
 def test_any_level_evaluates_like_the_reference(configuration: dict[str, Any], gates_enter_loss: bool) -> None:
-    _hold(configuration, train=False, gates_enter_loss=gates_enter_loss)
+    hold_drawn(configuration, train=False, gates_enter_loss=gates_enter_loss)
 
 
 @FEWER

@@ -10,7 +10,7 @@ from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
 from .grouped_linear import grouped_data_grad, grouped_linear_fwd
 from .input_grad import grouped_input_grad
-from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures
+from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Class",
     "GateRuns",
     "Mixtures",
+    "Readers",
     "Tile",
     "WeightGrad",
     "WeightGradResult",

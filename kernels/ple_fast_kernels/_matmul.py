@@ -23,6 +23,12 @@ def pick(TABLE: tl.constexpr, i):
 
 
 @triton.jit
+def pick_wide(TABLE: tl.constexpr, i):
+    """``pick`` in 64 bits, for what is multiplied by a stride of slots: a slot may begin 2**31 elements on."""
+    return tl.cast(pick(TABLE, i), tl.int64)
+
+
+@triton.jit
 def accumulate(acc, p_a, p_b, depth, A_STEP, B_STEP, m_b, DEPTH: tl.constexpr, MASK_B: tl.constexpr,
                PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """``acc += a @ b`` along the depth: ``p_a`` ``[M, BLOCK_K]``, ``p_b`` ``[BLOCK_K, N]``; ``m_b`` masks columns of b.

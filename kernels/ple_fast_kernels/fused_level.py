@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._activations import activate
 from ._launch import cdiv, launch, next_power, wide_of
-from ._matmul import accumulate, pick, swizzle
+from ._matmul import accumulate, pick_wide, swizzle
 from ._tiles import Tile, fused_tile
 from .tables import Mixtures
 
@@ -105,7 +105,7 @@ def _fused_level_fwd_kernel(
     row = tl.where(m_m, o_m, 0)[:, None]
     column = tl.where(m_n, o_n, 0)
     for e in range(experts):
-        p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_k[None, :]
+        p_a = A + row * A_ROW + pick_wide(SLOT, e) * A_SLOT + o_k[None, :]
         p_w = W + tl.cast(e * UNITS + column, tl.int64)[None, :] * DEPTH + o_k[:, None]
         h = tl.zeros((BLOCK_M, BLOCK_N), wide)
         h = accumulate(h, p_a, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False, PRECISION, BLOCK_K)
@@ -169,7 +169,7 @@ def _fused_two_layers_fwd_kernel(
         for c in range(0, HIDDEN, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             m_c = o_c < HIDDEN
-            p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_k[None, :]
+            p_a = A + row * A_ROW + pick_wide(SLOT, e) * A_SLOT + o_k[None, :]
             p_w = W1 + tl.cast(e * HIDDEN + tl.where(m_c, o_c, 0), tl.int64)[None, :] * DEPTH + o_k[:, None]
             a = tl.zeros((BLOCK_M, BLOCK_C), wide)
             a = accumulate(a, p_a, p_w, depth, BLOCK_K, BLOCK_K, m_c, DEPTH, False, PRECISION, BLOCK_K)

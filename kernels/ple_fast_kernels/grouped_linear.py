@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._activations import activate, derive
 from ._launch import cdiv, launch, wide_of
-from ._matmul import accumulate, pick, swizzle
+from ._matmul import accumulate, pick, pick_wide, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
 from .tables import NO_GATES, GateRuns
 
@@ -46,7 +46,7 @@ def _grouped_linear_fwd_kernel(
             m_n = o_n < UNITS
             p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + tl.where(m_n, o_n, 0)[None, :] * DEPTH + o_k[:, None]
             acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
-            acc = accumulate(acc, p_a + pick(SLOT, e) * A_SLOT, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False,
+            acc = accumulate(acc, p_a + pick_wide(SLOT, e) * A_SLOT, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False,
                              PRECISION, BLOCK_K)  # fmt: skip
             if HAS_BIAS:
                 acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
@@ -64,7 +64,7 @@ def _grouped_linear_fwd_kernel(
             o_l = pick(GATE_FIRST, r) + tl.where(m_g, o_g, 0)
             p_g = GateW + o_l.to(tl.int64)[None, :] * DEPTH + o_k[:, None]
             logit = tl.zeros((BLOCK_M, GATE_WIDTH), wide)
-            logit = accumulate(logit, p_a + pick(GATE_SLOT, r) * A_SLOT, p_g, depth, BLOCK_K, BLOCK_K, m_g, DEPTH,
+            logit = accumulate(logit, p_a + pick_wide(GATE_SLOT, r) * A_SLOT, p_g, depth, BLOCK_K, BLOCK_K, m_g, DEPTH,
                                False, PRECISION, BLOCK_K)  # fmt: skip
             if HAS_GATE_BIAS:
                 logit += tl.load(GateBias + o_l, mask=m_g, other=0.0).to(wide)[None, :]

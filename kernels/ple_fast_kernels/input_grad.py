@@ -9,22 +9,22 @@ from torch import Tensor
 from ._launch import cdiv, launch
 from ._matmul import pick, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
-from .tables import NO_GATES, GateRuns
+from .tables import NO_GATES, GateRuns, Readers
 
 
 @triton.jit(do_not_specialize=["B", "steps"])
 def _input_grad_kernel(
     D, W, DL, GateW, Out, B, steps,
     DEPTH: tl.constexpr, UNITS: tl.constexpr, D_ROW: tl.constexpr, OUT_ROW: tl.constexpr, SLOTS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, HAS_MEMBERS: tl.constexpr, HAS_GATES: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ORDER: tl.constexpr, HAS_MEMBERS: tl.constexpr, HAS_GATES: tl.constexpr,
     GATE_SLOT: tl.constexpr, GATE_FIRST: tl.constexpr, GATE_SIZE: tl.constexpr, GATE_WIDTH: tl.constexpr,
     LOGITS: tl.constexpr, ADDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``Out[:, s] (+)= sum_{e: slot s} D[:, e] @ W[e] + sum_{r: slot s} DL[:, r] @ GateW[r]``.
 
-    D ``(B, n, DEPTH)``, W ``(n, DEPTH, UNITS)``, and ``FIRST[s]`` to ``LAST[s]`` are the members that read slot s: to
-    the loop they are one long depth, of ``steps`` times BLOCK_K each.
+    D ``(B, n, DEPTH)``, W ``(n, DEPTH, UNITS)``. The members that read slot s are ``FIRST[s]`` to ``LAST[s]`` of ORDER,
+    which is empty where they stand in order: to the loop they are one long depth, of ``steps`` times BLOCK_K each.
     """
     wide: tl.constexpr = tl.float64 if Out.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -42,6 +42,8 @@ def _input_grad_kernel(
         p_w = W + o_k[:, None] * UNITS + o_n[None, :]
         for t in range(pick(FIRST, s) * steps, pick(LAST, s) * steps):
             e = t // steps
+            if len(ORDER) > 0:
+                e = pick(ORDER, e)
             k = (t % steps) * BLOCK_K
             p_dk = p_d + (e * DEPTH + k)
             p_wk = p_w + tl.cast(e * DEPTH + k, tl.int64) * UNITS
@@ -75,7 +77,7 @@ def _input_grad_kernel(
 def grouped_input_grad(
     d: Tensor | None,
     weight: Tensor | None,
-    members: tuple[tuple[int, int], ...],
+    readers: Readers | None,
     out: Tensor,
     *,
     dl: Tensor | None = None,
@@ -88,8 +90,8 @@ def grouped_input_grad(
     """Gradient of the slots, ``(B, S, K)``, written into ``out`` or, with ``adds``, added to it.
 
     Args:
-        d, weight: ``(B, n, H)`` with its last two axes contiguous, ``(n, H, K)`` contiguous; both None: no members.
-        members: per slot the half-open range of members that read it.
+        d, weight: ``(B, n, H)`` with its last two axes contiguous, ``(n, H, K)`` contiguous.
+        readers: which members read which slot; with ``d`` and ``weight`` None: no members.
         out: contiguous.
         dl, gate_weight: ``(B, G)`` and ``(G, K)``, contiguous; both None: no gates.
         gates: which rows of ``gate_weight`` read which slot.
@@ -98,12 +100,14 @@ def grouped_input_grad(
     assert some is not None
     rows, slots, units = out.shape
     depth = 1 if weight is None else weight.shape[1]
+    if readers is None:
+        readers = Readers((0,) * slots, (0,) * slots, ())
     tile = matmul_tile(some, rows, units, slots, precision) if tile is None else tile
     launch(
         _input_grad_kernel, (cdiv(rows, tile.rows) * slots * cdiv(units, tile.columns),), tile, out.device,
         d, weight, dl, gate_weight, out, rows, cdiv(depth, tile.depth),
         depth, units, 0 if d is None else d.stride(0), out.stride(0), slots,
-        tuple(first for first, _ in members), tuple(last for _, last in members), d is not None, dl is not None,
+        *readers, d is not None, dl is not None,
         gates.slot, gates.first, gates.sizes, gate_width(gates), 0 if dl is None else dl.shape[1], adds,
         precision, tile.rows, tile.columns, tile.depth, tile.group,
     )  # fmt: skip

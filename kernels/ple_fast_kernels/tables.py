@@ -19,6 +19,22 @@ MAX_RUN = 64
 """Rows of a run at most: wider ones are cut, so that one tile covers a run."""
 
 
+class Readers(NamedTuple):
+    """The members that read each slot: ``order[first[s]:last[s]]``."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    order: tuple[int, ...]
+    """Empty where the members stand in the order of the slots."""
+
+    @classmethod
+    def build(cls, members: tuple[int, ...], slots: int) -> Readers:
+        """Tables of members that read slots ``members``, of so many."""
+        order = tuple(sorted(range(len(members)), key=members.__getitem__))
+        last = tuple(sum(slot <= s for slot in members) for s in range(slots))
+        return cls((0, *last[:-1]), last, () if order == tuple(range(len(members))) else order)
+
+
 class Mixtures(NamedTuple):
     """Which experts every mixture weighs. Columns of ``P (B, weights)`` are in mixture order, static ones included."""
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch, wide_of
-from ._matmul import pick
+from ._matmul import pick, pick_wide
 from ._tiles import REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
 from .tables import NO_GATES, GateRuns
 
@@ -59,7 +59,7 @@ def _grouped_weight_grad_kernel(
             o_i = (tile % I_TILES) * BLOCK_I + tl.arange(0, BLOCK_I)
             m_o, m_i = o_o < UNITS, o_i < DEPTH
             p_d = D + row * D_ROW + (e * UNITS + o_o)[None, :]
-            p_a = A + row * A_ROW + pick(SLOT, e) * A_SLOT + o_i[None, :]
+            p_a = A + row * A_ROW + pick_wide(SLOT, e) * A_SLOT + o_i[None, :]
             acc = tl.zeros((BLOCK_O, BLOCK_I), wide)
             for r in range(first, last, BLOCK_R):
                 m_r = (o_r < last - r)[:, None]
@@ -85,7 +85,7 @@ def _grouped_weight_grad_kernel(
             m_g, m_x = o_g < pick(GATE_SIZE, g), o_x < DEPTH
             o_l = pick(GATE_FIRST, g) + o_g
             p_dl = DL + row * LOGITS + o_l[None, :]
-            p_x = A + row * A_ROW + pick(GATE_SLOT, g) * A_SLOT + o_x[None, :]
+            p_x = A + row * A_ROW + pick_wide(GATE_SLOT, g) * A_SLOT + o_x[None, :]
             gate_acc = tl.zeros(
                 (BLOCK_I, GATE_WIDTH), wide
             )  # this way round: a run may be narrower than a product's rows

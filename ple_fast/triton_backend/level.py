@@ -15,6 +15,7 @@ from torch import Tensor
 from ple_fast_kernels import (
     FUSED,
     NO_GATES,
+    Readers,
     WeightGrad,
     WeightGradResult,
     fused_level_fwd,
@@ -47,9 +48,9 @@ from .wiring import (
     columns_of,
     gate_runs,
     matmul_precision,
-    members_of,
     mixtures_of,
     offset_columns,
+    readers_of,
     source_grads,
     source_of,
 )
@@ -427,7 +428,7 @@ class _Pass:
         if not plan.gate.layers:
             source = self.gate_x
             if out.wants(source) and not out.has_gates:
-                out.add(source, None, None, (), dl)
+                out.add(source, None, None, None, dl)
             if not weights.has_gates:
                 weights.add_gates(source.tensor, dl)
             return
@@ -437,7 +438,7 @@ class _Pass:
         rows, width = dl.shape[0], gate.weight.shape[1]
         dhidden = torch.empty((rows, len(plan.gate.slots), width), dtype=dl.dtype, device=dl.device)
         grouped_input_grad(
-            None, None, ((0, 0),) * len(plan.gate.slots), dhidden, dl=dl, gate_weight=gate.weight.contiguous(),
+            None, None, None, dhidden, dl=dl, gate_weight=gate.weight.contiguous(),
             gates=self.runs, precision=self.precision,
         )  # fmt: skip
         self._mlp_backward(
@@ -495,8 +496,8 @@ class _Pass:
                 return
             weight = tensor.weight.contiguous()
             if i == 0:
-                members = members_of(mlp.slots, source.columns, source.tensor.shape[1])
-                out.add(source, d, weight, members, beside)
+                readers = readers_of(mlp.slots, source.columns, source.tensor.shape[1])
+                out.add(source, d, weight, readers, beside)
                 return
             below, below_state = mlp.layers[i - 1], states[i - 1]
             is_done = in_epilogue(below, below_state) and below.activation.name != "identity"
@@ -532,7 +533,7 @@ class _InputGrads:
         source: Source,
         d: Tensor | None,
         weight: Tensor | None,
-        members: tuple[tuple[int, int], ...],
+        readers: Readers | None,
         dl: Tensor | None,
     ) -> None:
         """Add what experts (``d``, ``weight``) and gates (``dl``) that read ``source`` contribute."""
@@ -555,7 +556,7 @@ class _InputGrads:
         grouped_input_grad(
             d,
             weight,
-            members or ((0, 0),) * source.tensor.shape[1],
+            readers,
             target,
             dl=dl,
             gate_weight=None if dl is None else _dense(gate.weight),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ple_fast_kernels import MAX_RUN, GateRuns, Mixtures
+from ple_fast_kernels import MAX_RUN, GateRuns, Mixtures, Readers
 
 from ..plan import LevelPlan
 from ..torch_backend.slots import Slots
@@ -62,15 +62,9 @@ def mixtures_of(plan: LevelPlan) -> Mixtures:
 
 
 @lru_cache(maxsize=4096)
-def members_of(slots: tuple[int, ...], columns: tuple[int, ...], count: int) -> tuple[tuple[int, int], ...]:
-    """Per column of the source the half-open range of members that read it; ``slots`` is non-decreasing."""
-    read = [columns[s] for s in slots]
-    ranges, start = [], 0
-    for column in range(count):
-        stop = start + read.count(column)
-        ranges.append((start, stop))
-        start = stop
-    return tuple(ranges)
+def readers_of(slots: tuple[int, ...], columns: tuple[int, ...], count: int) -> Readers:
+    """Which members read each of ``count`` columns of the source; gates may read slots in any order."""
+    return Readers.build(columns_of(slots, columns), count)
 
 
 @lru_cache(maxsize=4096)
