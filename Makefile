@@ -2,18 +2,21 @@
 PYTHON ?= python3
 # Pinned here alone, because the newest torch may pull gigabytes; the package itself takes any torch >= 2.10.
 TORCH_VERSION ?= 2.13.0
+OLDEST_TRITON ?= 3.6.0
+KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY := .venv/.ready
 BENCH_READY := .venv/.ready-bench
+OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
 
-.PHONY: help example test test-all bench style types
+.PHONY: help example test test-all test-oldest-triton bench style types
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
 	$(BIN)/python examples/census_income.py $(ARGS)
@@ -23,6 +26,9 @@ test: $(READY)  ## the tests, without the slow ones
 
 test-all: $(READY)  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest-triton: $(OLDEST_READY)  ## the tests of the kernels on the oldest triton that is supported
+	.venv-oldest-triton/bin/python -m pytest -m "not slow" $(KERNEL_TESTS) $(ARGS)
 
 bench: $(BENCH_READY)  ## time forward, training step and inference against the peers, and render the report
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -38,6 +44,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==$(TORCH_VERSION)
 	$(PIP) --editable ".[dev,viz,examples]"
+	@touch $@
+
+$(OLDEST_READY): pyproject.toml
+	$(PYTHON) -m venv .venv-oldest-triton
+	.venv-oldest-triton/bin/python -m pip --disable-pip-version-check install --quiet \
+		torch==$(TORCH_VERSION) triton==$(OLDEST_TRITON) numpy safetensors pytest hypothesis
 	@touch $@
 
 $(BENCH_READY): $(READY)
