@@ -86,7 +86,7 @@ class _Recorder:
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
     """What training steps and inference of a trunk would launch on an architecture."""
     from ple_fast import PLE, backend, use_backend
-    from ple_fast.triton_backend import fusion, level
+    from ple_fast.triton_backend import fusion, run
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     recorder = _Recorder()
@@ -106,7 +106,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
     patches += [
         mock.patch.object(tiles, "architecture", return_value=table),
         mock.patch.object(backend, "_why_no_triton", return_value=None),
-        mock.patch.object(level, "matmul_precision", return_value=precision),
+        mock.patch.object(run, "matmul_precision", return_value=precision),
         mock.patch.object(fusion, "matmul_precision", return_value=precision),
     ]
     for patch in patches:

@@ -265,7 +265,7 @@ def test_fused_equals_not_fused(
     name: str, activation: str, chosen: Fusion, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inference; of one layer the step too, which reads what the fused launch has kept."""
-    monkeypatch.setattr("ple_fast.triton_backend.level.choose_fusion", lambda *_, **how: forced(**how))
+    monkeypatch.setattr("ple_fast.triton_backend.forward.choose_fusion", lambda *_, **how: forced(**how))
     gate = GateSpec(temperature=0.5)
     module = level(TOPOLOGIES[name], MLPSpec((6, 5, 4)[-LAYERS[chosen] :], activation), gate, dtype=torch.float32).to(
         device
@@ -307,7 +307,7 @@ def test_only_what_the_kernel_serves_is_fused(experts: Any, gate: GateSpec, fuse
             seen.append(fusion.choose_fusion(*args, **how))
             return seen[-1]
 
-        patch.setattr("ple_fast.triton_backend.level.choose_fusion", spy)
+        patch.setattr("ple_fast.triton_backend.forward.choose_fusion", spy)
         module = level(PLE, experts, gate, dtype=torch.float32).to(device)
         module(input_of(module, device))
     assert seen == [Fusion.LEVEL if fuses else None]

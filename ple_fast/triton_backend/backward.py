@@ -1,0 +1,220 @@
+"""A level backward: one launch undoes mixtures and gates, then two per layer, and one adds up all weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ple_fast_kernels import gate_combine_bwd, grouped_data_grad, grouped_input_grad
+
+from ..plan import MLPPlan
+from ..torch_backend.activations import activation_backward
+from ..torch_backend.gate_combine import index_of
+from ..torch_backend.level import BlockKept, layers_of
+from ..torch_backend.mlp import LayerKept, LayerNeeds, accumulate, after_linear_backward
+from ..torch_backend.norms import BatchNormSaved, batch_norm_backward
+from .gradients import InputGrads, WeightGrads
+from .run import IDENTITY, Run, in_epilogue
+from .wiring import Source, columns_of, offset_columns, readers_of
+
+
+class BackwardRun(Run):
+    """The backward of one call."""
+
+    def backward(
+        self, kept: BlockKept, dy: Tensor | None, dlisted: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Gradients of the two sources (the second one None where it is the first) and of the flat tuple."""
+        inputs, needs, plan, gate = self.inputs, self.needs, self.plan, self.inputs.gate
+        grads: list[list[Tensor | None]] = [[None] * 5 for _ in range(plan.num_layers + 1)]
+        out = InputGrads(self)
+        weights = WeightGrads(self, grads)
+        last = plan.blocks[0].layers[-1]
+        in_combine = (
+            len(plan.blocks) == 1
+            and last.activation.name != "identity"
+            and in_epilogue(last, inputs.state.layers[plan.blocks[0].position + len(plan.blocks[0].layers) - 1])
+        )
+        p = kept.gated
+        dh = dl = None
+        if p is not None:
+            dh, dp, dl = gate_combine_bwd(
+                None if dy is None else dy.contiguous(),
+                None if dlisted is None else dlisted.contiguous(),
+                kept.h,
+                p,
+                self.mixtures,
+                last.units,
+                inputs.layers[0].weight.dtype,
+                kept=kept.mlps[0][-1].act if in_combine and needs.experts else None,
+                activation=(last.activation[0], last.activation[1]) if in_combine and needs.experts else IDENTITY,
+                offset=self.offset,
+                temperature=plan.gate_spec.temperature,
+                experts_grad=needs.experts,
+                weights_grad=needs.weights,
+                logits_grad=needs.logits,
+            )
+            if needs.gate.offset and gate.offset is not None:
+                total = dlisted if dp is None else dp if dlisted is None else dp + dlisted
+                assert total is not None
+                index = index_of(offset_columns(plan), total.device)
+                grads[-1][4] = total.index_select(1, index).sum(0).to(gate.offset.dtype)
+        elif needs.gate.offset and gate.offset is not None:  # nothing else is asked for
+            grads[-1][4] = self._offset_grad_alone(kept, dy, dlisted)
+        if dl is not None:
+            dl = self._logits_backward(kept, dl, grads[-1])
+        if dh is not None:
+            for j, block in enumerate(plan.blocks):
+                d = dh if len(plan.blocks) == 1 else dh[:, self.block_rows(block)]
+                beside = dl if self.gates_beside_experts and j == 0 else None
+                self._mlp_backward(
+                    block,
+                    self.x,
+                    needs.mlps[j],
+                    kept.mlps[j],
+                    d,
+                    grads,
+                    out,
+                    weights,
+                    beside=beside,
+                    is_done=in_combine,
+                )
+        if dl is not None:
+            self._gate_backward(kept, dl, grads, out, weights)
+        weights.finish()
+        dx, dgate_x = out.finish()
+        return dx, dgate_x, [grad for row in grads for grad in row]
+
+    def _offset_grad_alone(self, kept: BlockKept, dy: Tensor | None, dlisted: Tensor | None) -> Tensor:
+        """Gradient of the learned scalars where neither experts nor gates take part."""
+        assert self.inputs.gate.offset is not None
+        total = dlisted
+        if dy is not None:
+            assert kept.h is not None
+            ones = torch.ones(
+                (dy.shape[0], self.mixtures.weights),
+                dtype=torch.promote_types(dy.dtype, torch.float32),
+                device=dy.device,
+            )
+            _, dp, _ = gate_combine_bwd(
+                dy.contiguous(), None, kept.h, ones, self.mixtures, dy.shape[2], dy.dtype, offset=self.offset,
+                experts_grad=False, weights_grad=True, logits_grad=False,
+            )  # fmt: skip
+            assert dp is not None
+            total = dp if total is None else dp + total
+        assert total is not None
+        index = index_of(offset_columns(self.plan), total.device)
+        return total.index_select(1, index).sum(0).to(self.inputs.gate.offset.dtype)
+
+    def _logits_backward(self, kept: BlockKept, dl: Tensor, own: list[Tensor | None]) -> Tensor:
+        """Backward of the norm of the logits."""
+        norm, gate, needs = self.inputs.state.gate_norm, self.inputs.gate, self.needs
+        if norm is None:
+            return dl
+        assert kept.logits is not None
+        d, dw, db = batch_norm_backward(
+            dl.unsqueeze(1), kept.logits, gate.norm_weight, norm, BatchNormSaved(kept.mean, kept.var),
+            affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
+        )  # fmt: skip
+        accumulate(own, 2, dw)
+        accumulate(own, 3, db)
+        return d.squeeze(1).contiguous()
+
+    def _gate_backward(
+        self,
+        kept: BlockKept,
+        dl: Tensor,
+        grads: list[list[Tensor | None]],
+        out: InputGrads,
+        weights: WeightGrads,
+    ) -> None:
+        """What the gates still owe after the experts: with layers or an input of their own, nearly everything."""
+        needs, plan, gate = self.needs, self.plan, self.inputs.gate
+        assert gate.weight is not None
+        if not plan.gate.layers:
+            source = self.gate_x
+            if out.wants(source) and not out.has_gates:
+                out.add(source, None, None, None, dl)
+            if not weights.has_gates:
+                weights.add_gates(source.tensor, dl)
+            return
+        weights.add_gates(kept.hidden, dl)
+        if not needs.mlps[-1][-1].output:
+            return
+        rows, width = dl.shape[0], gate.weight.shape[1]
+        dhidden = torch.empty((rows, len(plan.gate.slots), width), dtype=dl.dtype, device=dl.device)
+        grouped_input_grad(
+            None, None, None, dhidden, dl=dl, gate_weight=gate.weight.contiguous(),
+            gates=self.runs, precision=self.precision,
+        )  # fmt: skip
+        self._mlp_backward(
+            plan.gate,
+            self.gate_x,
+            needs.mlps[-1],
+            kept.mlps[-1],
+            dhidden,
+            grads,
+            out,
+            weights,
+            beside=None,
+            is_done=False,
+        )
+
+    def _mlp_backward(
+        self,
+        mlp: MLPPlan,
+        source: Source,
+        needs: Sequence[LayerNeeds],
+        kept: Sequence[LayerKept],
+        d: Tensor,
+        grads: list[list[Tensor | None]],
+        out: InputGrads,
+        weights: WeightGrads,
+        *,
+        beside: Tensor | None,
+        is_done: bool,
+    ) -> None:
+        """From ``d``, the gradient of the outputs, down to the input; ``is_done``: that of the last activation's input.
+
+        ``beside``: gradient of the logits, where the gates read what the first layer reads.
+        """
+        part = layers_of(self.inputs, mlp)
+        tensors, states = self.inputs.layers[part], self.inputs.state.layers[part]
+        seed = self.inputs.state.seed
+        for i in range(len(mlp.layers) - 1, -1, -1):
+            spec, tensor, state, need, keep = mlp.layers[i], tensors[i], states[i], needs[i], kept[i]
+            if not need.output:
+                return
+            own = grads[mlp.position + i]
+            if not is_done:
+                d = d.contiguous()
+                if in_epilogue(spec, state):
+                    if spec.activation.name != "identity":
+                        assert keep.act is not None
+                        activation_backward(d, keep.act, spec.activation, None, slope_grad=False)
+                else:
+                    d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
+                    d = d.contiguous()
+            columns = columns_of(mlp.slots, source.columns) if i == 0 else tuple(range(len(mlp.slots)))
+            a = source.tensor if i == 0 else keep.a
+            weights.add(mlp.position + i, tensor, need, a, d, columns, beside if i == 0 else None)
+            if not need.below:
+                return
+            weight = tensor.weight.contiguous()
+            if i == 0:
+                readers = readers_of(mlp.slots, source.columns, source.tensor.shape[1])
+                out.add(source, d, weight, readers, beside)
+                return
+            below, below_state = mlp.layers[i - 1], states[i - 1]
+            is_done = in_epilogue(below, below_state) and below.activation.name != "identity"
+            activation = below.activation if is_done else IDENTITY
+            d = grouped_data_grad(
+                d,
+                weight,
+                kept=kept[i - 1].act if is_done else None,
+                activation=(activation[0], activation[1]),
+                precision=self.precision,
+            )
+            is_done = is_done or (in_epilogue(below, below_state) and below.activation.name == "identity")

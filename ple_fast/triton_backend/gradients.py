@@ -1,0 +1,154 @@
+"""Where the gradients of a backward pass gather: those of the inputs, and those of weights and biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ple_fast_kernels import (
+    NO_GATES,
+    Readers,
+    WeightGrad,
+    WeightGradResult,
+    grouped_input_grad,
+    grouped_weight_grads,
+)
+
+from ..plan import LayerTensors
+from ..torch_backend.mlp import LayerNeeds
+from .run import Run, dense
+from .wiring import Source
+
+
+class InputGrads:
+    """Gradients of the two sources: the first contribution writes, the next ones add to it, in wide numbers."""
+
+    def __init__(self, owner: Run) -> None:
+        self.owner = owner
+        plan, needs = owner.plan, owner.needs
+        separate = (bool(plan.gate.layers) or owner.gate_x is not owner.x) and bool(plan.gate.slots)
+        self.several = len(plan.blocks) > 1 or (separate and owner.gate_x is owner.x)
+        self.has_gates = False
+        self.dx: Tensor | None = None
+        self.dgate_x: Tensor | None = None
+        self.needs_x, self.needs_gate_x = any(needs.x), any(needs.gate_x)
+
+    def wants(self, source: Source) -> bool:
+        return self.needs_x if source is self.owner.x else self.needs_gate_x
+
+    def add(
+        self,
+        source: Source,
+        d: Tensor | None,
+        weight: Tensor | None,
+        readers: Readers | None,
+        dl: Tensor | None,
+    ) -> None:
+        """Add what experts (``d``, ``weight``) and gates (``dl``) that read ``source`` contribute."""
+        owner = self.owner
+        is_x = source is owner.x
+        target = self.dx if is_x else self.dgate_x
+        adds = target is not None
+        if target is None:
+            shape, dtype = source.tensor.shape, source.tensor.dtype
+            if self.several:
+                dtype = torch.promote_types(dtype, torch.float32)
+            target = torch.empty(shape, dtype=dtype, device=source.tensor.device)
+            if is_x:
+                self.dx = target
+            else:
+                self.dgate_x = target
+        gate = owner.inputs.gate
+        if dl is not None:
+            self.has_gates = True
+        grouped_input_grad(
+            d,
+            weight,
+            readers,
+            target,
+            dl=dl,
+            gate_weight=None if dl is None else dense(gate.weight),
+            gates=NO_GATES if dl is None else owner.runs,
+            adds=adds,
+            precision=owner.precision,
+        )
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients, 0 where nothing contributed."""
+        owner = self.owner
+        found = []
+        for source, grad, wanted in (
+            (owner.x, self.dx, self.needs_x),
+            (owner.gate_x, self.dgate_x, self.needs_gate_x and owner.gate_x is not owner.x),
+        ):
+            if wanted and grad is None:
+                grad = torch.zeros(source.tensor.shape, dtype=source.tensor.dtype, device=source.tensor.device)
+            found.append(None if grad is None or not wanted else grad.to(source.tensor.dtype))
+        return found[0], found[1]
+
+
+class WeightGrads:
+    """Weight and bias gradients of all layers, gathered for one call of the kernels."""
+
+    def __init__(self, owner: Run, grads: list[list[Tensor | None]]) -> None:
+        self.owner, self.grads = owner, grads
+        self.entries: list[WeightGrad] = []
+        self.positions: list[int] = []
+        self.has_gates = False
+
+    def add(
+        self,
+        position: int,
+        tensor: LayerTensors,
+        need: LayerNeeds,
+        a: Tensor | None,
+        d: Tensor,
+        columns: tuple[int, ...],
+        dl: Tensor | None,
+    ) -> None:
+        """A layer that read ``a``; ``dl``: the gates read it too."""
+        weight, bias = bool(need.tensors.weight), tensor.bias is not None and bool(need.tensors.bias)
+        gate_weight, gate_bias = self._gates_wanted() if dl is not None else (False, False)
+        if dl is not None:
+            self.has_gates = True
+        if not (weight or bias or gate_weight or gate_bias):
+            return
+        if a is None:  # a bias alone: nothing reads the layer's input
+            a = d
+        runs = self.owner.runs if gate_weight or gate_bias else NO_GATES
+        self.entries.append(
+            WeightGrad(
+                a, d, columns, weight, bias, dl if gate_weight or gate_bias else None, runs, gate_weight, gate_bias
+            )
+        )
+        self.positions.append(position)
+
+    def add_gates(self, a: Tensor | None, dl: Tensor) -> None:
+        """The gates' end on its own."""
+        weight, bias = self._gates_wanted()
+        self.has_gates = True
+        if weight or bias:
+            self.entries.append(
+                WeightGrad(
+                    dl.unsqueeze(1) if a is None else a, None, (), False, False, dl, self.owner.runs, weight, bias
+                )
+            )
+            self.positions.append(-1)
+
+    def _gates_wanted(self) -> tuple[bool, bool]:
+        gate, needs = self.owner.inputs.gate, self.owner.needs.gate
+        return bool(needs.weight), gate.bias is not None and bool(needs.bias)
+
+    def finish(self) -> None:
+        """Compute all of them."""
+        dtype = self.owner.inputs.layers[0].weight.dtype
+        results: list[WeightGradResult] = grouped_weight_grads(self.entries, dtype, precision=self.owner.precision)
+        for position, result in zip(self.positions, results, strict=True):
+            for row, index, grad in (
+                (position, 0, result.weight),
+                (position, 1, result.bias),
+                (-1, 0, result.gate_weight),
+                (-1, 1, result.gate_bias),
+            ):
+                if grad is not None:
+                    self.grads[row][index] = grad

@@ -1,0 +1,43 @@
+"""What the forward and the backward of one call share: inputs as the kernels want them, and tables."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ple_fast_kernels import FUSED, NO_GATES
+
+from ..plan import LayerState, MLPPlan
+from ..specs import LayerSpec
+from ..torch_backend.level import LevelInput, LevelNeeds
+from .wiring import columns_of, gate_runs, matmul_precision, mixtures_of, source_of
+
+IDENTITY = ("identity", 0.0)
+
+
+def in_epilogue(spec: LayerSpec, state: LayerState) -> bool:
+    """Whether the kernel of the product does all that follows it."""
+    return state.norm is None and state.dice is None and not state.dropout and spec.activation.name in FUSED
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+class Run:
+    """What forward and backward of one call share."""
+
+    def __init__(self, inputs: LevelInput, needs: LevelNeeds) -> None:
+        self.inputs, self.needs, self.plan = inputs, needs, inputs.plan
+        self.x = source_of(inputs.x)
+        self.gate_x = self.x if inputs.gate_x is inputs.x else source_of(inputs.gate_x)
+        self.mixtures = mixtures_of(inputs.plan)
+        self.precision = matmul_precision()
+        gate = inputs.plan.gate
+        # Without hidden layers the gates read slots; with them, each reads its own last hidden layer.
+        columns = tuple(range(len(gate.slots))) if gate.layers else columns_of(gate.slots, self.gate_x.columns)
+        self.runs = gate_runs(inputs.plan, columns) if gate.slots else NO_GATES
+        self.gates_beside_experts = bool(gate.slots) and not gate.layers and self.gate_x is self.x
+        self.offset = dense(inputs.gate.offset)
+
+    def block_rows(self, block: MLPPlan) -> slice:
+        return slice(block.start, block.start + len(block.slots))
