@@ -95,6 +95,15 @@ def test_learned_scalars(name: str, frozen: str, device: torch.device) -> None:
             assert_equal_outcomes(grads[0], grads[1])
 
 
+def test_constant_gates_send_no_gradient(device: torch.device) -> None:
+    """A loss of static weights alone: the gradient of the input is 0, not what lay in memory."""
+    module = level(TOPOLOGIES["hard-sharing"], EXPERTS["2-layers"]).to(device)
+    x = input_of(module, device).requires_grad_()
+    gates_alone(*module(x, return_gates=True)).backward()
+    assert x.grad is not None and not bool(x.grad.any())
+    assert all(p.grad is None or not bool(p.grad.any()) for p in module.parameters())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_second_derivatives(case: str, device: torch.device) -> None:
     """Of a penalty on gradients, as the torch backend has them."""

@@ -48,7 +48,7 @@ def _dense_weights(
             logit = tl.load(p_l, mask=m_m[:, None] & m_e[None, :], other=0.0)
         else:
             o_k = tl.arange(0, BLOCK_K)
-            p_x = X + tl.where(m_m, o_m, 0)[:, None] * X_ROW + (X_AT + o_k)[None, :]
+            p_x = X + X_AT + tl.where(m_m, o_m, 0)[:, None] * X_ROW + o_k[None, :]
             p_w = GateW + o_l.to(tl.int64)[None, :] * GATE_DEPTH + o_k[:, None]
             logit = tl.zeros((BLOCK_M, WIDTH), WIDE)
             logit = accumulate(
