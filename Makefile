@@ -13,7 +13,7 @@ BENCH_READY := .venv/.ready-bench
 OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
 
-.PHONY: help example test test-all test-oldest-triton bench style types
+.PHONY: help example test test-all test-oldest-triton bench tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-oldest-triton: $(OLDEST_READY)  ## the tests of the kernels on the oldest t
 
 bench: $(BENCH_READY)  ## time forward, training step and inference against the peers, and render the report
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--in-features 512 --num-tasks 3 --batch 16384")
+	$(BIN)/python -m ple_fast.tune $(ARGS)
 
 style: $(READY)  ## lint and format, checked (mend with .venv/bin/ruff check --fix, .venv/bin/ruff format)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -104,7 +104,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
         )
     patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]
     patches += [
-        mock.patch.object(tiles, "architecture", return_value=table),
+        mock.patch.object(tiles, "table_of", return_value=table),
         mock.patch.object(backend, "_why_no_triton", return_value=None),
         mock.patch.object(run, "matmul_precision", return_value=precision),
         mock.patch.object(fusion, "matmul_precision", return_value=precision),

@@ -30,7 +30,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic"),
-    ("model", "convert", "viz"),
+    ("model", "convert", "viz", "tune"),
     ("__init__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

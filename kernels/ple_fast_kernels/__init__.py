@@ -5,7 +5,8 @@
 
 from ._activations import FUSED
 from ._launch import launches
-from ._tiles import TABLES, Class, Tile, architecture, fused_tile, set_table
+from ._tile_files import Class, Table, Tile
+from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
 from .grouped_linear import grouped_data_grad, grouped_linear_fwd
@@ -22,6 +23,7 @@ __all__ = [
     "GateRuns",
     "Mixtures",
     "Readers",
+    "Table",
     "Tile",
     "WeightGrad",
     "WeightGradResult",
@@ -37,5 +39,6 @@ __all__ = [
     "grouped_linear_fwd",
     "grouped_weight_grads",
     "launches",
+    "reload_tables",
     "set_table",
 ]

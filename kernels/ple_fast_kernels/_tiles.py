@@ -1,46 +1,42 @@
-"""Tile sizes as data: one small table per architecture, chosen by dtype and amount of work, never by timing.
+"""Tile sizes as data: one small table per architecture, chosen by kernel, dtype and amount of work, never by timing.
 
-``ple_fast.tune`` measures and writes a table of the same form for one GPU; ``set_table`` puts it in the place of ours.
+``ple_fast.tune`` measures and writes a table of the same form for one GPU. It is read at the first launch on that
+device (``_tile_files.py``); ``set_table`` puts one in the place of all others.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._tile_files import Class as Class
+from ._tile_files import Table as Table
+from ._tile_files import Tile as Tile
+from ._tile_files import read_for
 from .tables import GateRuns
 
+PRODUCTS = ("linear", "data_grad", "input_grad", "weight_grad", "fused", "two_layers")
+"""Kernels with matrix products. Their rows of a table are named ``KERNEL/OPERANDS``, or ``OPERANDS`` for every kernel
+that has no row of its own."""
+OPERANDS = ("half", "tf32", "ieee", "double")
+"""half: bfloat16 and float16; tf32 and ieee: float32."""
+MIXTURES = ("combine", "combine_grad")
+"""Kernels that mix: rows times columns of their tile is the number of elements, and columns is the widest it gets."""
 
-class Tile(NamedTuple):
-    """A kernel's block sizes, warps and pipeline stages.
-
-    Of a product: rows and columns of the result, depth of a step. Of the weight gradient: units, inputs, rows of a
-    step. Of the mixtures: rows and units.
-    """
-
-    rows: int
-    columns: int
-    depth: int = 0
-    warps: int = 4
-    stages: int = 3
-    group: int = 8
+_FUSED_HALF = (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3))
+_FUSED_FLOAT = (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3))
 
 
-class Class(NamedTuple):
-    """Tiles of a kind of dtype, smallest amount of work first; ``tiles`` is the number of 128 x 128 results from which
-    an entry holds, at 128 multiprocessors."""
+def _preferred(*tiles: Tile) -> tuple[Class, ...]:
+    """Of a fused kernel: the first that fits into registers is taken, whatever the amount of work."""
+    return tuple(Class(0, tile) for tile in tiles)
 
-    tiles: int
-    tile: Tile
-
-
-Table = dict[str, tuple[Class, ...]]
 
 _SM90: Table = {
-    # half: bfloat16 and float16 operands; tf32 and ieee: float32 operands
     "half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
         Class(64, Tile(64, 128, 64, 4, 4)),
@@ -52,8 +48,21 @@ _SM90: Table = {
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
-    "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 4, 3)),),
+    "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
     "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
+    "fused/half": _preferred(*_FUSED_HALF),
+    "fused/tf32": _preferred(*_FUSED_FLOAT),
+    "fused/ieee": _preferred(*_FUSED_FLOAT),
+    "two_layers/half": _preferred(*_FUSED_HALF[:2]),
+    "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
+    "two_layers/ieee": _preferred(_FUSED_FLOAT[0]),
+    "combine": _preferred(Tile(16, 128, 0, 4, 2)),
+    "combine_grad": _preferred(Tile(4, 256, 0, 4, 2)),
+}
+_SM100: Table = {
+    **_SM90,
+    "data_grad/half": _SM90["half"][:-1],
+    "data_grad/tf32": (Class(0, Tile(64, 64, 32, 8, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
 }
 _SM80: Table = {
     **_SM90,
@@ -63,35 +72,67 @@ _SM80: Table = {
         Class(192, Tile(128, 128, 64, 8, 3)),
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
+    "ieee": (Class(0, Tile(64, 64, 32, 4, 3)),),
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
 _AMD: Table = {  # 64 KiB of shared memory: two stages
     name: tuple(Class(c.tiles, c.tile._replace(stages=2)) for c in classes) for name, classes in _SM80.items()
 }
 _INTERPRETER: Table = {  # costs a few milliseconds per step, whatever the tile
-    name: (Class(0, Tile(32, 32, 32, 4, 2)),) for name in _SM90
+    **{operands: (Class(0, Tile(32, 32, 32, 4, 2)),) for operands in OPERANDS},
+    "combine": _preferred(Tile(32, 128, 0, 4, 2)),
+    "combine_grad": _preferred(Tile(32, 256, 0, 4, 2)),
 }
 
 TABLES: dict[str, Table] = {
     "sm_80": _SM80,
     "sm_90": _SM90,
-    "sm_100": _SM90,
+    "sm_100": _SM100,
     "amd": _AMD,
     "interpreter": _INTERPRETER,
 }
 """Per architecture; a GPU takes the newest table that is not newer than itself."""
 
+KINDS = frozenset({*OPERANDS, *MIXTURES, *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS)})
+"""Names that a row of a table may have."""
+
 REDUCE_TILE = Tile(1, 1024, 0, 4, 1)
 
+
+class Asked(NamedTuple):
+    """A tile that a launcher asked for: the row of the table, the amount of work, what it got, and what could be."""
+
+    kind: str
+    results: int
+    tile: Tile | None
+    fits: Callable[[Tile], bool]
+
+
+asked: list[Asked] | None = None
+"""While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
+
 _own: dict[str, Table] = {}
+_read: dict[str, Table] = {}
 
 
 def set_table(architecture: str, table: Table | None) -> None:
-    """Use ``table`` for ``architecture`` in this process; kinds that it lacks stay as shipped. None: as shipped."""
+    """Use ``table`` for ``architecture`` in this process; rows that it lacks stay as shipped. It wins over a file of
+    ``ple_fast.tune``. None: as before."""
     if table is None:
         _own.pop(architecture, None)
     else:
         _own[architecture] = {**TABLES[architecture], **table}
+    for chooser in (_matmul, _weight_grad, _combine, _fused):
+        chooser.cache_clear()
+
+
+def reload_tables() -> None:
+    """Look for files of ``ple_fast.tune`` again, at the next launch on each device."""
+    _read.clear()
+    _table_of.cache_clear()
+    for chooser in (_matmul, _weight_grad, _combine, _fused):
+        chooser.cache_clear()
 
 
 @lru_cache(maxsize=64)
@@ -104,11 +145,48 @@ def _architecture(index: int) -> tuple[str, int]:
     return name, properties.multi_processor_count
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def architecture(device: torch.device) -> tuple[str, int]:
-    """Name of the table of a device, and its number of multiprocessors."""
-    if device.type != "cuda":
-        return "interpreter", 1
-    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+    """Name of the shipped table of a device, and its number of multiprocessors."""
+    return _architecture(_index(device)) if device.type == "cuda" else ("interpreter", 1)
+
+
+@lru_cache(maxsize=64)
+def _table_of(index: int) -> tuple[str, int]:
+    name, processors = _architecture(index)
+    gpu = torch.cuda.get_device_name(index)
+    table = read_for(gpu, name, KINDS)
+    if table is None:
+        return name, processors
+    key = f"{name}/{gpu}"
+    _read[key] = {**TABLES[name], **table}
+    return key, processors
+
+
+def table_of(device: torch.device) -> tuple[str, int]:
+    """Key of a device's table, ``ARCHITECTURE`` as shipped or ``ARCHITECTURE/GPU`` out of a file, and its number of
+    multiprocessors. A file is looked for once per device.
+
+    Raises:
+        ValueError: ``PLE_FAST_TILES`` names a file that is missing, broken, or another architecture's.
+    """
+    return _table_of(_index(device)) if device.type == "cuda" else ("interpreter", 1)
+
+
+def _rows(key: str) -> Table:
+    architecture, _, gpu = key.partition("/")
+    if architecture in _own:
+        return _own[architecture]
+    return _read[key] if gpu else TABLES[architecture]
+
+
+def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
+    table = _rows(key)
+    named = table.get(f"{kernel}/{operands}")
+    return table[operands] if named is None else named
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -118,8 +196,7 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-def _choose(name: str, kind: str, results: int, processors: int) -> Tile:
-    classes = _own.get(name, TABLES[name])[kind]
+def _choose(classes: tuple[Class, ...], results: int, processors: int) -> Tile:
     tile = classes[0].tile
     for entry in classes:
         if results * 128 >= entry.tiles * processors:
@@ -135,27 +212,44 @@ def _cut(size: int, width: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _matmul(name: str, processors: int, kind: str, row_tiles: int, columns: int, members: int) -> Tile:
-    tile = _choose(name, kind, row_tiles * -(-columns // 128) * members, processors)
+def _matmul(key: str, processors: int, kernel: str, operands: str, row_tiles: int, columns: int, members: int) -> Tile:
+    tile = _choose(_classes(key, kernel, operands), _results(row_tiles, columns, members), processors)
     return tile._replace(columns=_cut(tile.columns, columns))
 
 
-def matmul_tile(like: Tensor, rows: int, columns: int, members: int, precision: str) -> Tile:
+def matmul_tile(kernel: str, like: Tensor, rows: int, columns: int, members: int, precision: str) -> Tile:
     """Tile of a product with ``members`` results ``(rows, columns)``."""
-    name, processors = architecture(like.device)
-    return _matmul(name, processors, kind_of(like.dtype, precision), -(-rows // 128), columns, members)
+    key, processors = table_of(like.device)
+    operands, row_tiles = kind_of(like.dtype, precision), -(-rows // 128)
+    tile = _matmul(key, processors, kernel, operands, row_tiles, columns, members)
+    if asked is not None:
+        asked.append(Asked(f"{kernel}/{operands}", _results(row_tiles, columns, members), tile, _any))
+    return tile
+
+
+def _results(row_tiles: int, columns: int, members: int) -> int:
+    return row_tiles * -(-columns // 128) * members
+
+
+def _any(tile: Tile) -> bool:
+    return True
 
 
 @lru_cache(maxsize=4096)
-def _weight_grad(name: str, processors: int, kind: str, units: int, inputs: int, members: int) -> Tile:
-    tile = _choose(name, f"weight_grad/{kind}", -(-units // 128) * -(-inputs // 128) * members, processors)
+def _weight_grad(key: str, processors: int, operands: str, units: int, inputs: int, members: int) -> Tile:
+    classes = _classes(key, "weight_grad", operands)
+    tile = _choose(classes, _results(-(-units // 128), inputs, members), processors)
     return tile._replace(rows=_cut(tile.rows, units), columns=_cut(tile.columns, inputs))
 
 
 def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: int, precision: str) -> Tile:
     """Tile of a weight gradient with ``members`` results ``(units, inputs)``."""
-    name, processors = architecture(like.device)
-    return _weight_grad(name, processors, kind_of(like.dtype, precision), units, inputs, members)
+    key, processors = table_of(like.device)
+    operands = kind_of(like.dtype, precision)
+    tile = _weight_grad(key, processors, operands, units, inputs, members)
+    if asked is not None:
+        asked.append(Asked(f"weight_grad/{operands}", _results(-(-units // 128), inputs, members), tile, _any))
+    return tile
 
 
 MIN_SPLIT_ROWS = 512
@@ -164,29 +258,38 @@ MIN_SPLIT_ROWS = 512
 
 def row_splits(like: Tensor, rows: int, tiles: int) -> int:
     """Parts that the rows of a weight gradient are cut into: two waves of programs, a power of two."""
-    name, processors = architecture(like.device)
-    if name == "interpreter":
+    key, processors = table_of(like.device)
+    if key == "interpreter":
         return 2 if rows > 32 else 1
     wanted = min(2 * processors // tiles, rows // MIN_SPLIT_ROWS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
 def combine_tile(like: Tensor, rows: int, units: int, mixtures: int, *, backward: bool = False) -> Tile:
-    """Tile of the mixing kernels: about 2,048 elements; backward wants all units of a row in one tile."""
-    name, _ = architecture(like.device)
-    return _combine(name, like.dtype == torch.float64, units, mixtures, backward)
+    """Tile of the mixing kernels; backward wants all units of a row in one tile."""
+    key, _ = table_of(like.device)
+    tile = _combine(key, like.dtype == torch.float64, units, mixtures, backward)
+    if asked is not None:
+        asked.append(Asked("combine_grad" if backward else "combine", 0, tile, _any))
+    return tile
+
+
+MIXED_ELEMENTS = 96
+"""Float32 registers of a thread for the sums of all mixtures."""
 
 
 @lru_cache(maxsize=4096)
-def _combine(name: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
-    power = 1 << max(4, (units - 1).bit_length())
-    columns = min(power, 256 if backward else 128)
-    elements = 2048 if mixtures <= 8 else 1024
+def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
+    tile = _rows(key)["combine_grad" if backward else "combine"][0].tile
+    columns = min(max(4, 1 << (units - 1).bit_length()), tile.columns)
+    if key == "interpreter":
+        return tile._replace(columns=columns)
+    elements = tile.rows * tile.columns
     if double:
         elements //= 2
-    if name == "interpreter":
-        elements = 32 * columns
-    return Tile(max(4, elements // columns), columns, 0, 4, 2)
+    while elements > 256 and mixtures * elements * (1 + double) > MIXED_ELEMENTS * 32 * tile.warps:
+        elements //= 2
+    return tile._replace(rows=max(4, elements // columns), columns=columns)
 
 
 def gate_width(gates: GateRuns) -> int:
@@ -202,31 +305,46 @@ def fused_tile(
 ) -> Tile | None:
     """Tile of a fused level, or None: an accumulator per mixture, and the dense weights, must fit into registers.
 
-    ``whole``: all units in one tile.
+    ``whole``: all units in one tile, after a hidden layer.
     """
-    name, _ = architecture(like.device)
-    return _fused(name, kind_of(like.dtype, precision), units, mixtures, width, whole)
+    key, _ = table_of(like.device)
+    operands = kind_of(like.dtype, precision)
+    tile = _fused(key, operands, units, mixtures, width, whole)
+    if asked is not None:
+        fits = partial(_fits_units, units=units, mixtures=mixtures, width=width, whole=whole)
+        asked.append(Asked(f"{'two_layers' if whole else 'fused'}/{operands}", 0, tile, fits))
+    return tile
 
 
 FUSED_ELEMENTS = 128
 """Float32 registers of a thread for the accumulators of mixtures, of an expert, and the dense weights."""
 
 
-@lru_cache(maxsize=4096)
-def _fused(name: str, kind: str, units: int, mixtures: int, width: int, whole: bool) -> Tile | None:
-    depth = 64 if kind == "half" else 32
-    stages = 2 if name == "amd" else 3
-    if name == "interpreter":
-        columns = max(16, 1 << (units - 1).bit_length()) if whole else 32
-        return Tile(32, columns, 32, 4, 2)
-    if kind == "double":
-        return None
+def fits_fused(tile: Tile, mixtures: int, width: int, *, whole: bool) -> bool:
+    """Whether a fused kernel holds its sums in registers with this tile."""
+    per_thread = tile.rows * ((mixtures + 1) * tile.columns + mixtures * width) // (32 * tile.warps)
+    if whole:
+        per_thread += tile.rows * tile.depth // (32 * tile.warps)
+    return per_thread <= FUSED_ELEMENTS
+
+
+def _cover(tile: Tile, units: int, whole: bool) -> Tile:
     power = max(16, 1 << (units - 1).bit_length())
-    for columns, warps in ((64, 4), (64, 8), (32, 8)) if not whole else ((power, 4), (power, 8)):
-        columns = min(columns, power)
-        per_thread = 64 * ((mixtures + 1) * columns + mixtures * width) // (32 * warps)
-        if whole:
-            per_thread += 64 * 64 // (32 * warps)
-        if per_thread <= FUSED_ELEMENTS:
-            return Tile(64, columns, depth, warps, stages)
+    return tile._replace(columns=power if whole else min(tile.columns, power))
+
+
+def _fits_units(tile: Tile, units: int, mixtures: int, width: int, whole: bool) -> bool:
+    return fits_fused(_cover(tile, units, whole), mixtures, width, whole=whole)
+
+
+@lru_cache(maxsize=4096)
+def _fused(key: str, operands: str, units: int, mixtures: int, width: int, whole: bool) -> Tile | None:
+    if key == "interpreter":
+        return _cover(_classes(key, "two_layers" if whole else "fused", operands)[0].tile, units, whole)
+    if operands == "double":
+        return None
+    for _, tile in _classes(key, "two_layers" if whole else "fused", operands):
+        tile = _cover(tile, units, whole)
+        if fits_fused(tile, mixtures, width, whole=whole):
+            return tile
     return None

@@ -140,7 +140,7 @@ def grouped_linear_fwd(
     if gate_weight is not None:
         total = gate_weight.shape[0]
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
-    tile = matmul_tile(a, rows, max(units, 1), max(members, 1), precision) if tile is None else tile
+    tile = matmul_tile("linear", a, rows, max(units, 1), max(members, 1), precision) if tile is None else tile
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     launch(
         _grouped_linear_fwd_kernel, (programs,), tile, a.device,
@@ -174,7 +174,7 @@ def grouped_data_grad(
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
-    tile = matmul_tile(d, rows, units, members, precision) if tile is None else tile
+    tile = matmul_tile("data_grad", d, rows, units, members, precision) if tile is None else tile
     launch(
         _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
         d, weight, kept, out, rows, depth,

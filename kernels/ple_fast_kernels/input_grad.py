@@ -102,7 +102,7 @@ def grouped_input_grad(
     depth = 1 if weight is None else weight.shape[1]
     if readers is None:
         readers = Readers((0,) * slots, (0,) * slots, ())
-    tile = matmul_tile(some, rows, units, slots, precision) if tile is None else tile
+    tile = matmul_tile("input_grad", some, rows, units, slots, precision) if tile is None else tile
     launch(
         _input_grad_kernel, (cdiv(rows, tile.rows) * slots * cdiv(units, tile.columns),), tile, out.device,
         d, weight, dl, gate_weight, out, rows, cdiv(depth, tile.depth),
