@@ -10,18 +10,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
-from ple_fast import PLE, GateSpec, MLPSpec, last_backend, use_backend
+from ple_fast import PLE, GateSpec, MLPSpec, Topology, last_backend, use_backend
+from ple_fast.reference import correspondence
 from tests.helpers import (
     EXPERTS,
     FORMS,
     GATES,
     TOPOLOGIES,
+    assert_close,
     compare,
     compare_low_precision,
     draw,
     has_dropout,
     level,
     randomise,
+    reference_of,
 )
 from tests.test_level import BLOCKS, FROZEN
 from tests.test_properties import configurations, hold_drawn
@@ -242,7 +245,6 @@ def test_many_levels_are_like_the_reference(device: torch.device, train: bool, c
 
 def test_one_input_of_a_list_may_need_no_gradient(device: torch.device) -> None:
     module = level(TOPOLOGIES["ple"], EXPERTS["2-layers"]).to(device)
-    assert isinstance(module, nn.Module)
     leaves = [leaf.to(device) for leaf in draw("list", 5, 4, 7)]
     some = [leaf.clone().requires_grad_(i % 2 == 0) for i, leaf in enumerate(leaves)]
     every = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -253,3 +255,55 @@ def test_one_input_of_a_list_may_need_no_gradient(device: torch.device) -> None:
             assert a.grad is None
         else:
             assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
+def test_more_logits_of_a_slot_than_a_run_has(device: torch.device) -> None:
+    module = level(Topology.mmoe(5, 15), EXPERTS["2-layers"]).to(device)
+    compare(module, [leaf.to(device) for leaf in draw("one", 5, 1, 7)])
+    assert_in_kernels()
+
+
+def test_weights_may_lie_in_any_memory(device: torch.device) -> None:
+    """Transposed, as a loaded or tied parameter may be."""
+    module = level(TOPOLOGIES["ple-even"], EXPERTS["2-layers"], GATES["hidden"]).to(device)
+    for parameter in module.parameters():
+        if parameter.dim() >= 2:
+            parameter.data = parameter.data.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not all(parameter.is_contiguous() for parameter in module.parameters())
+    compare(module, [leaf.to(device) for leaf in draw("one", 5, 1, 7)], slots=3)
+
+
+def test_views_may_come_more_than_once(device: torch.device) -> None:
+    """A list that names a tensor twice, and gates that read the very tensor of the experts as an input of their own."""
+    module = level(TOPOLOGIES["ple"], EXPERTS["2-layers"], GateSpec((5,), input="raw"), gate_features=7).to(device)
+    base = draw("stacked", 5, 2, 7)[0].to(device)
+    grads = []
+    for backend in ("triton", "torch"):
+        leaf = base.clone().requires_grad_()
+        a, b = leaf.unbind(1)
+        with use_backend(backend):
+            module([a, b, a, b], b).square().sum().backward()
+        grads.append(leaf.grad)
+    assert_close("x.grad", grads[0], grads[1], 1e-12)
+
+
+def test_overflow_spreads_as_in_the_reference(device: torch.device) -> None:
+    """From an infinite expert to the mixtures that weigh it and their gates, forward and backward, and no further."""
+    module = level(TOPOLOGIES["ple"], EXPERTS["2-layers"]).to(device)
+    with torch.no_grad():
+        module.get_parameter("blocks.0.layers.1.bias")[0, 1] = float("inf")
+    reference = reference_of(module)
+    untouched = [o for o, mixed in enumerate(module.topology.mixture_experts) if 0 not in mixed]
+    outcomes = []
+    for network in (module, reference):
+        x = draw("one", 5, 1, 7)[0].to(device).requires_grad_()
+        y = network(x)
+        assert bool(y[:, untouched].isfinite().all()) and not bool(y.isfinite().all())
+        y[:, untouched].square().sum().backward()
+        outcomes.append({"y": y, "x.grad": x.grad})
+    for pair in correspondence(module, reference):
+        if isinstance(pair.reference, nn.Parameter) and pair.reference.grad is not None:
+            assert pair.fused.grad is not None
+            outcomes[0][pair.name], outcomes[1][pair.name] = pair.fused.grad[pair.part], pair.reference.grad
+    for name, expected in outcomes[1].items():
+        torch.testing.assert_close(outcomes[0][name], expected, equal_nan=True, msg=name)
