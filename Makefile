@@ -13,7 +13,7 @@ BENCH_READY := .venv/.ready-bench
 OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
 
-.PHONY: help example test test-all test-oldest-triton bench tune style types
+.PHONY: help example test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +30,14 @@ test-all: $(READY)  ## all tests
 test-oldest-triton: $(OLDEST_READY)  ## the tests of the kernels on the oldest triton that is supported
 	.venv-oldest-triton/bin/python -m pytest -m "not slow" $(KERNEL_TESTS) $(ARGS)
 
+test-gpu: $(READY)  ## the tests that take a device, on a GPU
+	$(BIN)/python -m pytest --device cuda --only-device $(ARGS)
+
 bench: $(BENCH_READY)  ## time forward, training step and inference against the peers, and render the report
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-gpu: $(BENCH_READY)  ## the same on the GPU here (ARGS="--sizes small,medium --minutes 9")
+	$(BIN)/python benchmarks/run_gpu.py $(ARGS)
 
 tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--in-features 512 --num-tasks 3 --batch 16384")
 	$(BIN)/python -m ple_fast.tune $(ARGS)

@@ -32,17 +32,17 @@ def work(config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Work:
     """The work of one step of a PLE trunk whose last level has no shared mixture."""
     batch, elements = config.batch, 0
     products, first_input, mixing = 0, 0, 0
-    for level, width in enumerate(config.level_inputs()):
+    for level, (width, units) in enumerate(zip(config.level_inputs(), config.level_units(), strict=True)):
         logits = sum(config.gate_sizes(level))
-        widths = (width, *config.units)
+        widths = (width, *units)
         macs = config.num_experts * sum(a * b for a, b in pairwise(widths)) + width * logits
-        elements += macs + config.num_experts * sum(config.units) + logits  # weights and biases
+        elements += macs + config.num_experts * sum(units) + logits  # weights and biases
         products += 2 * batch * macs
-        mixing += 2 * batch * logits * config.units[-1]
+        mixing += 2 * batch * logits * units[-1]
         if level == 0:
-            first_input = 2 * batch * width * (config.num_experts * config.units[0] + logits)
+            first_input = 2 * batch * width * (config.num_experts * units[0] + logits)
     x = batch * config.in_features
-    y = batch * config.num_tasks * config.units[-1]
+    y = batch * config.num_tasks * config.out_features
     moved = x + elements + y
     if mode == "train":
         products = 3 * products - (0 if input_grad else first_input)

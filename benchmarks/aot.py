@@ -99,7 +99,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
             num_levels=config.num_levels,
             task_experts=config.task_experts,
             shared_experts=config.shared_experts,
-            expert_units=config.units,
+            expert_units=config.level_units(),
             dtype=config.torch_dtype,
         )
     patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]

@@ -25,7 +25,8 @@ SEED = 20
 class TrunkConfig:
     """One PLE trunk and its batch: input ``(batch, in_features)``, T outputs ``(batch, units[-1])``.
 
-    ``units`` are the widths of each expert's layers, the same at every level; gates are one linear layer and a softmax.
+    ``units`` are the widths of each expert's layers, at every level unless ``later_units`` says that the levels after
+    the first have others; gates are one linear layer and a softmax.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TrunkConfig:
     units: tuple[int, ...] = (256, 128)
     num_levels: int = 2
     dtype: str = "float32"
+    later_units: tuple[int, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -48,9 +50,18 @@ class TrunkConfig:
     def num_experts(self) -> int:
         return self.num_tasks * self.task_experts + self.shared_experts
 
+    def level_units(self) -> tuple[tuple[int, ...], ...]:
+        """Widths of an expert's layers at each level."""
+        return (self.units,) + (self.later_units or self.units,) * (self.num_levels - 1)
+
+    @property
+    def out_features(self) -> int:
+        """Width of each task's output."""
+        return self.level_units()[-1][-1]
+
     def level_inputs(self) -> tuple[int, ...]:
         """Input width of each level."""
-        return (self.in_features,) + (self.units[-1],) * (self.num_levels - 1)
+        return (self.in_features, *(units[-1] for units in self.level_units()[:-1]))
 
     def gate_sizes(self, level: int) -> tuple[int, ...]:
         """Experts that each mixture of a level weighs: the tasks', then (unless last) the shared mixture's."""
@@ -78,6 +89,11 @@ SIZES: dict[str, TrunkConfig] = {
         # After Tang et al., RecSys 2020, section 5: one-layer experts, two levels; the input is 40 categorical columns,
         # 4 wide each, the batch a usual one (the paper prints neither width nor batch).
         TrunkConfig("paper", 1024, 160, 2, task_experts=1, shared_experts=1, units=(256,)),
+        # The same kind of network as wide as a GPU wants it: one-layer experts, each level narrower than the one below.
+        TrunkConfig("paper_gpu", 8192, 512, 2, task_experts=4, shared_experts=4, units=(256,), later_units=(128,)),
+        # For the compiler: 36 experts and 9 mixtures; widths that no tile divides.
+        TrunkConfig("many_tasks", 4096, 256, 8, task_experts=4, shared_experts=4, units=(128, 64)),
+        TrunkConfig("odd", 1000, 100, 3, units=(72, 200)),
     )
 }
 
@@ -103,14 +119,47 @@ def suite_config(name: str) -> TrunkConfig:
     return SIZES[base].at(int(batch)) if batch else SIZES[base]
 
 
-AOT_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper")
+AOT_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd")
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
     "medium": ("bfloat16", "float32/tf32"),
     "large": ("bfloat16", "float32/tf32"),
     "paper": ("bfloat16", "float32/tf32"),
+    "paper_gpu": ("bfloat16", "float32/tf32"),
+    "many_tasks": ("bfloat16", "float32/tf32"),
+    "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
 }
 """What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
+
+GPU_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper_gpu")
+GPU_DTYPES: dict[str, tuple[str, str]] = {"bfloat16": ("bfloat16", "highest"), "tf32": ("float32", "high")}
+"""What ``run_gpu.py`` measures: dtype of the trunk and precision of float32 products."""
+GPU_ROUNDS = 15
+COPY_BYTES = 1 << 30
+"""Of the copy whose speed is the ceiling for memory traffic."""
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """What a training step in bfloat16 shall reach at a size; None: no target."""
+
+    eager_over_eager: float
+    """Speed of ours, eager, over the best eager peer;"""
+    graph_over_eager: float | None
+    """of ours in a CUDA graph over the best eager peer;"""
+    graph_over_compiled: float
+    """and over the best compiled peer, in a CUDA graph or not."""
+    roofline: float | None = None
+    """Share of the speed that the measured ceilings allow."""
+
+
+GPU_TARGETS: dict[str, GpuTarget] = {
+    "small": GpuTarget(4.0, 10.0, 2.5),
+    "medium": GpuTarget(3.0, None, 1.7),
+    "large": GpuTarget(2.0, None, 1.3, 0.7),
+}
+SAVED_TARGETS: dict[str, float] = {"fast": 0.65, "fast_recompute": 0.1}
+"""Bytes saved for backward in units of the eager loop's, at most."""
 
 # The grid: batch 1 to 65,536, 2 to 8 tasks, 1 to 4 expert layers. Every batch sees the two corners (few tasks with one
 # layer, many tasks with four) and two points between them; the largest batches have narrow layers, so that no point

@@ -55,7 +55,7 @@ class LoopLevel(nn.Module):
         super().__init__()
         self.task_experts, self.shared_experts = config.task_experts, config.shared_experts
         width = config.level_inputs()[level]
-        self.experts = nn.ModuleList(_mlp(width, config.units, norm) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(_mlp(width, config.level_units()[level], norm) for _ in range(config.num_experts))
         self.gates = nn.ModuleList(_gate(width, size, norm, gate_bias) for size in config.gate_sizes(level))
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -272,7 +272,7 @@ def _fused(config: TrunkConfig, loop: LoopPLE, *, recompute: bool = False) -> nn
         num_levels=config.num_levels,
         task_experts=config.task_experts,
         shared_experts=config.shared_experts,
-        expert_units=config.units,
+        expert_units=config.level_units(),
         recompute=recompute,
         dtype=config.torch_dtype,
     )
@@ -332,7 +332,8 @@ def _without_onednn(run: Callable[[], Any]) -> Callable[[], Any]:
 class Contestant:
     """One way to compute the trunk.
 
-    ``norm`` and ``gate_bias`` describe the baseline that it must agree with; ``requires`` is the package that it needs;
+    ``norm`` and ``gate_bias`` describe the baseline that it must agree with; ``same_widths``: it knows no widths that
+    change from level to level; ``compiled``: under ``torch.compile``; ``requires`` is the package that it needs;
     ``modes`` restricts it; ``build`` takes the configuration and the baseline whose weights it shall have; ``wrap``
     makes the step that is run out of the plain one.
     """
@@ -342,6 +343,8 @@ class Contestant:
     note: str
     norm: bool = False
     gate_bias: bool = True
+    same_widths: bool = False
+    compiled: bool = False
     requires: str | None = None
     modes: tuple[Mode, ...] = ("forward", "train", "inference")
     wrap: Callable[[Callable[[], Any]], Callable[[], Any]] = _as_it_is
@@ -350,9 +353,29 @@ class Contestant:
         """Whether the package that it needs is installed."""
         return self.requires is None or importlib.util.find_spec(self.requires) is not None
 
+    def supports(self, config: TrunkConfig) -> bool:
+        """Whether it can be built at this size."""
+        return not (self.same_widths and len(set(config.level_units())) > 1)
+
 
 def _compiled(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
     compiled = torch.compile(loop, dynamic=False)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def _max_autotune(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
+    compiled = torch.compile(loop, dynamic=False, mode="max-autotune")
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def _batch_linear(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
+    for module in loop.modules():  # the fusion makes views, which must not be changed in place
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    fusions: Any = {"batch_linear": {"min_fuse_set_size": 2}}  # an option whose value torch types too narrowly
+    compiled = torch.compile(loop, dynamic=False, options={"pre_grad_fusion_options": fusions})
     assert isinstance(compiled, nn.Module)
     return compiled
 
@@ -367,11 +390,24 @@ CONTESTANTS: dict[str, Contestant] = {
     c.name: c
     for c in (
         Contestant("loop", lambda config, loop: loop, "plain per-expert loop, eager"),
-        Contestant("loop_compiled", _compiled, "the same loop under torch.compile"),
+        Contestant("loop_compiled", _compiled, "the same loop under torch.compile", compiled=True),
+        Contestant(
+            "loop_max_autotune",
+            _max_autotune,
+            "the same loop under torch.compile(mode='max-autotune'), which times products and uses CUDA graphs",
+            compiled=True,
+        ),
+        Contestant(
+            "loop_batch_linear",
+            _batch_linear,
+            "the same loop under torch.compile with Inductor's pre-grad fusion of linear layers into batched products",
+            compiled=True,
+        ),
         Contestant(
             "loop_frozen",
             _frozen,
             "the same loop under torch.compile with constant (frozen) weights",
+            compiled=True,
             modes=("inference",),
         ),
         Contestant("bmm", lambda config, loop: BmmPLE(loop), "naive stacking: one batched product per layer"),
@@ -380,6 +416,7 @@ CONTESTANTS: dict[str, Contestant] = {
             RechubTrunk,
             "torch-rechub 0.9.0, its CGC layers (batch norm in experts and gates, cannot be turned off)",
             norm=True,
+            same_widths=True,
             requires="torch_rechub",
         ),
         Contestant(
@@ -387,6 +424,7 @@ CONTESTANTS: dict[str, Contestant] = {
             DeepctrTrunk,
             "DeepCTR-Torch 0.3.0, its levels (gates without bias; computes an unread last shared mixture)",
             gate_bias=False,
+            same_widths=True,
             requires="deepctr_torch",
         ),
         Contestant("reference", _reference, "ple_fast.reference, the oracle of the tests"),
@@ -411,12 +449,29 @@ PEERS = ("loop", "loop_compiled", "loop_frozen", "rechub", "deepctr")
 """Those that ``fast`` is held against; ``bmm`` and ``reference`` are shown beside them."""
 
 
-def build(name: str, config: TrunkConfig) -> nn.Module:
+GPU_CONTESTANTS = (
+    "fast",
+    "fast_recompute",
+    "loop",
+    "loop_compiled",
+    "loop_max_autotune",
+    "loop_batch_linear",
+    "bmm",
+    "rechub",
+    "deepctr",
+)
+GPU_EAGER_PEERS = ("loop", "rechub", "deepctr")
+"""Those that the eager ``fast`` is held against. ``bmm`` is shown beside them, as on a CPU."""
+
+
+def build(name: str, config: TrunkConfig, device: torch.device | str = "cpu") -> nn.Module:
     """A contestant with the baseline's seeded weights."""
     contestant = CONTESTANTS[name]
+    if not contestant.supports(config):
+        raise ValueError(f"{name}: gives every level the same widths, and {config.name} has {config.level_units()}")
     with torch.random.fork_rng(devices=[]):  # deepctr-torch seeds the global generator
         loop = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias)
-        return contestant.build(config, loop).to(config.torch_dtype)
+        return contestant.build(config, loop).to(device, config.torch_dtype)
 
 
 # The floor -----------------------------------------------------------------------------------------
@@ -429,11 +484,11 @@ class BareGemm:
     the sums over experts are left out. Numbers are random: only time and FLOPs mean anything.
     """
 
-    def __init__(self, config: TrunkConfig, *, input_grad: bool = True) -> None:
+    def __init__(self, config: TrunkConfig, *, input_grad: bool = True, device: torch.device | str = "cpu") -> None:
         self.forward_products: list[tuple[Tensor, Tensor, Tensor]] = []
         self.backward_products: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._generator = torch.Generator().manual_seed(SEED)
-        self._dtype = config.torch_dtype
+        self._generator = torch.Generator(device).manual_seed(SEED)
+        self._device, self._dtype = device, config.torch_dtype
         for level, width in enumerate(config.level_inputs()):
             sizes = config.gate_sizes(level)
             if level == 0:
@@ -441,11 +496,12 @@ class BareGemm:
             else:
                 slots = [(config.task_experts, size) for size in sizes[: config.num_tasks]]
                 slots.append((config.shared_experts, sum(sizes[config.num_tasks :])))
+            units = config.level_units()[level]
             for experts, logits in slots:
-                self._slot(config, width, experts, logits, input_grad or level > 0)
+                self._slot(config.batch, width, units, experts, logits, input_grad or level > 0)
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator, dtype=self._dtype)
+        return torch.randn(*shape, generator=self._generator, dtype=self._dtype, device=self._device)
 
     def _linear(self, x: Tensor, dx: Tensor | None, out: Tensor, dout: Tensor) -> None:
         """Register ``out = x W^T``, ``dW = dout^T x`` and, unless dx is None, ``dx = dout W``."""
@@ -455,8 +511,10 @@ class BareGemm:
         if dx is not None:
             self.backward_products.append((dout, weight, dx))
 
-    def _slot(self, config: TrunkConfig, width: int, experts: int, logits: int, input_grad: bool) -> None:
-        batch, (first, *rest) = config.batch, config.units
+    def _slot(
+        self, batch: int, width: int, widths: tuple[int, ...], experts: int, logits: int, input_grad: bool
+    ) -> None:
+        first, *rest = widths
         x = self._random(batch, width)
         dx = torch.empty_like(x) if input_grad else None
         h, dh = self._random(batch, experts * first), self._random(batch, experts * first)

@@ -35,29 +35,35 @@ class Paired:
         return statistics.median(s / f for s, f in zip(self.samples[slow], self.samples[fast], strict=True))
 
 
+Clock = Callable[[Callable[[], object], int], float]
+"""Seconds per call over a number of calls."""
+
+
 def time_paired(
     contestants: Mapping[str, Callable[[], object]],
     *,
     rounds: int = ROUNDS,
     warmup: int = WARMUP_ROUNDS,
     min_sample_s: float = MIN_SAMPLE_S,
+    clock: Clock | None = None,
 ) -> Paired:
     """Time callables against one another.
 
     After ``warmup`` calls each contestant gets a number of repeats that makes a sample last ``min_sample_s``. The order
-    is rotated from round to round. The garbage collector rests meanwhile.
+    is rotated from round to round. The garbage collector rests meanwhile. ``clock``: default the processor's.
     """
     names = list(contestants)
     if not names:
         raise ValueError("contestants: expected at least one, got none")
     if rounds < 1:
         raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    sample = _sample if clock is None else clock
     repeats = {}
     for name, call in contestants.items():
-        once = min(_sample(call, 1) for _ in range(max(warmup, 1)))
+        once = min(sample(call, 1) for _ in range(max(warmup, 1)))
         repeats[name] = max(1, round(min_sample_s / max(once, 1e-7)))
         if repeats[name] > 1:  # the first calls of a short function say little: measure again with what they suggest
-            once = _sample(call, repeats[name])
+            once = sample(call, repeats[name])
             repeats[name] = max(1, round(min_sample_s / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     before = os.getloadavg()[0]
@@ -68,7 +74,7 @@ def time_paired(
         for r in range(rounds):
             start = r % len(names)
             for name in names[start:] + names[:start]:
-                samples[name].append(_sample(contestants[name], repeats[name]))
+                samples[name].append(sample(contestants[name], repeats[name]))
     finally:
         if collecting:
             gc.enable()

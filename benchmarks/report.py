@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
-from benchmarks.contestants import CONTESTANTS, FLOOR, OURS, PEERS
+from benchmarks.configs import GPU_TARGETS, SAVED_TARGETS
+from benchmarks.contestants import CONTESTANTS, FLOOR, GPU_EAGER_PEERS, OURS, PEERS
 from benchmarks.environment import ROOT
 
 Result = Mapping[str, Any]
@@ -163,6 +164,118 @@ def suite_table(content: Result) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(content: Result) -> str:
+    """Milliseconds of every contestant: a table per size and dtype, a column per mode, the best first; below it the
+    time that the ceilings of this GPU allow, and who could not run."""
+    cases: dict[tuple[str, str], dict[str, Result]] = {}
+    for case in content["results"]:
+        cases.setdefault((case["size"], case["dtype"]), {})[case["mode"]] = case
+    parts = []
+    for (size, dtype), modes in cases.items():
+        saved = {
+            row["contestant"]: row["saved_bytes"]
+            for row in content["saved"]
+            if (row["size"], row["dtype"]) == (size, dtype)
+        }
+        names = list(dict.fromkeys(name for case in modes.values() for name in case["contestants"]))
+        first = next(iter(modes.values()))
+        names.sort(key=lambda n: (n not in first["contestants"], first["contestants"].get(n, {}).get("median_ms", 0.0)))
+        heads = [f"{MODE_NAMES[mode]}, ms" for mode in modes]
+        lines = [
+            f"### {size}, {dtype}, batch {first['batch']:,}",
+            "",
+            _row(["contestant", *heads, "peak memory, MiB", "saved for backward, MiB"]),
+            _row(["---", *["---:"] * (len(heads) + 2)]),
+        ]
+        for name in names:
+            rows = [case["contestants"].get(name) for case in modes.values()]
+            cells = ["" if row is None else _number(row["median_ms"]) for row in rows]
+            peak = None if rows[0] is None else rows[0]["peak_bytes"]
+            kept = saved.get(name)
+            cells += ["" if size is None else _number(size / 2**20) for size in (peak, kept)]
+            title = f"**`{name}`**" if name.partition("/")[0] in OURS else f"`{name}`"
+            lines.append(_row([title, *cells]))
+        allowed = [f"{_number(roofline_ms(content, case))}" for case in modes.values()]
+        lines.append(_row(["ceilings of this GPU", *allowed, "", ""]))
+        failed = {name: why for case in modes.values() for name, why in case["failed"].items()}
+        lines += ["", "Not run: " + "; ".join(f"`{n}`: {why}" for n, why in failed.items()) + "."] if failed else []
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def roofline_ms(content: Result, case: Result) -> float:
+    """The least time of a case at the ceilings of its own run: products at the speed of the best ``torch.mm``, or least
+    bytes at the speed of a copy, whichever lasts longer."""
+    (found,) = (c for c in content["ceilings"] if (c["size"], c["dtype"]) == (case["size"], case["dtype"]))
+    seconds = max(case["flops"] / found["mm_flops_per_s"], case["least_bytes"] / found["copy_bytes_per_s"])
+    return float(seconds * 1e3)
+
+
+def _verdict(value: float, target: float, *, at_most: bool = False) -> str:
+    reached = value <= target if at_most else value >= target
+    bound = "at most" if at_most else "at least"
+    end = "reached" if reached else f"missed by {abs(target - value):.2f}"
+    return f"{value:.2f}, wanted {bound} {target:g}: {end}"
+
+
+def gpu_targets(content: Result) -> list[str]:
+    """A line per target: what was measured, what was wanted, and whether it was reached."""
+    lines = []
+    for case in content["results"]:
+        target = GPU_TARGETS.get(case["size"])
+        if target is None or (case["mode"], case["dtype"]) != ("train", "bfloat16"):
+            continue
+        rows = case["contestants"]
+        eager = [name for name in rows if name in GPU_EAGER_PEERS]
+        others = [
+            name for name in rows
+            if CONTESTANTS[name.partition("/")[0]].compiled
+            or (name.endswith("/graph") and name.partition("/")[0] in GPU_EAGER_PEERS)
+        ]  # fmt: skip
+        asked = (
+            ("eager over the best eager peer", "ratio_to_fast", eager, target.eager_over_eager),
+            ("in a CUDA graph over the best eager peer", "ratio_to_fast/graph", eager, target.graph_over_eager),
+            (
+                "in a CUDA graph over the best compiled or graphed peer",
+                "ratio_to_fast/graph", others, target.graph_over_compiled,
+            ),
+        )  # fmt: skip
+        for what, key, peers, wanted in asked:
+            if wanted is None:
+                continue
+            found = {name: float(rows[name][key]) for name in peers if key in rows[name]}
+            if not found:
+                lines.append(f"{case['size']}: ours {what}: not measured, wanted at least {wanted:g}")
+                continue
+            best = min(found, key=lambda name: found[name])
+            lines.append(f"{case['size']}: ours {what} (`{best}`): {_verdict(found[best], wanted)}")
+        if target.roofline is not None:
+            ours = min(float(rows[n]["median_ms"]) for n in ("fast", "fast/graph") if n in rows)
+            share = roofline_ms(content, case) / ours
+            lines.append(f"{case['size']}: share of what the ceilings allow: {_verdict(share, target.roofline)}")
+    for name, wanted in SAVED_TARGETS.items():
+        saved = {(r["size"], r["dtype"], r["contestant"]): r["saved_bytes"] for r in content["saved"]}
+        for (size, dtype, contestant), size_bytes in saved.items():
+            if contestant == name:
+                share = size_bytes / saved[size, dtype, "loop"]
+                lines.append(
+                    f"{size}, {dtype}: `{name}` saves for backward, in units of the eager loop's: "
+                    + _verdict(share, wanted, at_most=True)
+                )
+    return lines
+
+
+def _gpu_environment(about: Result) -> str:
+    dirty = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items() if name != "numpy")
+    gpu = "no GPU: these times mean nothing"
+    if about["gpu"] is not None:
+        gpu = f"{about['gpu']}, {about['multiprocessors']} multiprocessors, "
+        gpu += f"driver {about['driver']}, CUDA {about['cuda']}"
+    made = f"commit {about['commit']}{dirty}, {about['date']}"
+    return f"{gpu}; {about['cpu']}; Python {about['python']}, {versions}; {made}"
+
+
 def readme_block(machine: str, files: Mapping[str, Result]) -> str:
     """What stands between the two comments in README.md."""
     content = files["head_to_head"]
@@ -212,6 +325,9 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
         parts += ["## Head to head", readme_block(machine, files)]
     if "grid" in files:
         parts += ["## Grid: the loop's time over ours", grid_table(files["grid"])]
+    if "gpu" in files:
+        parts += ["## Targets", "\n".join(f"- {line}" for line in gpu_targets(files["gpu"]))]
+        parts += ["## Times", gpu_table(files["gpu"]), _gpu_environment(files["gpu"]["environment"])]
     if "suite" in files:
         parts += ["## Suite", suite_table(files["suite"]), _environment(files["suite"]["environment"])]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"

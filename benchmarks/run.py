@@ -200,10 +200,10 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def write(path: Path, kind: str, content: dict[str, Any]) -> None:
-    """One result file: schema, kind and environment, then one line per result."""
+def write(path: Path, kind: str, content: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """One result file: schema, kind and environment (``about``, default this machine's), then one line per result."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"schema": SCHEMA, "kind": kind, "environment": environment()}
+    head = {"schema": SCHEMA, "kind": kind, "environment": environment() if about is None else about}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for key, rows in content.items():
         lines.append(f"{json.dumps(key)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")

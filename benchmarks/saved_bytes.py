@@ -83,10 +83,10 @@ class Cost:
     backward_operators: int
 
 
-def cost(trunk: nn.Module, config: TrunkConfig, *, input_grad: bool = True) -> Cost:
+def cost(trunk: nn.Module, config: TrunkConfig, *, input_grad: bool = True, device: torch.device | str = "cpu") -> Cost:
     """Measure an eager trunk at its size; its gradients are reset and its buffers are left as one step leaves them."""
     trunk.train()
-    x, grads = inputs(config, input_grad=input_grad)
+    x, grads = inputs(config, input_grad=input_grad, device=device)
     saved = saved_bytes(lambda: trunk(x), [*trunk.parameters(), x])
     with _Counter() as forward:
         outputs = list(trunk(x))

@@ -31,13 +31,15 @@ class WrongResultError(AssertionError):
     """A contestant does not compute what the baseline computes: no figure about it would mean anything."""
 
 
-def inputs(config: TrunkConfig, *, input_grad: bool = True) -> tuple[Tensor, list[Tensor]]:
+def inputs(
+    config: TrunkConfig, *, input_grad: bool = True, device: torch.device | str = "cpu"
+) -> tuple[Tensor, list[Tensor]]:
     """The batch ``(B, D)`` and the gradients that towers send back, T times ``(B, H)``: seeded, contiguous."""
     generator = torch.Generator().manual_seed(SEED + 1)
     x = torch.randn(config.batch, config.in_features, generator=generator, dtype=config.torch_dtype)
-    shape = (config.num_tasks, config.batch, config.units[-1])
+    shape = (config.num_tasks, config.batch, config.out_features)
     grads = torch.randn(*shape, generator=generator, dtype=config.torch_dtype)
-    return x.requires_grad_(input_grad), [grad.contiguous() for grad in grads.unbind(0)]
+    return x.to(device).requires_grad_(input_grad), [grad.contiguous() for grad in grads.to(device).unbind(0)]
 
 
 def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Step:
@@ -73,7 +75,7 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
     return Step(name, mode, wrap(step), trunk.train(mode != "inference"))
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
+def relative(ours: Tensor, theirs: Tensor) -> float:
     """Relative Frobenius distance in float64; NaN counts as infinite."""
     difference = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
     return float(torch.nan_to_num(difference, nan=torch.inf))
@@ -109,7 +111,7 @@ def errors(
                 for key, value in module.named_buffers():
                     value.copy_(buffers[key])
         results.append(result)
-    return {key: _relative(value, results[1][key]) for key, value in results[0].items()}
+    return {key: relative(value, results[1][key]) for key, value in results[0].items()}
 
 
 def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> None:

@@ -48,6 +48,14 @@ if HAS_TRITON and not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that take the fixture `device`")
+    parser.addoption("--only-device", action="store_true", help="only the tests that take the fixture `device`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-device"):
+        without = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in without]
+        config.hook.pytest_deselected(items=without)
 
 
 def pytest_configure() -> None:

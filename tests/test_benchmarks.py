@@ -25,7 +25,7 @@ from benchmarks.saved_bytes import cost, saved_bytes
 from benchmarks.steps import WrongResultError, check, errors, make_step
 
 TINY = TrunkConfig("tiny", 6, 5, 3, units=(7, 4), dtype="float64")
-EAGER = [name for name in CONTESTANTS if name not in ("loop", "loop_compiled", "loop_frozen")]
+EAGER = [name for name, entry in CONTESTANTS.items() if name != "loop" and not entry.compiled]
 
 
 def trunk_of(name: str, config: TrunkConfig) -> nn.Module:
@@ -42,13 +42,29 @@ def test_a_contestant_computes_what_the_loop_computes(name: str, mode: Mode) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["loop_compiled", "loop_frozen"])
+@pytest.mark.parametrize("name", ["loop_compiled", "loop_batch_linear", "loop_frozen"])
 def test_a_compiled_loop_computes_what_the_loop_computes(name: str) -> None:
     torch._dynamo.reset()
     modes: list[Mode] = ["train", "inference"]
     for mode in modes:
         if mode in CONTESTANTS[name].modes:
             check(name, build(name, TINY), TINY, mode)
+
+
+@pytest.mark.parametrize("name", [name for name in EAGER if not CONTESTANTS[name].same_widths])
+def test_levels_of_other_widths_are_computed_and_counted_too(name: str) -> None:
+    narrowing = TrunkConfig("narrowing", 6, 5, 3, units=(7, 6), later_units=(4,), num_levels=3, dtype="float64")
+    assert narrowing.level_units() == ((7, 6), (4,), (4,))
+    for mode in CONTESTANTS[name].modes:
+        assert max(errors(name, build(name, narrowing), narrowing, mode).values()) < 1e-12
+    with FlopCounterMode(display=False) as counter:
+        BareGemm(narrowing).step("train")()
+    assert counter.get_total_flops() == work(narrowing, "train").product_flops
+
+
+def test_a_peer_that_knows_one_width_says_so() -> None:
+    with pytest.raises(ValueError, match=r"rechub: gives every level the same widths"):
+        build("rechub", SIZES["paper_gpu"])
 
 
 @pytest.mark.parametrize("mode", MODES)

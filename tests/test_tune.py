@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from ple_fast import PLE, tune
+from tests.fake_cuda import FakeCuda
 
 pytest.importorskip("triton")
 
@@ -56,16 +58,25 @@ def choose(kind: str) -> Sequence[Tile]:
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[Any, list[tune.Measured], FakeTimer]:
+def where(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test; on a CPU kernels need the interpreter, which is off where there is a GPU."""
+    device = torch.device(str(request.config.getoption("--device")))
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off: --device cuda")
+    return device
+
+
+@pytest.fixture(scope="module")
+def found(where: torch.device) -> tuple[Any, list[tune.Measured], FakeTimer]:
     torch.manual_seed(0)
-    trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(5, 4))
+    trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(5, 4), device=where)
     timer = FakeTimer()
-    x = torch.randn(20, 6, requires_grad=True)
+    x = torch.randn(20, 6, device=where, requires_grad=True)
     table, measured = tune.tune(trunk, x, rounds=3, prepare=timer, choice=choose)
     return table, measured, timer
 
 
-def test_every_kernel_of_a_step_is_measured(found: Any) -> None:
+def test_every_kernel_of_a_step_is_measured(found: Any, device: torch.device) -> None:
     table, measured, timer = found
     kernels = {kind.partition("/")[0] for kind in table}
     assert kernels >= {"linear", "data_grad", "input_grad", "weight_grad", "combine", "combine_grad"}
@@ -127,7 +138,7 @@ def test_candidates_fit_into_shared_memory(operands: str, limit: int) -> None:
 def test_a_fused_candidate_must_fit_into_registers() -> None:
     tiles.asked = []
     try:
-        like = torch.empty(1, dtype=torch.bfloat16)
+        like = torch.empty(1, dtype=torch.bfloat16)  # of a CPU: the interpreter's table
         tiles.fused_tile(like, 64, 4, 16, "ieee")
         request = tiles.asked[0]
     finally:
@@ -137,11 +148,11 @@ def test_a_fused_candidate_must_fit_into_registers() -> None:
     assert not request.fits(Tile(128, 128, 64, 4, 3))
 
 
-def test_a_candidate_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch, where: torch.device) -> None:
     monkeypatch.setattr(tune, "_agree", lambda ours, theirs: False)
-    trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(4,))
+    trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(4,), device=where)
     with pytest.raises(RuntimeError, match="differs from"):
-        tune.tune(trunk, torch.randn(3, 6), prepare=FakeTimer(), choice=choose)
+        tune.tune(trunk, torch.randn(3, 6, device=where), prepare=FakeTimer(), choice=choose)
     assert tiles._own == {}
     monkeypatch.undo()
     ones = torch.ones(3)
@@ -151,14 +162,14 @@ def test_a_candidate_with_another_result_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_command_writes_a_file_that_reads_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: torch.device
 ) -> None:
     monkeypatch.setattr(tune, "candidates", lambda kind, *rest: choose(kind))
     path = tmp_path / "deep" / "mine.json"
     monkeypatch.setenv("PLE_FAST_TILES", str(path))
     arguments = "--in-features 6 --num-tasks 2 --num-levels 1 --task-experts 1 --shared-experts 1 --expert-units 4"
     tune.main(
-        [*arguments.split(), "--batch", "5", "--dtype", "float32", "--device", "cpu", "--rounds", "1"],
+        [*arguments.split(), "--batch", "5", "--dtype", "float32", "--device", str(where), "--rounds", "1"],
         prepare=FakeTimer(),
     )
     assert str(path) in capsys.readouterr().out
@@ -166,9 +177,19 @@ def test_the_command_writes_a_file_that_reads_back(
     assert content["trunk"]["batch"] == 5
     assert content["measured_us"]
     files: Any = importlib.import_module("ple_fast_kernels._tile_files")
-    table = files.read_table(path, "interpreter", tiles.KINDS)
+    table = files.read_table(path, tiles.architecture(where)[0], tiles.KINDS)
     assert table["fused/ieee"][0].tile.rows == 16
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_sample_is_a_graph_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    sample = tune.cuda_graph_sampler(cuda.work)
+    before = ["wait", "stream", "work", "work", "wait", "capture", *["work"] * tune.REPEATS, "captured", "replay"]
+    assert cuda.log == before
+    assert sample() == pytest.approx(5e-3 / tune.REPEATS)
+    assert cuda.log == [*before, "replay", "synchronize"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
