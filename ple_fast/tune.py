@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib
 import importlib.metadata
+import pkgutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -137,8 +138,11 @@ def cuda_graph_sampler(call: Callable[[], object]) -> Sampler:
 @contextmanager
 def _recording(calls: list[_Call]) -> Iterator[None]:
     """Keep every call of a launcher that a level makes, layers of weight gradients one by one."""
-    level = importlib.import_module("ple_fast.triton_backend.level")
-    before = {name: getattr(level, name) for name in LAUNCHERS}
+    modules = [importlib.import_module(f"ple_fast.triton_backend.{name}") for name in _backend_modules()]
+    before = [
+        (module, name, getattr(module, name)) for module in modules for name in LAUNCHERS if hasattr(module, name)
+    ]
+    assert {name for _, name, _ in before} == set(LAUNCHERS)
 
     def keeping(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         def keep(*arguments: Any, **options: Any) -> Any:
@@ -151,13 +155,18 @@ def _recording(calls: list[_Call]) -> Iterator[None]:
 
         return keep
 
-    for name, launcher in before.items():
-        setattr(level, name, keeping(name, launcher))
+    for module, name, launcher in before:
+        setattr(module, name, keeping(name, launcher))
     try:
         yield
     finally:
-        for name, launcher in before.items():
-            setattr(level, name, launcher)
+        for module, name, launcher in before:
+            setattr(module, name, launcher)
+
+
+def _backend_modules() -> list[str]:
+    package = importlib.import_module("ple_fast.triton_backend")
+    return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
 def _recorded(trunk: nn.Module, x: Tensor) -> list[_Call]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 from benchmarks import configs, report, run_gpu
 from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, baseline, build
 from benchmarks.steps import WrongResultError
+from ple_fast import use_backend
 from tests.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
@@ -113,9 +115,11 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--sizes: expected names out of small" in capsys.readouterr().err
 
 
-def measured(names: list[str], capture: run_gpu.Capture = run_gpu.not_captured) -> dict[str, Any]:
+def measured(
+    names: list[str], capture: run_gpu.Capture = run_gpu.not_captured, mode: configs.Mode = "train"
+) -> dict[str, Any]:
     return run_gpu.measure(
-        run_gpu.TINY, "tf32", "train", names, CPU,
+        run_gpu.TINY, "tf32", mode, names, CPU,
         clock=run_gpu.cpu_clock, capture=capture, rounds=1, min_sample_s=0.0,
     )  # fmt: skip
 
@@ -175,6 +179,16 @@ def test_ours_on_another_backend_than_triton_is_no_measurement() -> None:
     measured(["fast"])
     with pytest.raises(SystemExit, match="ours ran on the backend 'torch'"):
         run_gpu._backend("fast", torch.device("cuda"))
+
+
+def test_ours_is_compared_and_named_on_the_triton_backend() -> None:
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is off")
+    with use_backend("triton"):
+        found = measured(["fast", "loop"], mode="inference")
+    backends = {name: row["backend"] for name, row in found["contestants"].items()}
+    assert backends == {"fast": "triton", "fast/graph": "triton", "loop": "torch", "loop/graph": "torch"}
 
 
 def test_the_gpu_and_its_driver_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,98 @@
+"""Kernels compiled ahead of time: the committed tables, and a part of them compiled again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import aot
+from benchmarks.configs import AOT_DTYPES, AOT_SIZES
+from benchmarks.environment import ROOT
+
+VERSIONS = ("3.6.0", "3.9.0")
+
+
+def rows_of(version: str) -> list[dict[str, Any]]:
+    return aot.read(aot.RESULTS / f"triton-{version}.json")
+
+
+def run(tmp_path: Path, *arguments: str) -> str:
+    """Standard output of ``aot.py`` in a process that does not interpret, and does not poison gigabytes."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_committed_configuration_is_at_fault(version: str) -> None:
+    assert not aot.faults(rows_of(version))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tiles_of_sm_80_fit_into_the_99_kib_of_its_relatives(version: str) -> None:
+    assert max(row["shared"] for row in rows_of(version) if row["architecture"] == "sm_80") <= 99 * 1024
+
+
+def test_the_committed_tables_are_of_the_present_code(tmp_path: Path) -> None:
+    wanted = Counter(run(tmp_path, "--list").splitlines())
+    for version in VERSIONS:
+        rows = [{k: v for k, v in row.items() if k not in aot.FIGURES} for row in rows_of(version)]
+        have = Counter(map(json.dumps, rows))
+        assert have == wanted, f"compile again: {list((wanted - have) + (have - wanted))[:5]}"
+        for architecture in aot.ARCHITECTURES:
+            mine = [row for row in rows if row["architecture"] == architecture]
+            assert {row["size"] for row in mine} == set(AOT_SIZES)
+            dtypes = {dtype.partition("/")[0] for size in AOT_SIZES for dtype in AOT_DTYPES[size]}
+            assert {row["dtype"] for row in mine} == dtypes
+
+
+def test_faults_are_found() -> None:
+    row = {
+        "architecture": "sm_90", "size": "small", "dtype": "bfloat16", "precision": "-", "kernel": "input_grad",
+        "widths": [8, 8], "tile": [64, 64, 64], "warps": 4, "stages": 3,
+        "registers": 90, "spills": 0, "shared": 232_448, "mma": 0, "warp_group_mma": 4,
+    }  # fmt: skip
+    assert not aot.faults([row, {**row, "tile": [32, 64, 64], "mma": 4, "warp_group_mma": 0}])
+    assert "spills 8 bytes" in aot.faults([{**row, "spills": 8}])[0]
+    assert "more shared memory" in aot.faults([{**row, "shared": 232_449}])[0]
+    assert "more shared memory" in aot.faults([{**row, "architecture": "gfx942", "shared": 65_537}])[0]
+    assert "no warp-group products" in aot.faults([{**row, "mma": 4, "warp_group_mma": 0}])[0]
+    assert "no tensor cores" in aot.faults([{**row, "warp_group_mma": 0}])[0]
+    assert "out of memory" in aot.faults([{**row, "error": "out of memory"}])[0]
+
+
+def test_the_page_shows_the_committed_tables() -> None:
+    text = aot.PAGE.read_text(encoding="utf-8")
+    assert aot.quoted(text) == aot.block(), "render it again: .venv/bin/python benchmarks/aot.py --write-page"
+    assert all(f"Triton {version}" in text for version in VERSIONS)
+
+
+def compiled(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Rows that ``aot.py`` writes."""
+    run(tmp_path, "--out", str(tmp_path / "aot.json"), *arguments)
+    return aot.read(tmp_path / "aot.json")
+
+
+def test_a_part_compiles_without_a_fault(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--architectures", "sm_90", "--sizes", "small,medium", "--dtypes", "bfloat16")
+    assert {row["size"] for row in rows} == {"small", "medium"}
+    assert len(rows) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_everything_compiles_without_a_fault(architecture: str, tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--architectures", architecture)
+    assert {row["size"] for row in rows} == set(AOT_SIZES)
