@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Pinned here alone, because the newest torch may pull gigabytes; the package itself takes any torch >= 2.10.
 TORCH_VERSION ?= 2.13.0
 OLDEST_TRITON ?= 3.6.0
-KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py
+KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py tests/test_tune.py
 ARGS ?=
 
 BIN := .venv/bin

@@ -2,7 +2,8 @@
 
 Launches are recorded, not run: what is compiled is what the launchers ask for, with their tiles. For every one the
 registers, spills, shared memory and tensor-core instructions are written to
-``<results>/aot/triton-VERSION.json``. Needs triton and no GPU; not under ``TRITON_INTERPRET``.
+``<results>/aot/triton-VERSION.json``; ``--write-page`` puts the files' summary into ``docs/kernels.md``. Needs triton
+and no GPU; not under ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """Bytes of shared memory that one block may ask for."""
 KERNEL_MODULES = ("grouped_linear", "gate_combine", "input_grad", "weight_grad", "fused_level")
 TABLE_OF = {"gfx942": "amd"}
+DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
+FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma")
 POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -52,13 +55,16 @@ class Request:
     warps: int
     stages: int
 
-    @property
-    def label(self) -> str:
-        """Kernel, dtype, precision, tile and widths, for people."""
+    def described(self) -> dict[str, Any]:
+        """Kernel, widths, tile, warps and stages, for people."""
         c = dict(self.constants)
-        tile = "x".join(str(c[n]) for n in c if n.startswith("BLOCK"))
-        sizes = "x".join(str(c[n]) for n in ("DEPTH", "HIDDEN", "UNITS") if n in c)
-        return f"{self.kernel} {sizes} {c.get('NAME', '')} [{tile}] w{self.warps} s{self.stages}"
+        return {
+            "kernel": self.kernel.strip("_").removesuffix("_kernel"),
+            "widths": [c[n] for n in ("DEPTH", "HIDDEN", "UNITS") if n in c],
+            "tile": [c[n] for n in c if n.startswith("BLOCK")],
+            "warps": self.warps,
+            "stages": self.stages,
+        }
 
 
 class _Recorder:
@@ -166,47 +172,64 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         row["mma"] = _count(r"v_mfma", text)
         return row
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
         usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
-        exact = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
-        assert exact is not None
-        # Spills are not in the binary, only in what the assembler says, and only the newer one may read this code.
-        for assembler in ("ptxas-blackwell", "ptxas") if target.arch >= 100 else ("ptxas", "ptxas-blackwell"):
-            said = _tools(assembler, "-v", "--gpu-name", exact.group(1), str(ptx), "-o", str(Path(folder) / "out"))
-            if said.returncode == 0:
-                break
-        else:
-            raise RuntimeError(f"no assembler takes the code of {request.label}: {said.stderr}")
-    row["registers"] = _number(r"REG:(\d+)", usage)
-    row["spills"] = _number(r"(\d+) bytes spill stores", said.stderr)
+        row["registers"] = _number(r"REG:(\d+)", usage)
+        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _spills(compiled.asm["ptx"], folder)
     row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
     row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
     return row
 
 
-def _row(job: tuple[str, str, str, str, Request]) -> dict[str, Any]:
+def _spills(ptx: str, folder: str) -> int:
+    """Bytes of spill stores: they are not in the binary, only in what the assembler says of one that has a stack."""
+    exact = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
+    assert exact is not None
+    assemblers = ("ptxas-blackwell", "ptxas") if int(exact.group(2)) >= 100 else ("ptxas", "ptxas-blackwell")
+    source = Path(folder) / "kernel.ptx"
+    source.write_text(ptx, encoding="utf-8")
+    said = []
+    for assembler in assemblers:  # the one that Triton takes; the older one does not read every code
+        done = _tools(assembler, "-v", "--gpu-name", exact.group(1), str(source), "-o", str(Path(folder) / "out"))
+        if done.returncode == 0:
+            return _number(r"(\d+) bytes spill stores", done.stderr)
+        said.append(done.stderr)
+    raise RuntimeError(f"no assembler takes the code: {said}")
+
+
+Job = tuple[str, str, str, str, Request]
+"""Architecture, size, dtype, precision of float32 products, and what to compile."""
+
+
+def _head(job: Job) -> dict[str, Any]:
+    """A row without what the compiler makes of it."""
     architecture, size, dtype, precision, request = job
-    row: dict[str, Any] = {
-        "architecture": architecture,
-        "size": size,
-        "dtype": dtype,
-        "precision": precision,
-        "kernel": request.kernel,
-        "label": request.label,
-    }
+    named = {"architecture": architecture, "size": size, "dtype": dtype, "precision": precision}
+    return {**named, **request.described()}
+
+
+def _row(job: Job) -> dict[str, Any]:
+    row = _head(job)
     try:
-        row.update(compile_request(request, architecture))
+        row.update(compile_request(job[4], job[0]))
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:2000]
     return row
 
 
-def jobs(
-    architectures: Sequence[str], sizes: Sequence[str], dtypes: Sequence[str]
-) -> Iterator[tuple[str, str, str, str, Request]]:
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as progress on one line."""
+    made = " ".join("x".join(map(str, row[key])) for key in ("widths", "tile"))
+    head = " ".join(row[key] for key in ("architecture", "dtype", "precision", "kernel"))
+    head += f" {made} w{row['warps']} s{row['stages']}"
+    if "error" in row:
+        return f"{head}: {row['error'][:200]}"
+    return head + ": " + " ".join(f"{key} {row[key]}" for key in FIGURES if key in row)
+
+
+def jobs(architectures: Sequence[str], sizes: Sequence[str], dtypes: Sequence[str]) -> Iterator[Job]:
     """Every distinct compilation, named by the first size and dtype that asks for it."""
     for architecture in architectures:
         seen: set[Request] = set()
@@ -225,7 +248,7 @@ def jobs(
 def table(
     architectures: Sequence[str] = ARCHITECTURES,
     sizes: Sequence[str] = AOT_SIZES,
-    dtypes: Sequence[str] = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
+    dtypes: Sequence[str] = DTYPES,
     *,
     workers: int = 2,
 ) -> list[dict[str, Any]]:
@@ -234,14 +257,113 @@ def table(
     with ProcessPoolExecutor(workers) as pool:
         for row in pool.map(_row, jobs(architectures, sizes, dtypes)):
             rows.append(row)
-            print(
-                f"{row['architecture']:7s} {row['dtype']:9s}{row['precision']:5s} {row['label']:75s} "
-                + (row["error"][:200] if "error" in row else
-                   f"registers {row['registers']:3d} spills {row['spills']:4d} shared {row['shared']:6d} "
-                   f"mma {row['mma']:3d} warp-group {row.get('warp_group_mma', 0):3d}"),
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            print(_line(row), file=sys.stderr, flush=True)
     return rows
+
+
+MATRIX_KERNELS = (
+    "grouped_linear_fwd", "grouped_data_grad", "input_grad", "grouped_weight_grad", "fused_level_fwd",
+    "fused_two_layers_fwd",
+)  # fmt: skip
+WARP_GROUP_ROWS = 64
+"""Rows of a tile from which a warp group multiplies on sm_90."""
+
+
+def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with rows of a table, a line each: failures, spills, too much shared memory, no tensor cores."""
+    found = []
+    for row in rows:
+        if "error" in row:
+            found.append(_line(row))
+            continue
+        if row["spills"] != 0:
+            found.append(f"spills {row['spills']} bytes: {_line(row)}")
+        if row["shared"] > SHARED_LIMIT[row["architecture"]]:
+            found.append(f"more shared memory than {SHARED_LIMIT[row['architecture']]}: {_line(row)}")
+        is_half = row["kernel"] in MATRIX_KERNELS and row["dtype"] in ("bfloat16", "float16")
+        if is_half and row["mma"] + row.get("warp_group_mma", 0) == 0:
+            found.append(f"no tensor cores: {_line(row)}")
+        needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS
+        if needs_warp_group and row["mma"] and row["warp_group_mma"] == 0:
+            found.append(f"no warp-group products: {_line(row)}")
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a result file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("schema") != 1 or content.get("kind") != "aot":
+        raise ValueError(f"{path}: expected schema 1 and kind 'aot'; compile again")
+    rows: list[dict[str, Any]] = content["results"]
+    return rows
+
+
+def _span(values: Iterable[int]) -> str:
+    low, *_, high = sorted({*values}) * 2
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def summary(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Per architecture a table with a row per kernel; ``tables``: rows by Triton version."""
+    lines = []
+    for architecture in ARCHITECTURES:
+        name = "vector registers" if architecture.startswith("gfx") else "registers"
+        heads = [f"{name}, {version}" for version in tables]
+        lines += [
+            f"### {architecture}",
+            "",
+            "| " + " | ".join(["kernel", "configurations", *heads, "spills", "shared memory, KiB", "products"]) + " |",
+            "| " + " | ".join(["---", *["---:"] * (len(heads) + 3), "---"]) + " |",
+        ]
+        mine = {v: [row for row in rows if row["architecture"] == architecture] for v, rows in tables.items()}
+        for kernel in dict.fromkeys(row["kernel"] for rows in mine.values() for row in rows):
+            chosen = {v: [row for row in rows if row["kernel"] == kernel] for v, rows in mine.items()}
+            every = [row for rows in chosen.values() for row in rows]
+            cells = [f"`{kernel}`", _span(len(rows) for rows in chosen.values())]
+            cells += [_span(row["registers"] for row in rows) for rows in chosen.values()]
+            cells += [str(max(row["spills"] for row in every)), f"{max(row['shared'] for row in every) / 1024:.0f}"]
+            warp_group = sum(row.get("warp_group_mma", 0) > 0 for row in every)
+            tensor = sum(row["mma"] > 0 and not row.get("warp_group_mma", 0) for row in every)
+            rest = len(every) - warp_group - tensor
+            named = (("warp group or tcgen05", warp_group), ("tensor core", tensor), ("none, or FMA", rest))
+            present = [(name, count) for name, count in named if count]
+            cells.append(present[0][0] if len(present) == 1 else ", ".join(f"{name} {n}" for name, n in present))
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "aot"
+PAGE = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- benchmark:aot -->", "<!-- /benchmark:aot -->"
+
+
+def block() -> str:
+    """What stands between the two comments of the page: the summary of the committed files."""
+    tables = {path.stem.removeprefix("triton-"): read(path) for path in sorted(RESULTS.glob("triton-*.json"))}
+    return summary({f"Triton {version}": rows for version, rows in tables.items()})
+
+
+def quoted(text: str) -> str:
+    """What the page holds between the two comments."""
+    return text.partition(BEGIN + "\n")[2].partition(END)[0]
+
+
+def write_page() -> None:
+    """Render the page again."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN + "\n")
+    PAGE.write_text(f"{before}{BEGIN}\n{block()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], version: str) -> None:
+    """One result file, a line per row."""
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    head = json.dumps({"triton": version, "torch": torch.__version__.partition("+")[0]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'{{"schema": 1, "kind": "aot", "environment": {head}, "results": [\n  {lines}\n]}}\n', encoding="utf-8"
+    )
 
 
 def main() -> None:
@@ -250,20 +372,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--sizes", default=",".join(AOT_SIZES))
-    parser.add_argument("--dtypes", default="bfloat16,float16,float32/tf32,float32/ieee,float64")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--out", type=Path, help="default benchmarks/results/aot/triton-VERSION.json")
+    parser.add_argument("--list", action="store_true", help="only print what would be compiled, a row per line")
+    parser.add_argument("--write-page", action="store_true", help="only render the summary of the committed files")
     arguments = parser.parse_args()
-    rows = table(arguments.architectures.split(","), arguments.sizes.split(","), arguments.dtypes.split(","))
-    out = arguments.out or ROOT / "benchmarks" / "results" / "aot" / f"triton-{triton.__version__}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps({"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]})
-    out.write_text(
-        f'{{"schema": 1, "kind": "aot", "environment": {head}, "results": [\n  {lines}\n]}}\n', encoding="utf-8"
-    )
-    failed = [row for row in rows if "error" in row]
-    print(f"{len(rows)} compiled, {len(failed)} failed; wrote {out}")
-    if failed:
+    if arguments.write_page:
+        write_page()
+        return
+    asked = arguments.architectures.split(","), arguments.sizes.split(","), arguments.dtypes.split(",")
+    if arguments.list:
+        for job in jobs(*asked):
+            print(json.dumps(_head(job)))
+        return
+    rows = table(*asked)
+    out = arguments.out or RESULTS / f"triton-{triton.__version__}.json"
+    write(out, rows, triton.__version__)
+    found = faults(rows)
+    print("\n".join([*found, f"{len(rows)} compiled, {len(found)} at fault; wrote {out}"]))
+    if found:
         raise SystemExit(1)
 
 

@@ -146,6 +146,26 @@ def test_a_named_file_must_exist_and_be_json(monkeypatch: pytest.MonkeyPatch, tm
         tile()
 
 
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_100"),
+        ((12, 0), "sm_80"),
+    ],
+)
+def test_a_gpu_gets_the_table_that_its_shared_memory_holds(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    tiles._architecture.cache_clear()
+    assert architecture(DEVICE) == (name, 100)
+
+
 def test_shipped_tables_have_only_rows_that_a_kernel_reads() -> None:
     for table in TABLES.values():
         assert set(table) <= tiles.KINDS

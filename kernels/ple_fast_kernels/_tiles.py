@@ -29,6 +29,7 @@ MIXTURES = ("combine", "combine_grad")
 
 _FUSED_HALF = (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3))
 _FUSED_FLOAT = (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3))
+_FUSED_IEEE = (Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 8, 3))
 
 
 def _preferred(*tiles: Tile) -> tuple[Class, ...]:
@@ -52,16 +53,19 @@ _SM90: Table = {
     "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
     "fused/half": _preferred(*_FUSED_HALF),
     "fused/tf32": _preferred(*_FUSED_FLOAT),
-    "fused/ieee": _preferred(*_FUSED_FLOAT),
+    "fused/ieee": _preferred(*_FUSED_IEEE),
     "two_layers/half": _preferred(*_FUSED_HALF[:2]),
     "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
     "two_layers/ieee": _preferred(_FUSED_FLOAT[0]),
-    "combine": _preferred(Tile(16, 128, 0, 4, 2)),
-    "combine_grad": _preferred(Tile(4, 256, 0, 4, 2)),
+    "combine": _preferred(Tile(8, 128, 0, 8, 2)),
+    "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
+_SM100_HALF = (Class(0, Tile(64, 64, 64, 8, 4)), *_SM90["half"][1:])
 _SM100: Table = {
     **_SM90,
-    "data_grad/half": _SM90["half"][:-1],
+    "half": _SM100_HALF,
+    "weight_grad/half": (Class(0, Tile(64, 64, 64, 8, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
+    "data_grad/half": _SM100_HALF[:-1],
     "data_grad/tf32": (Class(0, Tile(64, 64, 32, 8, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
 }
 _SM80: Table = {
@@ -72,12 +76,15 @@ _SM80: Table = {
         Class(192, Tile(128, 128, 64, 8, 3)),
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
-    "ieee": (Class(0, Tile(64, 64, 32, 4, 3)),),
+    "ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
-_AMD: Table = {  # 64 KiB of shared memory: two stages
-    name: tuple(Class(c.tiles, c.tile._replace(stages=2)) for c in classes) for name, classes in _SM80.items()
+_AMD: Table = {  # 64 KiB of shared memory: two stages; a warp is twice as wide
+    **{name: tuple(Class(c.tiles, c.tile._replace(stages=2)) for c in classes) for name, classes in _SM80.items()},
+    "combine": _preferred(Tile(16, 128, 0, 4, 2)),
+    "combine_grad": _preferred(Tile(8, 256, 0, 4, 2)),
 }
 _INTERPRETER: Table = {  # costs a few milliseconds per step, whatever the tile
     **{operands: (Class(0, Tile(32, 32, 32, 4, 2)),) for operands in OPERANDS},
@@ -92,7 +99,8 @@ TABLES: dict[str, Table] = {
     "amd": _AMD,
     "interpreter": _INTERPRETER,
 }
-"""Per architecture; a GPU takes the newest table that is not newer than itself."""
+"""Per architecture. sm_80 serves every NVIDIA GPU that is not sm_9x, sm_10x or sm_11x: also those of workstations,
+which have 99 KiB of shared memory."""
 
 KINDS = frozenset({*OPERANDS, *MIXTURES, *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS)})
 """Names that a row of a table may have."""
@@ -140,8 +148,7 @@ def _architecture(index: int) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return "amd", properties.multi_processor_count
-    capability = properties.major * 10 + properties.minor
-    name = "sm_100" if capability >= 100 else "sm_90" if capability >= 90 else "sm_80"
+    name = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(properties.major, "sm_80")
     return name, properties.multi_processor_count
 
 
