@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from ._tiles import Tile
 
@@ -74,9 +76,6 @@ def _launch_here(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: tupl
     if _interprets or not _is_known or kernel.pre_run_hooks:
         kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages)
         return
-    from triton import knobs
-    from triton.runtime import driver
-
     active = driver.active
     index = active.get_current_device()
     key = _key(kernel, tile, index, arguments)

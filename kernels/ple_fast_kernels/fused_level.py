@@ -68,6 +68,19 @@ def _dense_weights(
     return weight
 
 
+@triton.jit
+def _mix(ys, weights, h, e, WEIGHT: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Every mixture with its share of the output ``h`` of expert ``e`` added."""
+    o_e = tl.arange(0, WIDTH)
+    mixed = ()
+    for o in tl.static_range(len(ys)):
+        share = tl.sum(tl.where((o_e == e)[None, :], weights[o], 0.0), 1)
+        weighs = tl.sum(tl.where(o_e == e, _row_of(WEIGHT, o * EXPERTS, EXPERTS, o_e), 0)) >= 0
+        # An expert that overflows must not reach mixtures that do not weigh it: 0 times infinity is NaN.
+        mixed = mixed + (ys[o] + share[:, None] * tl.where(weighs, h, 0.0),)
+    return mixed
+
+
 @triton.jit(do_not_specialize=["B", "experts", "depth", "gate_depth"])
 def _fused_level_fwd_kernel(
     A, W, Bias, X, GateW, GateBias, Logits, Offset, H, Z, P, Y, B, experts, depth, gate_depth,
@@ -89,7 +102,6 @@ def _fused_level_fwd_kernel(
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    o_e = tl.arange(0, WIDTH)
     m_m, m_n = o_m < B, o_n < UNITS
     m_mn = m_m[:, None] & m_n[None, :]
     weights = ()
@@ -117,13 +129,7 @@ def _fused_level_fwd_kernel(
         h = activate(h, NAME, VALUE)
         if SAVE_H:
             tl.store(H + o_h, h.to(H.dtype.element_ty), mask=m_mn)
-        mixed = ()
-        for o in tl.static_range(len(STATIC)):
-            share = tl.sum(tl.where((o_e == e)[None, :], weights[o], 0.0), 1)
-            m_h = (tl.sum(tl.where(o_e == e, _row_of(WEIGHT, o * EXPERTS, EXPERTS, o_e), 0)) >= 0).to(wide)
-            # An expert that overflows must not reach mixtures that do not weigh it: 0 times infinity is NaN.
-            mixed = mixed + (ys[o] + share[:, None] * tl.where(m_h > 0, h, 0.0),)
-        ys = mixed
+        ys = _mix(ys, weights, h, e, WEIGHT, EXPERTS, WIDTH)
     for o in tl.static_range(len(STATIC)):
         p_y = Y + o_m[:, None] * (len(STATIC) * UNITS) + (o * UNITS + o_n)[None, :]
         tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
@@ -149,7 +155,6 @@ def _fused_two_layers_fwd_kernel(
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    o_e = tl.arange(0, WIDTH)
     m_m, m_n = o_m < B, o_n < UNITS
     m_mn = m_m[:, None] & m_n[None, :]
     weights = ()
@@ -186,12 +191,7 @@ def _fused_two_layers_fwd_kernel(
         if HAS_BIAS2:
             h += tl.load(Bias2 + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
         h = activate(h, NAME2, VALUE2)
-        mixed = ()
-        for o in tl.static_range(len(STATIC)):
-            share = tl.sum(tl.where((o_e == e)[None, :], weights[o], 0.0), 1)
-            m_h = (tl.sum(tl.where(o_e == e, _row_of(WEIGHT, o * EXPERTS, EXPERTS, o_e), 0)) >= 0).to(wide)
-            mixed = mixed + (ys[o] + share[:, None] * tl.where(m_h > 0, h, 0.0),)
-        ys = mixed
+        ys = _mix(ys, weights, h, e, WEIGHT, EXPERTS, WIDTH)
     for o in tl.static_range(len(STATIC)):
         p_y = Y + o_m[:, None] * (len(STATIC) * UNITS) + (o * UNITS + o_n)[None, :]
         tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
