@@ -91,11 +91,9 @@ def resolve(device: torch.device, backend: str | None = None) -> Choice:
     wanted: Any = backend if backend is not None else getattr(_thread, "name", None) or _process
     if wanted not in NAMES:
         _check(wanted, "backend")
-    choice: Choice = _choose(wanted, device)
-    return choice
+    return _choose(wanted, device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # untyped in torch
 def _choose(wanted: str, device: torch.device) -> Choice:
     if wanted == "triton":
         require_triton(device)
@@ -110,6 +108,9 @@ def _choose(wanted: str, device: torch.device) -> Choice:
     _warn_once(missing)
     return Choice("torch", missing)
 
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and, with it, triton.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by the tracer
 
 _TRITON = Choice("triton", "asked for")
 OLDEST_CAPABILITY = (8, 0)
