@@ -1,14 +1,19 @@
 """From ordinary modules and other libraries' models to fused ones, and back."""
 
 from ..modules.plain import Dice, Temperature, WeightOffset
+
+# Each module of a library also registers the classes that it knows.
+from . import refused as refused
 from .accelerate import Left, Replaced, Report, accelerate, restore
+from .adatt import from_adatt, to_adatt
+from .fuxictr import from_fuxictr, to_fuxictr
 from .moves import Move
+from .mtreclib import from_mtreclib, to_mtreclib
 from .pack import pack
 from .pieces import LevelSource
 from .registry import Converter, refuse_class, register
-
-# Each module of a library also registers the classes that it knows.
 from .torch_rechub import from_torch_rechub, to_torch_rechub
+from .torcheasyrec import from_torcheasyrec, to_torcheasyrec
 
 __all__ = [
     "Converter",
@@ -21,10 +26,18 @@ __all__ = [
     "Temperature",
     "WeightOffset",
     "accelerate",
+    "from_adatt",
+    "from_fuxictr",
+    "from_mtreclib",
     "from_torch_rechub",
+    "from_torcheasyrec",
     "pack",
     "refuse_class",
     "register",
     "restore",
+    "to_adatt",
+    "to_fuxictr",
+    "to_mtreclib",
     "to_torch_rechub",
+    "to_torcheasyrec",
 ]
