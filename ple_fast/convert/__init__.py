@@ -1,11 +1,13 @@
-"""From ordinary modules and other libraries' models to fused ones, and back."""
+"""From ordinary modules and other libraries' models to fused ones, and back.
+
+Importing the module of a library registers the classes that it knows.
+"""
 
 from ..modules.plain import Dice, Temperature, WeightOffset
-
-# Each module of a library also registers the classes that it knows.
 from . import refused as refused
 from .accelerate import Left, Replaced, Report, accelerate, restore
 from .adatt import from_adatt, to_adatt
+from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
 from .fuxictr import from_fuxictr, to_fuxictr
 from .moves import Move
 from .mtreclib import from_mtreclib, to_mtreclib
@@ -27,6 +29,7 @@ __all__ = [
     "WeightOffset",
     "accelerate",
     "from_adatt",
+    "from_deepctr_torch",
     "from_fuxictr",
     "from_mtreclib",
     "from_torch_rechub",
@@ -36,6 +39,7 @@ __all__ = [
     "register",
     "restore",
     "to_adatt",
+    "to_deepctr_torch",
     "to_fuxictr",
     "to_mtreclib",
     "to_torch_rechub",
