@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..modules import PLE, ExtractionNetwork
 from ..modules.plain import WeightOffset
 from ..topology import Topology
+from .adatt_trees import write_mlmmoe, write_ple, write_shared, write_sp
 from .pieces import Index, LevelSource
 from .registry import Converter, register
-from .stacks import PlainLayer, PlainStack
-from .trees import Library, PlainLevel, in_order, tree
+from .trees import Library, PlainLevel
 from .wiring import ple_wiring
 
 
@@ -213,118 +213,6 @@ class MLMMoEConverter(_AdaTTConverter):
         return (draw(site.experts[0][0].mlp_net[0].in_features),)
 
 
-def _mlp(library: Library, layers: Sequence[PlainLayer]) -> nn.Module:
-    for layer in layers:
-        spec = layer.spec
-        if spec.norm is not None or spec.activation.name != "relu" or spec.dropout:
-            library.cannot("its layers are linear and a ReLU, without norm and dropout")
-    return tree({"mlp_net": nn.Sequential(*in_order(layers))})
-
-
-def _experts(levels: list[PlainLevel], library: Library) -> list[list[nn.Module]]:
-    return [[_mlp(library, expert) for expert in level.experts] for level in levels]
-
-
-def _lists(levels: list[PlainLevel], library: Library) -> dict[str, list[Any]]:
-    """Experts and single-layer gates."""
-    return {
-        "experts": _experts(levels, library),
-        "gate_weights": [
-            [nn.Sequential(end, nn.Softmax(dim=-1)) for end in library.linear_gates(level.gates)] for level in levels
-        ],
-    }
-
-
-def _made(content: dict[str, Any], **attributes: Any) -> nn.Module:
-    made = tree(content)
-    vars(made).update(attributes)
-    return made
-
-
-def _counts(levels: list[PlainLevel], library: Library) -> list[int]:
-    """Experts per slot, the same at every level."""
-    counts = [
-        tuple(level.topology.expert_slot.count(s) for s in range(level.topology.num_slots or 0))
-        for level, _, _ in levels
-    ]
-    if len(set(counts)) > 1:
-        library.cannot(f"all its levels have the same numbers of experts, got {counts}")
-    return list(counts[0])
-
-
-def _write_ple(levels: list[PlainLevel]) -> nn.Module:
-    library = LIBRARIES["PLE"]
-    *own, shared = _counts(levels, library)
-    return _made(
-        _lists(levels, library), num_tasks=len(own), num_task_experts=own, num_shared_experts=shared
-    )  # fmt: skip
-
-
-def _scalars(levels: list[PlainLevel], library: Library, counts: Sequence[int]) -> list[list[Tensor]]:
-    """The learned scalars per level and mixture; none where they are constants 1, or where there are none."""
-    offsets = [[gate.offset for gate in level.gates] for level in levels]
-    if all(offset is None for row in offsets for offset in row):
-        return []
-    found: list[list[Tensor]] = [[offset.weight for offset in row if offset is not None] for row in offsets]
-    if [len(row) for row in found] != [len(row) for row in offsets]:
-        library.cannot("its mixtures have scalars for their own experts everywhere, or nowhere")
-    if any(count != 1 for count in counts):
-        return found
-    if any(bool((weight != 1).any()) or weight.requires_grad for row in found for weight in row):
-        library.cannot("where every unit has one expert, its scalars are constants 1")
-    return []
-
-
-def _write_adatt(
-    levels: list[PlainLevel], library: Library, of_scalars: Callable[[list[list[Tensor]]], list[Tensor]]
-) -> tuple[nn.Module, list[int]]:
-    counts = _counts(levels, library)
-    scalars = _scalars(levels, library, counts)
-    made = _made(
-        {
-            **_lists(levels, library),
-            "self_exp_weights": nn.ParameterList(of_scalars(scalars) if scalars else []),
-        },
-        self_exp_res_connect=any(level.topology.has_offsets for level, _, _ in levels),
-    )
-    return made, counts
-
-
-def _write_sp(levels: list[PlainLevel]) -> nn.Module:
-    library = LIBRARIES["AdaTTSp"]
-    made, counts = _write_adatt(levels, library, lambda scalars: [torch.stack(row).detach() for row in scalars])
-    if len(set(counts)) > 1:
-        library.cannot(f"every task has as many experts, got {counts}")
-    vars(made).update(num_tasks=len(counts), num_task_experts=counts[0])
-    return made
-
-
-def _write_shared(levels: list[PlainLevel]) -> nn.Module:
-    def per_unit(scalars: list[list[Tensor]]) -> list[Tensor]:
-        units = range(len(scalars[-1]))
-        found = [torch.stack([row[u] for row in scalars]).detach() for u in units]
-        of_shared = [row[-1] for row in scalars[:-1]]
-        empty = scalars[-1][0].new_empty(0, levels[0].level.topology.expert_slot.count(len(units)))
-        return [*found, torch.stack(of_shared).detach() if of_shared else empty]
-
-    made, counts = _write_adatt(levels, LIBRARIES["AdaTTWSharedExps"], per_unit)
-    vars(made).update(num_tasks=len(counts) - 1, num_expert_list=counts)
-    return made
-
-
-def _write_mlmmoe(levels: list[PlainLevel]) -> nn.Module:
-    library = LIBRARIES["MLMMoE"]
-    gates = []
-    for level in levels:
-        made = []
-        for gate in level.gates:
-            *hidden, last = gate.layers
-            end = PlainStack(gate.path, [last], gate.temperature)
-            made.append(nn.Sequential(_mlp(library, hidden), *library.linear_gates([end]), nn.Softmax(dim=-1)))
-        gates.append(made)
-    return tree({"experts": _experts(levels, library), "gates": gates})
-
-
 def _core(model: nn.Module) -> nn.Module:
     """What a ``CentralTaskArch`` has its trunk in."""
     found = getattr(model, "mtl_arch", model)
@@ -348,14 +236,15 @@ def _of_trunk(ple: PLE) -> Library:
     return LIBRARIES["PLE"]
 
 
-LIBRARIES: dict[str, Library] = {
-    converter.class_name: Library(converter, lambda model: [_core(model)], write)
-    for converter, write in (
-        (PLEConverter(), _write_ple),
-        (AdaTTSpConverter(), _write_sp),
-        (AdaTTWSharedExpsConverter(), _write_shared),
-        (MLMMoEConverter(), _write_mlmmoe),
-    )
+def _library(converter: Converter, write: Callable[[Library, list[PlainLevel]], nn.Module]) -> Library:
+    library = Library(converter, lambda model: [_core(model)], lambda levels: write(library, levels))
+    register(converter)
+    return library
+
+
+LIBRARIES = {
+    "PLE": _library(PLEConverter(), write_ple),
+    "AdaTTSp": _library(AdaTTSpConverter(), write_sp),
+    "AdaTTWSharedExps": _library(AdaTTWSharedExpsConverter(), write_shared),
+    "MLMMoE": _library(MLMMoEConverter(), write_mlmmoe),
 }
-for _library in LIBRARIES.values():
-    register(_library.converter)

@@ -14,7 +14,7 @@ from .pieces import LevelSource
 from .registry import Converter, register
 from .stacks import PlainLayer, PlainStack
 from .trees import Library, PlainLevel, in_order, tree, zeroed
-from .wiring import ple_wiring
+from .wiring import mixtures, ple_wiring
 
 
 def from_fuxictr(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -51,9 +51,9 @@ def to_fuxictr(ple: PLE, target: nn.Module | None = None) -> nn.Module:
 def _forward(self: Any, x: Sequence[Tensor], require_gate: bool = False) -> Any:
     (level,) = self.ple_fast.levels
     if not require_gate:
-        return list(level(list(x)).unbind(1))
-    mixtures, weights = level(list(x), return_gates=True)
-    return list(mixtures.unbind(1)), [weight.mean(0).to(mixtures.dtype) for weight in weights]
+        return mixtures(level, list(x))
+    y, weights = level(list(x), return_gates=True)
+    return list(y.unbind(1)), [weight.mean(0).to(y.dtype) for weight in weights]
 
 
 class CGCLayerConverter(Converter):

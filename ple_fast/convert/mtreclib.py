@@ -14,7 +14,7 @@ from .pieces import LevelSource
 from .registry import Converter, register
 from .stacks import PlainLayer, kind
 from .trees import Library, PlainLevel, in_order, tree, zeroed
-from .wiring import ple_wiring
+from .wiring import mixtures, ple_wiring
 
 
 def from_mtreclib(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -50,9 +50,10 @@ def to_mtreclib(ple: PLE, target: nn.Module | None = None) -> nn.Module:
 def _forward(self: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
     fields = [self.embedding(categorical_x), self.numerical_layer(numerical_x).unsqueeze(1)]
     x = torch.cat(fields, 1).view(-1, self.embed_output_dim)
-    for level in self.ple_fast.levels:
+    *others, last = self.ple_fast.levels
+    for level in others:
         x = level(x)
-    return [torch.sigmoid(tower(y).squeeze(1)) for tower, y in zip(self.tower, x.unbind(1), strict=True)]
+    return [torch.sigmoid(tower(y).squeeze(1)) for tower, y in zip(self.tower, mixtures(last, x), strict=True)]
 
 
 class PLEModelConverter(Converter):
@@ -88,6 +89,9 @@ class PLEModelConverter(Converter):
                 )
             )
         return found
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(site.tower)
 
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         numerical = draw(site.numerical_layer.in_features)

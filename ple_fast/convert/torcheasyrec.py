@@ -12,7 +12,7 @@ from .pieces import LevelSource
 from .registry import Converter, register
 from .stacks import PlainLayer
 from .trees import Library, PlainLevel, in_order, tree
-from .wiring import ple_wiring
+from .wiring import mixtures, ple_wiring
 
 
 def from_torcheasyrec(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -48,9 +48,9 @@ def _forward(
     self: Any, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
     (level,) = self.ple_fast.levels
-    mixtures = list(level([*extraction_network_fea, shared_expert_fea]).unbind(1))
+    rows = mixtures(level, [*extraction_network_fea, shared_expert_fea])
     tasks = level.topology.num_slots - 1
-    return mixtures[:tasks], mixtures[tasks] if len(mixtures) > tasks else None
+    return rows[:tasks], rows[tasks] if len(rows) > tasks else None
 
 
 class ExtractionNetConverter(Converter):

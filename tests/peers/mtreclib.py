@@ -1,7 +1,4 @@
-"""Stand-ins for MTReclib's PLE (easezyc/Multitask-Recommendation-Library, commit 8c6529c): same names and results.
-
-``OldPLEModel`` has the mistake of commits before: its shared experts read what the last task before them put out.
-"""
+"""Stand-ins for MTReclib's PLE (easezyc/Multitask-Recommendation-Library, commit 8c6529c): same names and results."""
 
 from __future__ import annotations
 
@@ -87,7 +84,7 @@ class PLEModel(nn.Module):
         self.tower = nn.ModuleList(MultiLayerPerceptron(width, tower_mlp_dims, dropout) for _ in range(task_num))
 
     def shared_input(self, streams: list[Tensor]) -> Tensor:
-        """What the shared experts read."""
+        """What the shared experts read; a task's stream in commits before September 2022."""
         return streams[-1]
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
@@ -104,14 +101,6 @@ class PLEModel(nn.Module):
             is_last = common is self.share_experts[-1]
             streams = [*mixed, streams[-1] if is_last else _mix(shared_gate(streams[-1]), every)]
         return [tower(x).squeeze(1).sigmoid() for tower, x in zip(self.tower, streams, strict=False)]
-
-
-class OldPLEModel(PLEModel):
-    """Shared experts read a task's stream."""
-
-    def shared_input(self, streams: list[Tensor]) -> Tensor:
-        """What the shared experts read."""
-        return streams[0]
 
 
 def _mix(weights: Tensor, experts: Sequence[Tensor]) -> Tensor:
