@@ -2,7 +2,19 @@
 
 from .backend import last_backend, set_backend, use_backend
 from .convert import pack
-from .modules import CGC, PLE, ExtractionNetwork, MMoE
+from .modules import (
+    CGC,
+    PLE,
+    AdaTT,
+    AsymmetricSharing,
+    CrossStitch,
+    CustomizedSharing,
+    ExtractionNetwork,
+    HardSharing,
+    MLMMoE,
+    MMoE,
+    SingleTask,
+)
 from .specs import GateSpec, MLPSpec
 from .topology import Topology
 
@@ -10,10 +22,17 @@ __version__ = "0.1.0"
 __all__ = [
     "CGC",
     "PLE",
+    "AdaTT",
+    "AsymmetricSharing",
+    "CrossStitch",
+    "CustomizedSharing",
     "ExtractionNetwork",
     "GateSpec",
+    "HardSharing",
+    "MLMMoE",
     "MLPSpec",
     "MMoE",
+    "SingleTask",
     "Topology",
     "last_backend",
     "pack",
