@@ -30,8 +30,10 @@ from ple_fast import (
     use_backend,
 )
 from ple_fast.backend import BackendName
+from ple_fast.model.trunks import TRUNKS
 from ple_fast.modules.stack import Stack
 from tests.conftest import HAS_TRITON
+from tests.documents import DOCS, run_snippets
 from tests.helpers import assert_close, compare, distance, draw, level, randomise
 
 D, T = 7, 3
@@ -393,3 +395,12 @@ def test_a_level_by_hand_has_offsets_of_0() -> None:
     module = level(topology, MLPSpec((4,)), GateSpec())
     module.reset_parameters()
     assert module.gate.offset is not None and not module.gate.offset.any()
+
+
+def test_the_document_is_true() -> None:
+    """Every snippet of docs/architectures.md, one after the other; every trunk of a model is in its table."""
+    run_snippets("architectures.md", at_least=7)
+    lines = (DOCS / "architectures.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if " | `Topology." in line]
+    named = {row[2].strip("`"): row[1].strip("`") for row in rows}
+    assert named == {name: trunk.__name__ for name, trunk in TRUNKS.items()}

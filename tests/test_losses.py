@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from ple_fast.losses import JointLoss, TaskLoss, entire_space
+from tests.documents import run_snippets
 
 NAN = float("nan")
 MIXED = (
@@ -487,9 +487,4 @@ def test_two_ranks_average_over_the_sample_spaces_of_both(tmp_path: Path) -> Non
 
 
 def test_the_snippets_of_the_document_run() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) >= 5
-    scope: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(snippet, scope)
+    run_snippets("losses.md", at_least=5)
