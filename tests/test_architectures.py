@@ -274,6 +274,23 @@ def test_a_trunk_takes_the_options_of_all_trunks(name: str, options: dict[str, A
             form="stacked", slots=case.slots)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["customized sharing", "ML-MMoE", "AdaTT-general, one expert each"])
+def test_a_trunk_compiles_and_exports(name: str) -> None:
+    """With a view of the output, gates on the raw input, and constants among the weights."""
+    module = _module(CASES[name], torch.device("cpu"))
+    x = torch.randn(9, D, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    parameters: State = dict(module.named_parameters())
+    outcomes = []
+    for network in (compiled, module):
+        module.zero_grad(set_to_none=True)
+        outcomes.append(_step(network, parameters, x))
+    for quantity, expected in outcomes[1].items():
+        assert_close(quantity, outcomes[0][quantity], expected, 1e-11)
+    exported = torch.export.export(module.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert_close("exported", exported.module()(x[:4]), module(x[:4]), 1e-11)
+
+
 def test_ml_mmoe_of_one_level_is_mmoe() -> None:
     many, one = MLMMoE(D, T, num_levels=1, expert_units=(6, 4)), MMoE(D, T, expert_units=(6, 4))
     one.load_state_dict(many.state_dict())

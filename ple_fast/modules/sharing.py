@@ -15,11 +15,8 @@ from .stack import Stack, build_levels, mlp_spec
 class _Ungated(Stack):
     """One level of static mixtures, ``_parts`` per task."""
 
+    _wiring: ClassVar[staticmethod[[int], Topology]]
     _parts: ClassVar[int] = 1
-
-    @staticmethod
-    def _wiring(num_tasks: int) -> Topology:
-        raise NotImplementedError
 
     def __init__(
         self,
