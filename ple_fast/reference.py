@@ -216,12 +216,9 @@ class PLEReference(nn.Module):
             y, weights = level(y, raw_input if reads_raw else None, return_gates=True)
             gates.append(weights)
         assert isinstance(y, Tensor)
-        if self.last_shared:
-            out = y
-        else:
-            mixtures = y.unbind(1)
-            tasks = [mixtures[k * self.parts : (k + 1) * self.parts] for k in range(self.num_tasks)]
-            out = torch.stack([torch.cat(own, dim=1) for own in tasks], dim=1)
+        out = y if self.last_shared else y[:, : self.num_tasks * self.parts]
+        if self.parts > 1:
+            out = out.unflatten(1, (self.num_tasks, self.parts)).flatten(2)
         return (out, gates) if return_gates else out
 
     @classmethod
