@@ -1,7 +1,7 @@
 """The fastest PLE (Progressive Layered Extraction) in PyTorch, that anyone can swap in."""
 
 from .backend import last_backend, set_backend, use_backend
-from .convert import pack
+from .convert import Report, accelerate, pack, restore
 from .modules import (
     CGC,
     PLE,
@@ -32,10 +32,13 @@ __all__ = [
     "MLMMoE",
     "MLPSpec",
     "MMoE",
+    "Report",
     "SingleTask",
     "Topology",
+    "accelerate",
     "last_backend",
     "pack",
+    "restore",
     "set_backend",
     "use_backend",
 ]

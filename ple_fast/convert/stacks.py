@@ -122,7 +122,7 @@ def leaves(path: str, module: Any) -> Iterator[tuple[str, nn.Module]]:
         return
     if not isinstance(module, nn.Module):
         raise TypeError(f"{path}: expected a torch.nn.Module or a list of them, got {kind(module)}")
-    _check_bare(path, module)
+    check_bare(path, module)
     if type(module).forward in (nn.Sequential.forward, nn.Module.forward):
         if module._parameters or module._buffers:
             names = [*module._parameters, *module._buffers]
@@ -135,7 +135,7 @@ def leaves(path: str, module: Any) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
 
 
-def _check_bare(path: str, module: nn.Module) -> None:
+def check_bare(path: str, module: nn.Module) -> None:
     """No hook, no parametrization and no replaced forward, which the packed level would silently lose."""
     if is_parametrized(module):
         refuse(path, module, "is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
@@ -293,7 +293,7 @@ def check_dice(path: str, dice: nn.Module, units: int) -> None:
     norm, alpha = dice_norm(dice), dice.alpha
     assert norm is not None
     for name, child in dice.named_children():
-        _check_bare(f"{path}.{name}", child)
+        check_bare(f"{path}.{name}", child)
     if not isinstance(alpha, nn.Parameter) or alpha.shape != (units,) or norm.num_features != units:
         refuse(path, dice, f"expected a learned alpha and a batch norm of {units} features, the width before it")
     if norm.affine or norm.running_mean is None:
