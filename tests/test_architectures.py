@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
     ),
 }
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
 
 
 def _step(network: Callable[[Tensor], Tensor], parameters: State, x: Tensor) -> dict[str, Tensor | None]:
@@ -200,6 +200,15 @@ def _step(network: Callable[[Tensor], Tensor], parameters: State, x: Tensor) -> 
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     y.backward(cotangent.to(y))
     return {"y": y, "x.grad": leaf.grad, **{f"{name}.grad": p.grad for name, p in parameters.items()}}
+
+
+def _fused(module: Stack, x: Tensor, backend: BackendName) -> dict[str, Tensor | None]:
+    """A step of the trunk itself, on that backend."""
+    with use_backend(backend):
+        step = _step(module, dict(module.named_parameters()), x)
+    choice = last_backend()
+    assert choice is not None and choice.name == backend
+    return step
 
 
 def _textbook(case: Case, module: Stack, x: Tensor) -> dict[str, Tensor | None]:
@@ -220,7 +229,7 @@ def _module(case: Case, device: torch.device, **options: Any) -> Stack:
     return module
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_trunk_equals_the_formula_of_its_paper(name: str, backend: BackendName, device: torch.device) -> None:
     """Output and every gradient, with one input for all slots and with one for each."""
@@ -232,10 +241,7 @@ def test_a_trunk_equals_the_formula_of_its_paper(name: str, backend: BackendName
     for options, form, batch in runs:
         module = _module(case, device, **options)
         (x,) = (leaf.to(device) for leaf in draw(form, batch, case.slots, D))
-        with use_backend(backend):
-            ours = _step(module, dict(module.named_parameters()), x)
-        choice = last_backend()
-        assert choice is not None and choice.name == backend
+        ours = _fused(module, x, backend)
         theirs = _textbook(case, module, x)
         assert ours.keys() == theirs.keys()
         for quantity, expected in theirs.items():
@@ -243,13 +249,17 @@ def test_a_trunk_equals_the_formula_of_its_paper(name: str, backend: BackendName
             assert_close(quantity, ours[quantity], expected, 1e-11)
 
 
-@pytest.mark.parametrize("batch", [9, 130])
+@pytest.mark.parametrize(
+    ("backend", "batch"), [("torch", 9), ("torch", 130), pytest.param("triton", 9, marks=needs_triton)]
+)
 @pytest.mark.parametrize("name", CASES)
-def test_a_trunk_in_float32_is_as_near_as_its_formula(name: str, batch: int, device: torch.device) -> None:
+def test_a_trunk_in_float32_is_as_near_as_its_formula(
+    name: str, backend: BackendName, batch: int, device: torch.device
+) -> None:
     case = CASES[name]
     module = _module(case, device, dtype=torch.float32)
     x = draw("one", batch, 1, D, dtype=torch.float32)[0].to(device)
-    ours = _step(module, dict(module.named_parameters()), x)
+    ours = _fused(module, x, backend)
     plain, truth = _textbook(case, module, x), _textbook(case, module, x.double())
     for quantity, expected in truth.items():
         a, b = ours[quantity], plain[quantity]
