@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -263,9 +263,22 @@ def stacked_layers(
     return modules
 
 
+class OffsetStart(NamedTuple):
+    """How the scalars that are added to weights begin: each uniform from ``low`` to ``high`` (equal: that value).
+
+    Those that are not ``learned`` are constants: a buffer instead of a parameter.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    learned: bool = True
+
+
 class Gate(nn.Module):
     """All gates of a level: hidden ``layers`` stacked over gated mixtures, one ``weight (G, K)`` and ``bias (G,)`` in
     the order of the mixtures, batch norm ``norm`` over the G logits, and ``offset``, one scalar per marked weight."""
+
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -276,7 +289,7 @@ class Gate(nn.Module):
         *,
         bias: bool,
         logits_norm: bool,
-        offsets: int,
+        offset: OffsetStart,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -287,15 +300,22 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(logits, width, **where)) if logits else None
         self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and bias else None
         self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and logits_norm else None
-        self.offset = nn.Parameter(torch.empty(offsets, **where)) if offsets else None
+        self.offset_start = offset
+        if not offset.low:
+            self.offset = None
+        elif offset.learned:
+            self.offset = nn.Parameter(torch.empty(len(offset.low), **where))
+        else:
+            self.register_buffer("offset", torch.empty(len(offset.low), **where))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the last linear layer within the bounds of ``nn.Linear``; offsets start at 0."""
+        """Initialise the last linear layer within the bounds of ``nn.Linear``, offsets as ``offset_start`` says."""
         if self.weight is not None:
             init_linear(self.weight, self.bias)
         if self.offset is not None:
-            nn.init.zeros_(self.offset)
+            for place, (low, high) in enumerate(zip(*self.offset_start[:2], strict=True)):
+                nn.init.uniform_(self.offset.detach()[place], low, high)
 
     def tensors(self) -> GateTensors:
         """The differentiable tensors of the gates' end as they are now."""
