@@ -1,4 +1,4 @@
-"""DeepCTR-Torch: the levels of its PLE, with gates of hidden layers and tensors that nothing reads."""
+"""DeepCTR-Torch: its PLE, with gates of hidden layers and tensors that nothing reads, and its MMOE."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
+from ..topology import Topology
 from . import penalties
 from .moves import Move
 from .pieces import LevelSource
-from .registry import Converter, register
+from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
 from .trees import Library, PlainLevel, tree
 from .wiring import ple_wiring
@@ -136,6 +137,50 @@ class PLEConverter(_DeepCTRConverter):
             yield [draw(own[0][0].linears[0].in_features) for _ in range(len(own) + 1)], i
 
 
+def _mmoe_forward(self: Any, X: Tensor) -> Tensor:
+    embedded, dense = self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict)
+    (level,) = self.ple_fast.levels
+    mixtures = level(torch.cat([part.flatten(1) for part in [*embedded, *dense]], dim=1)).unbind(1)
+    if len(self.tower_dnn_hidden_units) > 0:
+        mixtures = [tower(mixture) for tower, mixture in zip(self.tower_dnn, mixtures, strict=True)]
+    ends = zip(mixtures, self.tower_dnn_final_layer, self.out, strict=True)
+    return torch.cat([out(last(mixture)) for mixture, last, out in ends], dim=-1)
+
+
+class MMOEConverter(_DeepCTRConverter):
+    """``deepctr_torch.models.MMOE``: a whole model."""
+
+    class_name = "MMOE"
+    children = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
+    methods = (("forward", _mmoe_forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        needed = ("expert_dnn", "gate_dnn_final_layer", "tower_dnn_final_layer", "feature_index", "dnn_feature_columns")
+        return all(hasattr(module, name) for name in needed)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        self.check(site)
+        ends = list(site.gate_dnn_final_layer)
+        bodies = getattr(site, "gate_dnn", [None] * len(ends))
+        gates = [[*_dnn(body), end] for body, end in zip(bodies, ends, strict=True)]
+        experts = [list(_dnn(dnn)) for dnn in site.expert_dnn]
+        return [LevelSource(Topology.mmoe(len(ends), len(experts)), experts, gates)]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        inputs = draw(max(stop for _, stop in site.feature_index.values()))
+        for column in site.dnn_feature_columns:
+            start, stop = site.feature_index[column.name]
+            if hasattr(column, "vocabulary_size"):
+                inputs[:, start:stop] = random_ids(draw, stop - start, column.vocabulary_size).to(inputs.dtype)
+            if getattr(column, "length_name", None) is not None:
+                start, stop = site.feature_index[column.length_name]
+                inputs[:, start:stop] = 1
+        return (inputs,)
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(getattr(site, "tower_dnn", site.tower_dnn_final_layer))
+
+
 def _dnn(dnn: Any) -> Iterator[nn.Module]:
     """The modules of a ``DNN`` in the order in which they run; None has none."""
     for i, linear in enumerate(() if dnn is None else dnn.linears):
@@ -229,3 +274,4 @@ def _write(levels: list[PlainLevel]) -> nn.Module:
 CONVERTER = PLEConverter()
 LIBRARY = Library(CONVERTER, lambda model: [model], _write)
 register(CONVERTER)
+register(MMOEConverter())
