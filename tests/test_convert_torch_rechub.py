@@ -61,6 +61,7 @@ CASES = [
     case("two levels", 2, 2, 2, 1, dims=[9, 6], activation="relu"),
     case("three tasks, more shared than own", 3, 2, 1, 3, dims=[7], activation="sigmoid"),
     case("nothing shared", 2, 3, 2, 0, dims=[6], activation="prelu"),
+    case("dice", 2, 2, 1, 1, dims=[7, 5], activation="dice"),
     case("one level", 4, 1, 1, 1, dims=[8, 5, 4], activation="leakyrelu"),
 ]
 MMOES = [

@@ -236,7 +236,9 @@ def test_low_precision_of_wirings(topology: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("activation", ["leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice"])
+@pytest.mark.parametrize(
+    "activation", ["leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice", "row_dice"]
+)
 def test_low_precision_of_activations(activation: str, dtype: torch.dtype) -> None:
     module = level(PLE, MLPSpec((48, 32), activation), in_features=40)
     compare_low_precision(module, draw("stacked", 64, 4, 40), dtype=dtype, form="stacked", slots=4)

@@ -36,7 +36,7 @@ def topologies(draw_: st.DrawFn) -> Topology:
 
 
 ACTIVATION = st.sampled_from(
-    ["identity", "relu", "leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice"]
+    ["identity", "relu", "leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice", "row_dice"]
 ) | st.floats(-1.0, 1.5).map(lambda slope: Activation("leaky_relu", slope))
 NORM = st.sampled_from([None, None, "batch", "layer"])
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules.plain import Dice, Temperature, WeightOffset
+from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
 from ..specs import Activation, LayerSpec, parse_activation
 
 PACKABLE = (
     "pack takes Linear, BatchNorm1d, LayerNorm, Dropout, Identity and the activations ReLU, LeakyReLU, PReLU, GELU, "
-    "SiLU, Tanh, Sigmoid and Dice, nested in Sequential, ModuleList or lists"
+    "SiLU, Tanh, Sigmoid, Dice and RowDice, nested in Sequential, ModuleList or lists"
 )
 ORDER = "each layer is Linear, then [norm], activation, [norm] (one norm at most), then Dropout"
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
@@ -81,6 +81,8 @@ class PlainLayer:
         activation = Activation("identity")
         if self.dice_norm is not None:
             activation = Activation("dice", self.dice_norm.eps)
+        elif self.activation is not None and row_dice_eps(self.activation) is not None:
+            activation = Activation("row_dice", row_dice_eps(self.activation) or 0.0)
         elif self.activation is not None:
             activation = parse_activation(self.activation)
         return LayerSpec(
@@ -198,6 +200,9 @@ class _Reader:
             self._activation(layer, path, module)
         elif layer is not None and dice_norm(module) is not None:
             check_dice(path, module, layer.linear.out_features)
+            self._activation(layer, path, module)
+        elif layer is not None and row_dice_eps(module) is not None:
+            check_row_dice(path, module, layer.linear.out_features)
             self._activation(layer, path, module)
         elif layer is not None and self.gate and type(module) in (nn.Softmax, Temperature):
             self._end(stack, path, module)
@@ -317,3 +322,37 @@ def check_dice(path: str, dice: nn.Module, units: int) -> None:
         for train in (True, False):
             if not torch.allclose(theirs.train(train)(steps), ours.train(train)(steps), rtol=1e-9, atol=1e-12):
                 refuse(path, dice, "computes something else than p z + (1 - p) alpha z with p = sigmoid(batch_norm(z))")
+
+
+def row_dice_eps(module: nn.Module) -> float | None:
+    """The epsilon of a dice over rows: of ``RowDice``, or of a class ``Dice`` with one alpha and without norm."""
+    alpha = getattr(module, "alpha", None)
+    if kind(module) not in ("Dice", "RowDice") or not isinstance(alpha, nn.Parameter) or alpha.shape != (1,):
+        return None
+    if dice_norm(module) is not None:
+        return None
+    eps = getattr(module, "eps", getattr(module, "epsilon", None))
+    return eps if isinstance(eps, float) else None
+
+
+def check_row_dice(path: str, dice: nn.Module, units: int) -> None:
+    """As ``check_dice``, for a dice over rows.
+
+    Raises:
+        ValueError: it computes something else, or has more tensors.
+    """
+    eps = row_dice_eps(dice)
+    assert eps is not None
+    if type(dice) is RowDice:
+        return
+    if any(True for _ in dice.children()) or [*dice.state_dict()] != ["alpha"]:
+        refuse(path, dice, "has more than its alpha")
+    ours = RowDice(eps=eps, dtype=torch.float64)
+    theirs = copy.deepcopy(dice).to_empty(device="cpu").double()
+    steps = torch.linspace(-2.0, 1.0, 5 * units, dtype=torch.float64).view(5, units).square()
+    with torch.no_grad():
+        for own in (theirs, ours):
+            own.alpha.fill_(0.3)  # type: ignore[operator]  # a Parameter, as row_dice_eps has found
+        for scale in (1.0, 0.01):
+            if not torch.allclose(theirs(scale * steps), ours(scale * steps), rtol=1e-9, atol=1e-12):
+                refuse(path, dice, "computes something else than p z + (1 - p) alpha z with p of each row's own mean")

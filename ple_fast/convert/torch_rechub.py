@@ -16,7 +16,7 @@ from .stacks import PlainLayer
 from .trees import Library, PlainLevel, tree
 from .wiring import ple_wiring
 
-ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu")
+ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")
 
 
 def from_torch_rechub(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
