@@ -161,6 +161,14 @@ def test_what_cannot_be_replaced_is_left_with_the_reason(options: dict[str, Any]
     assert type(model) is PLE
 
 
+@pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
+def test_every_parameter_gets_a_gradient(case: Case) -> None:
+    """Otherwise DistributedDataParallel wants find_unused_parameters."""
+    fused: Any = accelerated(case.make())[0]
+    (fused(rows(5)).sum() + fused.get_regularization_loss()).backward()
+    assert all(p.grad is not None for p in fused.parameters())
+
+
 def test_batch_of_one() -> None:
     model = shaken(CASES[0].make()).eval()
     fused, _ = accelerated(model)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
+from torch_rechub.basic.loss_func import RegularizationLoss
 from torch_rechub.models.multi_task import MMOE, PLE
+from torch_rechub.trainers import MTLTrainer
+from torch_rechub.utils.data import DataGenerator
 
 import ple_fast
 from ple_fast.convert import from_torch_rechub, to_torch_rechub
@@ -136,3 +141,24 @@ def test_features_of_every_kind_reach_the_trial_run() -> None:
     (inputs,) = arguments(torch.float32)
     inputs |= {tag.name: torch.randint(0, 7, (ROWS, 4)) for tag in tags}
     torch.testing.assert_close(fused(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("case", [CASES[2], MMOES[0]], ids=str)
+def test_the_trainer_of_the_library_gives_the_same_losses(case: Case, tmp_path: Path) -> None:
+    """With its learned weights of the losses, a child that it adds to the model, and its penalty."""
+    model = shaken(case.make())
+    fused, _ = accelerated(model)
+    penalties = {"embedding_l1": 1e-3, "embedding_l2": 1e-3, "dense_l1": 1e-3, "dense_l2": 1e-3}
+    torch.testing.assert_close(RegularizationLoss(**penalties)(fused), RegularizationLoss(**penalties)(model))
+    x = {"age": torch.randn(60).numpy(), "place": torch.randn(60, 2).numpy(), "item": torch.arange(60).numpy() % 11}
+    loader, *_ = DataGenerator(x, torch.randint(0, 2, (60, 2)).numpy()).generate_dataloader((0.8, 0.1), batch_size=12)
+    losses = []
+    for own in (model, fused):
+        trainer = MTLTrainer(
+            own, ["classification"] * 2, regularization_params=penalties, adaptive_params={"method": "uwl"},
+            model_path=str(tmp_path),
+        )  # fmt: skip
+        torch.manual_seed(1)
+        losses.append([trainer.train_one_epoch(loader) for _ in range(3)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
+    assert list(fused.state_dict()) == list(model.state_dict())
