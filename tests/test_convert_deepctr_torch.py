@@ -269,6 +269,29 @@ def test_fit_gives_the_same_history_before_and_after_a_swap(case: Case) -> None:
     np.testing.assert_allclose(fit(fused)["loss"], fit(model)["loss"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+def test_the_state_of_an_optimizer_fits_into_a_new_one_in_either_form(case: Case) -> None:
+    model = compiled(case)
+    first = [tuple(p.shape) for p in model.optim.param_groups[0]["params"]]
+    fit(model, 1)
+    accelerate(model, optimizers=[model.optim])
+    assert_fits(model)
+    fit(model, 1)
+    restore(model, optimizers=[model.optim])
+    assert [tuple(p.shape) for p in model.optim.param_groups[0]["params"]] == first
+    assert_fits(model)
+
+
+def assert_fits(model: Any) -> None:
+    """A new optimizer takes the state of the old one, for the same parameters."""
+    assert [id(p) for p in model.optim.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    new = torch.optim.Adam(model.parameters(), lr=0.01)
+    new.load_state_dict(model.optim.state_dict())
+    assert new.state
+    for parameter, state in new.state.items():
+        assert torch.equal(state["exp_avg"], model.optim.state[parameter]["exp_avg"])
+
+
 def test_models_are_saved_and_loaded_as_the_library_does() -> None:
     fused = compiled(CASES[4])
     accelerate(fused, optimizers=[fused.optim])

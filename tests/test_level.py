@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import GateSpec, MLPSpec, Topology
+from ple_fast.torch_backend.row_dice import row_dice_forward
 from tests.helpers import (
     EXPERTS,
     FORMS,
@@ -294,3 +295,11 @@ def test_the_same_step_twice_is_bit_for_bit_the_same() -> None:
         grads.append([result.y, *result.x_grads, *(p.grad for p in module.parameters())])
     for first, second in zip(*grads, strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_row_dice_adds_up_squares_in_float32() -> None:
+    """In half precision they would overflow."""
+    z, alpha = (300 * torch.randn(5, 2, 48)).half(), torch.tensor([0.3, -0.2]).half()
+    got = row_dice_forward(z, alpha, 1e-3)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.double(), row_dice_forward(z.double(), alpha.double(), 1e-3), rtol=2e-3, atol=1e-2)
