@@ -83,10 +83,14 @@ MMOES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
-def test_same_results(case: Case, dtype: torch.dtype) -> None:
-    prove_results(case, dtype)
+def test_same_results(case: Case) -> None:
+    prove_results(case, torch.float64)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], MMOES[1]], ids=str)
+def test_same_results_in_float32(case: Case) -> None:
+    prove_results(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
