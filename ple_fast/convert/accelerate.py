@@ -323,9 +323,16 @@ def _check_holders(
     found = holders(olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
+        own = [
+            ".".join(filter(None, ("model", path, name)))
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if any(value is optimizer for optimizer in found)
+        ]
         raise ValueError(
             f"optimizers: {len(found)} optimizer ({names}) holds parameters that would be replaced, and would train "
-            "them in vain; pass it (optimizers=[...]), or build it afterwards and delete the old one"
+            f"them in vain; pass it (optimizers=[{', '.join(own) or '...'}]), or build it afterwards and delete the "
+            "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
     for path, module in model.named_modules():

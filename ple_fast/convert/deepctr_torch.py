@@ -16,6 +16,7 @@ from .moves import Move
 from .pieces import LevelSource
 from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
+from .swap import CHILD
 from .trees import Library, PlainLevel, tree
 from .wiring import ple_wiring
 
@@ -72,14 +73,18 @@ class _DeepCTRConverter(Converter):
         return [parameter for parameter, _, _ in penalties.penalised(getattr(site, "regularization_weight", ()))]
 
     def renewed(self, site: Any, moves: Sequence[Move]) -> dict[str, Any]:
-        replaced = [site._modules[name] for name in (*self.children, "ple_fast") if name in site._modules]
+        entries = getattr(site, "regularization_weight", None)
+        if entries is None:
+            return {}
+        replaced = [site._modules[name] for name in (*self.children, CHILD) if name in site._modules]
         moved = {id(move.old) for move in moves}
         gone = [p for child in replaced for p in child.parameters() if id(p) not in moved]
         names = {id(p): name for name, p in site.named_parameters()}
-        return {"regularization_weight": penalties.renewed(site.regularization_weight, moves, gone, names)}
+        return {"regularization_weight": penalties.renewed(entries, moves, gone, names)}
 
     def noted(self, site: Any) -> Any:
-        return penalties.noted(site.regularization_weight, site)
+        entries = getattr(site, "regularization_weight", None)
+        return None if entries is None else penalties.noted(entries, site)
 
     def recalled(self, site: nn.Module, note: Any) -> dict[str, Any]:
         return {"regularization_weight": penalties.recalled(note, site)}
