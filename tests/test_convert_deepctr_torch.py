@@ -306,6 +306,7 @@ def test_models_are_saved_and_loaded_as_the_library_does() -> None:
     x = {name: rows(9)[:, a:b].numpy() for name, (a, b) in fused.feature_index.items()}
     np.testing.assert_array_equal(loaded.predict(copy.copy(x)), fused.predict(copy.copy(x)))
     assert_same_state(loaded, fused)
+    assert described(loaded) == described(fused)
     fit(loaded, 1)
     buffer = io.BytesIO()
     torch.save(fused.state_dict(), buffer)
