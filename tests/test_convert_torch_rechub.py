@@ -109,9 +109,16 @@ def test_modules_and_checkpoints_go_both_ways_bit_for_bit(case: Case) -> None:
     assert_same_state(from_torch_rechub(prefixed, like=blank, prefix="model."), ple)
 
 
-def test_what_torch_rechub_cannot_represent_is_refused() -> None:
-    with pytest.raises(ValueError, match="torch-rechub cannot represent this trunk: its gates"):
-        to_torch_rechub(ple_fast.PLE(7, 2))
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "its gates are one linear layer with a batch norm"),
+        ({"expert_units": [(5, 4), (4,)]}, "the same widths, activation and dropout, at every level"),
+    ],
+)
+def test_what_torch_rechub_cannot_represent_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"torch-rechub cannot represent this trunk: .*{why}"):
+        to_torch_rechub(ple_fast.PLE(7, 2, **options))
 
 
 class Cube(nn.Module):

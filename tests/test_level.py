@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import GateSpec, MLPSpec, Topology
+from ple_fast.specs import ACTIVATIONS
 from ple_fast.torch_backend.row_dice import row_dice_forward
 from tests.helpers import (
     EXPERTS,
@@ -237,9 +238,7 @@ def test_low_precision_of_wirings(topology: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(
-    "activation", ["leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice", "row_dice"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_low_precision_of_activations(activation: str, dtype: torch.dtype) -> None:
     module = level(PLE, MLPSpec((48, 32), activation), in_features=40)
     compare_low_precision(module, draw("stacked", 64, 4, 40), dtype=dtype, form="stacked", slots=4)

@@ -131,6 +131,13 @@ def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
 
 
 def _write(levels: list[PlainLevel]) -> nn.Module:
+    makes = {
+        tuple((x.spec.units, x.spec.activation, x.spec.dropout) for x in expert)
+        for _, experts, _ in levels
+        for expert in experts
+    }
+    if len(makes) > 1:
+        LIBRARY.cannot("all its experts have the same widths, activation and dropout, at every level")
     layers = []
     for level, experts, gates in levels:
         tasks = level.topology.num_mixtures - (level is not levels[-1].level)
