@@ -31,6 +31,20 @@ class Dice(nn.Module):
         return p * x + (1 - p) * self.alpha * x
 
 
+class RowDice(nn.Module):
+    """The ``Dice`` of torch-rechub, which compares each row with its own mean; one alpha."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.eps = eps
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        p = torch.sigmoid((x - mean) / torch.sqrt(((x - mean) ** 2 + self.eps).sum(1, keepdim=True)))
+        return p * x + (1 - p) * self.alpha * x
+
+
 def activation_module(activation: Activation, units: int) -> nn.Module:
     """The ordinary module of an activation over ``units`` features."""
     name, value = activation
@@ -45,6 +59,7 @@ def activation_module(activation: Activation, units: int) -> nn.Module:
         "tanh": nn.Tanh,
         "sigmoid": nn.Sigmoid,
         "dice": lambda: Dice(units, eps=value),
+        "row_dice": lambda: RowDice(value),
     }
     module: nn.Module = modules[name]()
     return module
@@ -296,6 +311,8 @@ def _layer_pairs(name: str, layer: Any, row: int, own: Layer) -> Iterator[Pair]:
             yield Pair(f"{name}.norm.{key}", getattr(layer.norm, key), row, value)
     if isinstance(own.activation, nn.PReLU):
         yield Pair(f"{name}.slope", layer.activation.weight, slice(row, row + 1), own.activation.weight)
+    elif isinstance(own.activation, RowDice):
+        yield Pair(f"{name}.alpha", layer.activation.alpha, slice(row, row + 1), own.activation.alpha)
     elif isinstance(own.activation, Dice):
         yield Pair(f"{name}.alpha", layer.activation.alpha, row, own.activation.alpha)
         yield from _batch_norm_pairs(f"{name}.dice_norm", layer.activation.norm, columns, own.activation.norm)

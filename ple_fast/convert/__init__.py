@@ -3,7 +3,7 @@
 Importing the module of a library registers the classes that it knows.
 """
 
-from ..modules.plain import Dice, Temperature, WeightOffset
+from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
 from .accelerate import Left, Replaced, Report, accelerate, restore
 from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
 from .moves import Move
@@ -20,6 +20,7 @@ __all__ = [
     "Move",
     "Replaced",
     "Report",
+    "RowDice",
     "Temperature",
     "WeightOffset",
     "accelerate",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..checks import check_more_than_one
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
+from .plain import row_dice
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -117,6 +118,34 @@ class StackedDice(nn.Module):
         return p * z + (1 - p) * self.alpha * z
 
 
+class StackedRowDice(nn.Module):
+    """The dice of torch-rechub in ``n`` stacked layers: ``alpha (n,)``; mean and scatter are those of each row."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.alpha = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Alpha 0."""
+        nn.init.zeros_(self.alpha)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, n, H)`` to the same."""
+        return row_dice(z, self.alpha.view(-1, 1), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.alpha.shape[0]}, eps={self.eps}"
+
+
 def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
     """Settings and buffers of a norm at one call; counts the call where it moves running statistics.
 
@@ -183,6 +212,8 @@ class StackedLayer(nn.Module):
             self.activation = StackedPReLU(count, init=spec.activation.value, **where)
         elif spec.activation.name == "dice":
             self.activation = StackedDice(count, spec.units, eps=spec.activation.value, **where)
+        elif spec.activation.name == "row_dice":
+            self.activation = StackedRowDice(count, eps=spec.activation.value, **where)
         self._is_bare = self.norm is None and self.activation is None
         self.reset_parameters()
 
@@ -200,7 +231,7 @@ class StackedLayer(nn.Module):
         if self.norm is not None and not isinstance(self.norm, nn.Identity):  # in its place once it has been folded
             norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
         if self.activation is not None:
-            slope = tensor_of(self.activation, "alpha" if isinstance(self.activation, StackedDice) else "weight")
+            slope = tensor_of(self.activation, "weight" if isinstance(self.activation, StackedPReLU) else "alpha")
         return LayerTensors(weight, tensor_of(self, "bias"), norm_weight, norm_bias, slope)
 
     def state(self, batch: int) -> LayerState:

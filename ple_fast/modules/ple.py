@@ -36,7 +36,7 @@ class PLE(Stack):
         gate_units: widths of the gates' hidden layers; ``()`` is the paper's single linear layer.
         gate_bias: bias of the gates' last layer.
         activation: of experts (one, or one per layer) and of the gates' hidden layers: relu, leaky_relu, prelu, gelu,
-            gelu_tanh, silu, tanh, sigmoid, dice, identity, or a ``torch.nn`` class or instance.
+            gelu_tanh, silu, tanh, sigmoid, dice, row_dice, identity, or a ``torch.nn`` class or instance.
         norm: of the experts' layers, before the activation: None, ``"batch"`` or ``"layer"``.
         dropout: after the experts' layers.
         shared_gate_scope: the shared mixture weighs ``"all"`` experts (the paper) or the ``"shared"`` ones.
