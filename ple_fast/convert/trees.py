@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -108,6 +109,19 @@ class Library:
         """Refuse a trunk that the library cannot represent."""
         raise ValueError(f"{self.converter.library} cannot represent this trunk: {why}")
 
+    def linear_gates(self, gates: Sequence[PlainStack]) -> list[nn.Linear]:
+        """Of a library whose gates are one linear layer and a softmax.
+
+        Raises:
+            ValueError: they are more, or less.
+        """
+        for gate in gates:
+            last = gate.layers[-1] if gate.layers else None
+            plain = last is not None and len(gate.layers) == 1 and last.norm is None and last.linear.bias is not None
+            if not plain or gate.temperature != 1.0:
+                self.cannot("its gates are one linear layer with a bias, and a softmax")
+        return [gate.layers[0].linear for gate in gates]
+
     def checkpoint_to_ours(self, state_dict: Mapping[str, Tensor], like: PLE, prefix: str) -> PLE:
         """``from_X`` of a checkpoint, for a trunk made like ``like``, which stays as it is."""
         tree = self.tree(like)
@@ -137,12 +151,7 @@ class Library:
         """
         tree = self.tree(ple)
         own, theirs = tree.state_dict(), target.state_dict()
-        unread = {
-            id(tensor)
-            for source in self.sources(target)
-            for module in source.unread
-            for tensor in [*module.parameters(), *module.buffers()]
-        }
+        unread = {id(tensor) for source in self.sources(target) for tensor in source.unread_tensors()}
         kept = {name for name, t in [*target.named_parameters(), *target.named_buffers()] if id(t) in unread}
         roots = {name.partition(".")[0] for name in own}
         wrong = [
@@ -182,6 +191,25 @@ def tree(content: Any) -> nn.Module:
     made = nn.Module()
     for name, child in content.items():
         made.add_module(name, tree(child))
+    return made
+
+
+def in_order(layers: Sequence[PlainLayer], *, always_dropout: bool = False) -> Iterator[nn.Module]:
+    """The modules of layers in the order in which they run; with ``always_dropout`` one of rate 0 for none."""
+    for layer in layers:
+        before, after = (None, layer.norm) if layer.norm_after else (layer.norm, None)
+        dropout = layer.dropout or (nn.Dropout(0.0) if always_dropout else None)
+        for module in (layer.linear, before, layer.activation, after, dropout):
+            if module is not None:
+                yield module
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """A copy with zeros, in the place of what the library never reads."""
+    made = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in [*made.parameters(), *made.buffers()]:
+            tensor.zero_()
     return made
 
 
