@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from ..functional import Input
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count, check_task_counts
 from .network import CheckedModule, ExtractionNetwork
+from .symbolic import fixed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Units = int | Sequence[int] | Sequence[Sequence[int]]
 
@@ -63,6 +68,20 @@ class _Stack(CheckedModule):
         assert isinstance(level, ExtractionNetwork)
         return level
 
+    def for_inference(self, *, plain: bool = False) -> Self:
+        """A copy for deployment, in eval mode, with every level as ``ExtractionNetwork.for_inference`` makes it.
+
+        Args:
+            plain: run, trace and export PyTorch's own operators, on a GPU too, whatever ``use_backend`` says.
+
+        Raises:
+            TypeError, ValueError: a norm cannot be served; the message names it.
+        """
+        levels: dict[int, Any] = {
+            id(level): self._level(i).for_inference(plain=plain) for i, level in enumerate(self.levels)
+        }
+        return copy.deepcopy(self, levels).requires_grad_(False).eval()
+
     def reset_parameters(self) -> None:
         """Initialise every level anew."""
         for level in self.levels:
@@ -87,8 +106,9 @@ class _Stack(CheckedModule):
         Raises:
             TypeError, ValueError: the input does not fit, or batch norm in train mode got one row.
         """
-        y: Input = x
+        y: Any = x
         gates: list[list[Tensor]] = []
+        return_gates = fixed("return_gates", return_gates, False)
         for level in self.levels:
             gate_input = x if level.gate_spec.input == "raw" else None  # type: ignore[union-attr]  # ExtractionNetwork
             if return_gates:
@@ -96,8 +116,7 @@ class _Stack(CheckedModule):
                 gates.append(weights)
             else:
                 y = level(y, gate_input)
-        assert isinstance(y, Tensor)
-        if not self.last_shared and y.shape[1] != self.num_tasks:
+        if not self.last_shared and level.topology.num_mixtures != self.num_tasks:  # type: ignore[union-attr]
             y = y[:, : self.num_tasks]
         return (y, gates) if return_gates else y
 
