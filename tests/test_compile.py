@@ -80,12 +80,23 @@ def assert_every_batch_equals_eager(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("make_up", MAKE_UPS)
+@pytest.mark.parametrize(
+    ("make_up", "train"),
+    [
+        ("norms", True),
+        ("recompute", True),
+        ("plain", False),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (("plain", True), ("norms", False), ("recompute", False))
+        ),
+    ],
+)
 def test_one_graph_for_every_batch(make_up: str, train: bool) -> None:
     assert_every_batch_equals_eager(Model(**MAKE_UPS[make_up]), train=train, compiler="aot_eager")
 
 
+@pytest.mark.slow
 def test_everything_dynamic() -> None:
     """``dynamic=True`` makes inputs of the numbers in specs too: they must not become conditions of the graph."""
     assert_every_batch_equals_eager(Model(**MAKE_UPS["norms"]), train=True, compiler="aot_eager", dynamic=True)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.documents import DOCUMENTS, run_document
 
-
 SLOW = {"docs/serving.md"}  # compiles C++
 
 

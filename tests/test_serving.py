@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,17 @@ def assert_equal_to_pytorch(run: Callable[[Tensor], Tensor], model: nn.Module) -
             assert_close(f"{rows} rows", run(x), model(x), 1e-5)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", TRUNKS)
+def some(quick: Collection[Any], *axes: Iterable[Any]) -> list[Any]:
+    """Every combination; those that are not in ``quick`` are slow."""
+    return [
+        pytest.param(*row, marks=() if row in quick else pytest.mark.slow, id="-".join(map(str, row)))
+        for row in itertools.product(*axes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"), some({("plain", False), ("dice", False), ("batch-norm", True)}, TRUNKS, (False, True))
+)
 def test_export_save_and_load(name: str, strict: bool, tmp_path: Path) -> None:
     model = build(name)
     program = exported(model, strict=strict)
@@ -95,13 +105,8 @@ def test_an_export_in_train_mode_trains(tmp_path: Path) -> None:
         assert_close(name, state[name], buffer, 1e-5)
 
 
-@pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("plain", "prelu", "dice"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in TRUNKS if n not in ("plain", "prelu", "dice")),
-    ],
+    ("name", "folded"), some({("prelu", False), ("dice", False), ("batch-norm", True)}, TRUNKS, (False, True))
 )
 def test_onnx(name: str, folded: bool, tmp_path: Path) -> None:
     """By the dynamo exporter, run in onnxruntime."""
