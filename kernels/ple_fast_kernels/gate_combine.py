@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import derive
+from ._dropout import Dropout, drop, dropout_constants, undropped
 from ._launch import cdiv, launch, next_power, wide_of
 from ._matmul import add_at
 from ._tiles import Tile, combine_tile
@@ -79,12 +80,13 @@ def _gate_combine_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _gate_combine_bwd_kernel(
-    DY, DListed, H, Kept, Offset, P, DH, DP, DL, B,
+    DY, DListed, H, Kept, Seed, Offset, P, DH, DP, DL, B,
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    NAME: tl.constexpr, VALUE: tl.constexpr, HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
     SAVE_DP: tl.constexpr, SAVE_DL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]``, ``DP_oe = <DY[:, o], H[:, e]>``, and the softmax's
@@ -126,9 +128,13 @@ def _gate_combine_bwd_kernel(
                     if SAVE_DP:
                         dps = add_at(dps, i - EXPERT_FIRST[e], tl.sum(dy * h, 1))
                 if SAVE_DH:
+                    if KEEPS > 0:
+                        d = drop(d, Seed, o_m, e * UNITS + c * BLOCK_N, UNITS * (len(EXPERT_FIRST) - 1), UNITS, LAYER,
+                                 KEEPS, SCALE)  # fmt: skip
                     if NAME != "identity":
                         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-                        d = derive(d, tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, VALUE)
+                        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE)
+                        d = derive(d, kept, NAME, VALUE)
                     p_dh = DH + o_m[:, None] * ((len(EXPERT_FIRST) - 1) * UNITS) + (e * UNITS + o_n)[None, :]
                     tl.store(p_dh, d.to(DH.dtype.element_ty), mask=m_mn)
             if SAVE_DP:
@@ -205,6 +211,7 @@ def gate_combine_bwd(
     *,
     kept: Tensor | None = None,
     activation: tuple[str, float] = ("identity", 0.0),
+    dropout: Dropout | None = None,
     offset: Tensor | None = None,
     temperature: float = 1.0,
     experts_grad: bool = True,
@@ -212,7 +219,7 @@ def gate_combine_bwd(
     logits_grad: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of ``gate_combine_fwd`` and of the activation that made ``h``.
+    """Backward of ``gate_combine_fwd``, and of the activation and the dropout that made ``h``.
 
     Args:
         dy: ``(B, O, H)``, contiguous, or None.
@@ -221,6 +228,7 @@ def gate_combine_bwd(
         p: the weights that forward returned.
         dtype: of the gradients.
         kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        dropout: of the experts' last layer, as in ``grouped_data_grad``.
         experts_grad, weights_grad, logits_grad: which results are asked for.
 
     Returns:
@@ -239,12 +247,13 @@ def gate_combine_bwd(
     tile = combine_tile(p, rows, units, len(mixtures.sizes), backward=True) if tile is None else tile
     launch(
         _gate_combine_bwd_kernel, (cdiv(rows, tile.rows),), tile, p.device,
-        dy, dlisted, h, kept, offset, p, dh, dp, dl, rows,
+        dy, dlisted, h, kept, None if dropout is None else dropout.seed, offset, p, dh, dp, dl, rows,
         units, mixtures.logits, mixtures.weights, 0 if h is None else h.stride(0),
         0 if kept is None else kept.stride(0), temperature,
         mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
         mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_weight, mixtures.entry_offset,
-        *activation, dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
+        *activation, *dropout_constants(dropout),
+        dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
         tile.rows, tile.columns,
     )  # fmt: skip
     return dh, dp, dl

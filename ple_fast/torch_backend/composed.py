@@ -102,7 +102,7 @@ def _after_linear(
     spec: LayerSpec,
     tensor: LayerTensors,
     state: LayerState,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     moves_statistics: bool,
 ) -> Tensor:

@@ -74,7 +74,7 @@ def mlp_forward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
+    seed: int | Tensor | None,
 ) -> tuple[Tensor, list[LayerKept]]:
     """Run the layers on ``rows``; returns ``(rows, n, H)`` and what backward needs."""
     kept: list[LayerKept] = []
@@ -101,7 +101,7 @@ def after_linear(
     tensor: LayerTensors,
     state: LayerState,
     need: LayerNeeds,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
     *,
@@ -192,7 +192,7 @@ def after_linear_backward(
     need: LayerNeeds,
     keep: LayerKept,
     own: list[Tensor | None],
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
 ) -> Tensor:
@@ -231,7 +231,7 @@ def mlp_backward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
+    seed: int | Tensor | None,
     kept: Sequence[LayerKept],
     d: Tensor,
     grads: Sequence[list[Tensor | None]],

@@ -10,13 +10,12 @@ from torch import Tensor
 from ple_fast_kernels import gate_combine_bwd, grouped_data_grad, grouped_input_grad
 
 from ..plan import MLPPlan
-from ..torch_backend.activations import activation_backward
 from ..torch_backend.gate_combine import index_of
 from ..torch_backend.level import BlockKept, layers_of
-from ..torch_backend.mlp import LayerKept, LayerNeeds, accumulate, after_linear_backward
-from ..torch_backend.norms import BatchNormSaved, batch_norm_backward
+from ..torch_backend.mlp import LayerKept, LayerNeeds, after_linear_backward
 from .gradients import InputGrads, WeightGrads
-from .run import IDENTITY, Run, in_epilogue
+from .norms import dropout_of, end_backward, logits_norm_of, norm_backward, norm_of
+from .run import IDENTITY, Run, in_epilogue, in_kernels
 from .wiring import Source, columns_of, offset_columns, readers_of
 
 
@@ -32,11 +31,10 @@ class BackwardRun(Run):
         out = InputGrads(self)
         weights = WeightGrads(self, grads)
         last = plan.blocks[0].layers[-1]
-        in_combine = (
-            len(plan.blocks) == 1
-            and last.activation.name != "identity"
-            and in_epilogue(last, inputs.state.layers[plan.blocks[0].position + len(plan.blocks[0].layers) - 1])
-        )
+        number = plan.blocks[0].position + len(plan.blocks[0].layers) - 1
+        last_state = inputs.state.layers[number]
+        in_combine = len(plan.blocks) == 1 and in_epilogue(last, last_state)
+        goes_on = in_combine and needs.experts
         p = kept.gated
         dh = dl = None
         if p is not None:
@@ -48,8 +46,9 @@ class BackwardRun(Run):
                 self.mixtures,
                 last.units,
                 inputs.layers[0].weight.dtype,
-                kept=kept.mlps[0][-1].act if in_combine and needs.experts else None,
-                activation=(last.activation[0], last.activation[1]) if in_combine and needs.experts else IDENTITY,
+                kept=kept.mlps[0][-1].act if goes_on else None,
+                activation=(last.activation[0], last.activation[1]) if goes_on else IDENTITY,
+                dropout=dropout_of(last_state, inputs.state.seed, number) if goes_on else None,
                 offset=self.offset,
                 temperature=plan.gate_spec.temperature,
                 experts_grad=needs.experts,
@@ -110,17 +109,15 @@ class BackwardRun(Run):
 
     def _logits_backward(self, kept: BlockKept, dl: Tensor, own: list[Tensor | None]) -> Tensor:
         """Backward of the norm of the logits."""
-        norm, gate, needs = self.inputs.state.gate_norm, self.inputs.gate, self.needs
+        norm, needs = logits_norm_of(self.inputs.gate, self.inputs.state.gate_norm), self.needs
         if norm is None:
             return dl
         assert kept.logits is not None
-        d, dw, db = batch_norm_backward(
-            dl.unsqueeze(1), kept.logits, gate.norm_weight, norm, BatchNormSaved(kept.mean, kept.var),
+        d = norm_backward(
+            dl.unsqueeze(1), kept.logits.unsqueeze(1), norm, kept.mean, kept.var, IDENTITY, None, own,
             affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
         )  # fmt: skip
-        accumulate(own, 2, dw)
-        accumulate(own, 3, db)
-        return d.squeeze(1).contiguous()
+        return d.squeeze(1)
 
     def _gate_backward(
         self,
@@ -188,15 +185,14 @@ class BackwardRun(Run):
             if not need.output:
                 return
             own = grads[mlp.position + i]
-            if not is_done:
+            if not is_done and in_kernels(spec, state):
+                affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
+                dropout = dropout_of(state, seed, mlp.position + i)
+                d = end_backward(d, spec, norm_of(spec, tensor, state), keep, dropout, own, affine=affine)
+            elif not is_done:
                 d = d.contiguous()
-                if in_epilogue(spec, state):
-                    if spec.activation.name != "identity":
-                        assert keep.act is not None
-                        activation_backward(d, keep.act, spec.activation, None, slope_grad=False)
-                else:
-                    d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
-                    d = d.contiguous()
+                d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
+                d = d.contiguous()
             columns = columns_of(mlp.slots, source.columns) if i == 0 else tuple(range(len(mlp.slots)))
             a = source.tensor if i == 0 else keep.a
             weights.add(mlp.position + i, tensor, need, a, d, columns, beside if i == 0 else None)
@@ -208,13 +204,13 @@ class BackwardRun(Run):
                 out.add(source, d, weight, readers, beside)
                 return
             below, below_state = mlp.layers[i - 1], states[i - 1]
-            is_done = in_epilogue(below, below_state) and below.activation.name != "identity"
+            is_done = in_epilogue(below, below_state)
             activation = below.activation if is_done else IDENTITY
             d = grouped_data_grad(
                 d,
                 weight,
                 kept=kept[i - 1].act if is_done else None,
                 activation=(activation[0], activation[1]),
+                dropout=dropout_of(below_state, seed, mlp.position + i - 1) if is_done else None,
                 precision=self.precision,
             )
-            is_done = is_done or (in_epilogue(below, below_state) and below.activation.name == "identity")

@@ -14,9 +14,14 @@ from .wiring import columns_of, gate_runs, matmul_precision, mixtures_of, source
 IDENTITY = ("identity", 0.0)
 
 
+def in_kernels(spec: LayerSpec, state: LayerState) -> bool:
+    """Whether kernels do all that follows the product; else PyTorch's operators do, between two launches."""
+    return state.dice is None and spec.activation.name in FUSED
+
+
 def in_epilogue(spec: LayerSpec, state: LayerState) -> bool:
-    """Whether the kernel of the product does all that follows it."""
-    return state.norm is None and state.dice is None and not state.dropout and spec.activation.name in FUSED
+    """Whether the kernel that brings the gradient of the layer's output also takes it back to the product."""
+    return in_kernels(spec, state) and state.norm is None
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
