@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from ple_fast.torch_backend.dropout import keep_mask
 from ple_fast_kernels import (
+    NO_END,
     Dropout,
     GateRuns,
     LayerEnd,
@@ -22,6 +23,7 @@ from ple_fast_kernels import (
     batch_norm_merge,
     batch_norm_sums,
     gate_combine_bwd,
+    gate_combine_fwd,
     grouped_data_grad,
     grouped_linear_fwd,
     has_whole_rows,
@@ -107,7 +109,7 @@ def test_backward_of_dropout_and_activation(activation: tuple[str, float], devic
     read = None if kept is None else guarded(masked(kept, dropout) if by_output else kept, 2)
     dh = torch.einsum("bmh,mhk->bmk", d, w)
     expected = chain(masked(dh, dropout), kept, activation)
-    ours = grouped_data_grad(guarded(d), w, kept=read, activation=activation, dropout=dropout)
+    ours, _ = grouped_data_grad(guarded(d), w, kept=read, end=LayerEnd(activation, dropout))
     assert_close("data_grad", ours, expected, 1e-10)
     ours = layer_end_grad(guarded(dh, 1), read, LayerEnd(activation, dropout))
     assert_close("layer_end_grad", ours, expected, 1e-10)
@@ -249,6 +251,54 @@ def backward(d: Tensor, z: Tensor, end: LayerEnd, kind: str) -> dict[str, Tensor
         dw, db, means = norm_sums_merge(parts, z.shape[0], end.weight, means=kind == "batch")
         dz = layer_end_grad(d, z, end, means)
     return {"dz": dz, "dweight": dw, "dbias": db}
+
+
+@pytest.mark.parametrize("kind", ["batch", "running"])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("rows", "units"), [(37, 33), (5, 8)])
+def test_data_grad_goes_on_to_a_batch_norm(rows: int, units: int, after: bool, kind: str, device: torch.device) -> None:
+    """Gradient of the norm's output and the sums over tiles, which ``layer_end_grad`` takes from there."""
+    d, w = values(rows, 2, 5, device=device), values(2, 5, units, device=device)
+    z, dropout = values(rows, 2, units, device=device, seed=3) + 0.5, dropout_on(device)
+    weight, bias = parameters(units, device)
+    running = [values(2 * units, device=device), values(2 * units, device=device).square() + 0.1]
+    mean, spread = running if kind == "running" else statistics(z, kind, SILU, after)
+    end = LayerEnd(SILU, dropout, weight, bias, mean, spread, kind == "running", EPS, after)
+    at, parts = grouped_data_grad(guarded(d), guarded(w), kept=guarded(z, 2), end=end, tile=Tile(16, 16, 16, 4, 2))
+    assert parts is not None
+    dweight, dbias, means = norm_sums_merge(parts, rows, weight, means=kind == "batch")
+    rest = end._replace(dropout=None, activation=SILU if after else ("identity", 0.0))
+    ours = {"dz": layer_end_grad(at, z, rest, means), "dweight": dweight, "dbias": dbias}
+    dy = torch.einsum("bmh,mhk->bmk", d, w)
+    for name, expected in theirs(
+        dy, z, weight, bias, kind, SILU, after, dropout, running if kind == "running" else ()
+    ).items():
+        assert_close(name, ours[name], expected, 1e-9)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("units", [6, 8, 300])
+def test_mixtures_finish_the_last_layer_as_they_load_it(units: int, after: bool, device: torch.device) -> None:
+    t = TOPOLOGIES["ple-even"]
+    members, p = t.num_experts, values(9, t.num_weights, device=device).softmax(1)
+    z, logits = values(9, members, units, device=device) + 0.5, values(9, t.num_logits, device=device)
+    weight, bias = parameters(units, device, members)
+    end = LayerEnd(
+        SILU, dropout_on(device), weight, bias, *statistics(z, "batch", SILU, after), eps=EPS, after=after
+    )  # fmt: skip
+    h, _ = layer_end_fwd(z, end)
+    dy = values(9, t.num_mixtures, units, device=device)
+    (expected_y, _), (y, _) = (
+        gate_combine_fwd(read, logits, mixtures_of(t), end=how) for read, how in ((h, NO_END), (guarded(z), end))
+    )
+    assert_close("y", y, expected_y, 1e-12)
+    expected, ours = (
+        gate_combine_bwd(dy, None, read, p, mixtures_of(t), units, torch.float64, end=how)
+        for read, how in ((h, NO_END), (guarded(z), end))
+    )
+    for name, a, b in zip(("dh", "dp", "dl"), ours, expected, strict=True):
+        assert a is not None
+        assert_close(name, a, b, 1e-11)
 
 
 def theirs(

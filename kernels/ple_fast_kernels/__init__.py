@@ -14,7 +14,7 @@ from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
 from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_rows, linear_tile
 from .input_grad import grouped_input_grad
-from .layer_end import LayerEnd, layer_end_fwd, layer_end_grad
+from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
@@ -22,6 +22,7 @@ from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 __all__ = [
     "FUSED",
     "MAX_RUN",
+    "NO_END",
     "NO_GATES",
     "TABLES",
     "Class",

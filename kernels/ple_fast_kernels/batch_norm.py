@@ -173,9 +173,8 @@ def batch_norm_sums(d: Tensor, z: Tensor, end: LayerEnd) -> Tensor:
     parts = torch.empty((count, 2, members * units), dtype=wide_of(z.dtype), device=z.device)
     launch(
         _batch_norm_sums_kernel, (count, members * cdiv(units, tile.columns)), tile, z.device,
-        d, z, end.mean, end.spread, end.weight, end.bias, end.seed, parts, rows,
-        units, members, d.stride(0), z.stride(0), end.place, end.eps, end.weight is not None, end.is_variance,
-        *end.activation, *end.dropout_constants, PART_ROWS, tile.rows, tile.columns,
+        d, z, *end.pointers, parts, rows,
+        units, members, d.stride(0), z.stride(0), *end.constants, PART_ROWS, tile.rows, tile.columns,
     )  # fmt: skip
     return parts
 

@@ -13,15 +13,18 @@ from ._launch import cdiv, launch, wide_of
 from ._layer_end import (
     Norm,
     affine,
+    column_statistics,
     finish,
     finish_running,
     norm_constants,
     norm_pointers,
     row_moments,
     store_column_moments,
+    to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
+from .layer_end import NO_END, LayerEnd
 from .tables import NO_GATES, GateRuns
 
 
@@ -123,13 +126,17 @@ def _grouped_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B", "depth"])
 def _grouped_data_grad_kernel(
-    D, W, Kept, Seed, Out, B, depth,
+    D, W, Kept, Mean, Spread, NormW, NormBias, Seed, Out, Parts, B, depth,
     DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
-    OUT_ROW: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
+    OUT_ROW: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr,
     LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below."""
+    """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
+
+    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows.
+    """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * MEMBERS, GROUP)
@@ -146,14 +153,24 @@ def _grouped_data_grad_kernel(
     m_mn = m_m[:, None] & m_n[None, :]
     if KEEPS > 0:
         acc = drop(acc, Seed, o_m, e * UNITS + (i_n % TILES) * BLOCK_N, UNITS * MEMBERS, UNITS, LAYER, KEEPS, SCALE)
-    if NAME != "identity":
+    if PLACE != "none":
+        o_c = e * UNITS + o_n
+        z = tl.load(Kept + o_m[:, None] * KEPT_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
+        mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
+        norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
+        acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
+        acc = tl.where(m_m[:, None], acc, 0.0)
+        p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
+        tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
+        tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
+    elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
         acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
     tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
 
 
-END_COLUMNS = 128
-"""Columns of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
+END_BYTES = 256
+"""Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
 
 
 def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool) -> Tile:
@@ -162,7 +179,11 @@ def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end:
     ``has_end``: a norm or dropout follows.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    return tile._replace(columns=min(tile.columns, END_COLUMNS)) if has_end else tile
+    return _with_end(tile, a) if has_end else tile
+
+
+def _with_end(tile: Tile, like: Tensor) -> Tile:
+    return tile._replace(columns=min(tile.columns, END_BYTES // like.element_size()))
 
 
 def has_whole_rows(tile: Tile, units: int) -> bool:
@@ -245,30 +266,35 @@ def grouped_data_grad(
     weight: Tensor,
     *,
     kept: Tensor | None = None,
-    activation: tuple[str, float] = ("identity", 0.0),
-    dropout: Dropout | None = None,
+    end: LayerEnd = NO_END,
     precision: str = "ieee",
     tile: Tile | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """``out[:, m] = (d[:, m] @ weight[m]) f'(kept[:, m])``: gradient of the linear layer below, before its activation.
 
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads, None for identity.
-        dropout: of the layer below; where ``kept`` is an output it is the one after dropout.
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+            None for identity; with a norm the product of the layer below.
+        end: what the layer below ends in: no norm, or batch norm.
 
     Returns:
-        ``(B, n, K)``.
+        ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
+        ``batch_norm_sums``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
-    tile = matmul_tile("data_grad", d, rows, units, members, precision) if tile is None else tile
+    if tile is None:
+        tile = matmul_tile("data_grad", d, rows, units, members, precision)
+        tile = _with_end(tile, d) if end.mean is not None or end.dropout is not None else tile
+    parts = None
+    if end.mean is not None:
+        parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
     launch(
         _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
-        d, weight, kept, None if dropout is None else dropout.seed, out, rows, depth,
-        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *activation,
-        *dropout_constants(dropout),
+        d, weight, kept, *end.pointers, out, parts, rows, depth,
+        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *end.constants,
         precision, tile.rows, tile.columns, tile.depth, tile.group,
     )  # fmt: skip
-    return out
+    return out, parts

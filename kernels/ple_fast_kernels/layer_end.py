@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,14 +41,39 @@ class LayerEnd(NamedTuple):
         return "after" if self.after else "before"
 
     @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """Mean, spread, weight, bias and seed of a kernel."""
+        return self.mean, self.spread, self.weight, self.bias, self.seed
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """PLACE, EPS, AFFINE, IS_VARIANCE, NAME, VALUE, LAYER, KEEPS and SCALE of a kernel."""
+        norm = (self.place, self.eps, self.weight is not None, self.is_variance)
+        return *norm, *self.activation, *dropout_constants(self.dropout)
+
+    @property
     def seed(self) -> Tensor | None:
         """Seed of a kernel."""
         return None if self.dropout is None else self.dropout.seed
 
-    @property
-    def dropout_constants(self) -> tuple[int, int, float]:
-        """LAYER, KEEPS and SCALE of a kernel."""
-        return dropout_constants(self.dropout)
+
+NO_END = LayerEnd()
+
+
+@triton.jit
+def end_of(z, Mean, Spread, NormW, NormBias, Seed, o_m, e, first, m_n, MEMBERS: tl.constexpr, UNITS: tl.constexpr,
+           PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr, NAME: tl.constexpr,
+           VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """A tile of a layer's output of its product ``z``, as it is loaded: units from ``first`` of member ``e``; for batch
+    norm, or ``z`` itself where there is no norm."""
+    if PLACE != "none":
+        o_c = e * UNITS + first + tl.arange(0, z.shape[1])
+        mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, z.dtype)
+        norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, z.dtype)
+        z = finish(z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
+        if KEEPS > 0:
+            z = drop(z, Seed, o_m, e * UNITS + first, MEMBERS * UNITS, UNITS, LAYER, KEEPS, SCALE)
+    return z
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -98,9 +123,9 @@ def _layer_end_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _layer_end_grad_kernel(
-    D, Z, Mean, Spread, NormW, NormBias, Means, Seed, Out, B,
+    D, Z, Mean, Spread, NormW, NormBias, Seed, Means, Out, B,
     UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, Z_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr, HAS_MEANS: tl.constexpr,
+    HAS_MEANS: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -156,10 +181,9 @@ def layer_end_fwd(
     tile = end_tile(z, units)
     launch(
         _layer_end_fwd_kernel, (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), tile, z.device,
-        z, moments, end.mean, end.spread, end.weight, end.bias, end.seed, y, rows,
+        z, moments, *end.pointers, y, rows,
         units, members, z.stride(0), y.stride(0), moments is not None,
-        1 if moments is None else moments.shape[2], part_units, end.place, end.eps, end.weight is not None,
-        end.is_variance, *end.activation, *end.dropout_constants, tile.rows, tile.columns,
+        1 if moments is None else moments.shape[2], part_units, *end.constants, tile.rows, tile.columns,
     )  # fmt: skip
     return y, end
 
@@ -178,9 +202,8 @@ def layer_end_grad(d: Tensor, z: Tensor | None, end: LayerEnd, means: Tensor | N
     tile = end_tile(d, units)
     launch(
         _layer_end_grad_kernel, (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), tile, d.device,
-        d, z, end.mean, end.spread, end.weight, end.bias, means, end.seed, out, rows,
-        units, members, d.stride(0), 0 if z is None else z.stride(0), out.stride(0), end.place, end.eps,
-        end.weight is not None, end.is_variance, means is not None, *end.activation, *end.dropout_constants,
+        d, z, *end.pointers, means, out, rows,
+        units, members, d.stride(0), 0 if z is None else z.stride(0), out.stride(0), means is not None, *end.constants,
         tile.rows, tile.columns,
     )  # fmt: skip
     return out

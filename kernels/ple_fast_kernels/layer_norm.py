@@ -44,9 +44,9 @@ def _at_norm(
 def _layer_norm_grad_kernel(
     D, Z, Mean, Rstd, NormW, NormBias, Seed, Out, Parts, B,
     UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, Z_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
-    PLACE: tl.constexpr, AFFINE: tl.constexpr, SAVE_PARTS: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
-    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SAVE_PARTS: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the product, of D, that of the layer's output; and per part of the rows the sums of
     ``batch_norm_sums``. A program has all units of its rows, in chunks of BLOCK_N."""
@@ -117,9 +117,9 @@ def layer_norm_grad(
     tile = whole_row_tile(d, units)
     launch(
         _layer_norm_grad_kernel, (count, members), tile, d.device,
-        d, z, end.mean, end.spread, end.weight, end.bias, end.seed, out, parts, rows,
-        units, members, d.stride(0), z.stride(0), out.stride(0), end.place, end.weight is not None, affine_grad,
-        *end.activation, *end.dropout_constants, PART_ROWS, tile.rows, tile.columns,
+        d, z, *end.pointers, out, parts, rows,
+        units, members, d.stride(0), z.stride(0), out.stride(0), affine_grad, *end.constants,
+        PART_ROWS, tile.rows, tile.columns,
     )  # fmt: skip
     if parts is None:
         return out, None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ple_fast_kernels import (
+    NO_END,
     NO_GATES,
     Dropout,
     LayerEnd,
@@ -58,6 +59,8 @@ class ForwardRun(Run):
 
     state: LevelState
     """As this pass reads it: one that is repeated moves no statistics."""
+    end: LayerEnd = NO_END
+    """Of the experts' last layer, where the mixtures do it."""
 
     def _product(
         self,
@@ -183,9 +186,12 @@ class ForwardRun(Run):
             a, tensor, columns, activation, dropout, met, tile, out, keep_input=need.output, with_gates=with_gates
         )
         assert y is not None
-        y, z, mean, spread = after_product(y, z, met, norm, activation, dropout, tile, out)
-        keep = NOTHING_KEPT._replace(normed=z, mean=mean, var=spread) if need.output else NOTHING_KEPT
-        return y, keep, found
+        defers = i == len(mlp.layers) - 1 and self.defers_end(mlp)
+        done = after_product(y, z, met, norm, activation, dropout, tile, out, defers=defers)
+        if defers:
+            self.end = done.end
+        keep = NOTHING_KEPT._replace(normed=done.z, mean=done.mean, var=done.spread) if need.output else NOTHING_KEPT
+        return done.y, keep, found
 
     def experts_forward(self) -> tuple[Tensor, list[list[LayerKept]], _Product | None]:
         """Outputs of all experts ``(B, E, H)``, what is kept per block, the logits if they were computed beside."""
@@ -257,6 +263,7 @@ class ForwardRun(Run):
             h,
             logits.value,
             self.mixtures,
+            end=self.end,
             offset=self.offset,
             temperature=plan.gate_spec.temperature,
             keep_weights=weights_wanted,

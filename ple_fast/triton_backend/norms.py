@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ple_fast_kernels import (
+    NO_END,
     Dropout,
     LayerEnd,
     Norm,
@@ -23,7 +24,7 @@ from ple_fast_kernels import (
 
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
-from ..torch_backend.mlp import LayerKept, accumulate
+from ..torch_backend.mlp import accumulate
 from .run import IDENTITY, dense
 
 
@@ -36,6 +37,18 @@ class NormOf(NamedTuple):
     after: bool
     members: int
     units: int
+
+
+class Ended(NamedTuple):
+    """A layer that is done, or all but its end."""
+
+    y: Tensor
+    z: Tensor | None
+    """The product, which backward reads."""
+    mean: Tensor | None
+    spread: Tensor | None
+    end: LayerEnd
+    """What is left to be done to ``y``."""
 
 
 def norm_of(spec: LayerSpec, tensor: LayerTensors, state: LayerState) -> NormOf | None:
@@ -116,72 +129,83 @@ def after_product(
     dropout: Dropout | None,
     tile: Tile,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The layer's output, and for backward the product, mean and spread; ``y``, ``z``: what the launch returned."""
+    *,
+    defers: bool,
+) -> Ended:
+    """What is left of a layer after its product's launch, which returned ``y`` and ``z``."""
     if met.kind in ("batch", "row"):
-        return y, z, met.first, met.second
+        return Ended(y, z, met.first, met.second, NO_END)
     assert met.first is not None
     end = LayerEnd(activation, dropout, met.weight, met.bias, eps=met.eps, after=met.after)
     if met.kind == "moments":
         mean, rstd = merged(met.first, norm.state, y.shape[0], tile)
-        done, end = layer_end_fwd(y, end._replace(mean=mean, spread=rstd), out=out)
+        end = end._replace(mean=mean, spread=rstd)
+        if defers:
+            return Ended(y, y, mean, rstd, end)
+        done, end = layer_end_fwd(y, end, out=out)
     else:
         done, end = layer_end_fwd(y, end, moments=met.first, part_units=tile.columns, out=out)
-    return done, y, end.mean, end.spread
+    return Ended(done, y, end.mean, end.spread, NO_END)
 
 
-def norm_backward(
-    d: Tensor,
-    z: Tensor,
-    norm: NormOf,
-    mean: Tensor | None,
-    spread: Tensor | None,
+def end_of(
+    norm: NormOf | None,
     activation: tuple[str, float],
     dropout: Dropout | None,
-    own: list[Tensor | None],
-    *,
-    affine: bool,
-) -> Tensor:
-    """Gradient of the product ``z`` of a layer with a norm, of ``d``, that of its output.
-
-    ``affine``: those of the norm's weight and bias too, into ``own``.
-    """
-    state = norm.state
-    uses_running = state.kind == "batch" and not state.batch
-    end = LayerEnd(
-        activation, dropout, dense(norm.weight), dense(norm.bias), dense(mean), dense(spread), uses_running, state.eps,
-        norm.after,
+    mean: Tensor | None,
+    spread: Tensor | None,
+) -> LayerEnd:
+    """What a layer ends in, for backward."""
+    if norm is None:
+        return LayerEnd(activation, dropout)
+    uses_running = norm.state.kind == "batch" and not norm.state.batch
+    return LayerEnd(
+        activation, dropout, dense(norm.weight), dense(norm.bias), dense(mean), dense(spread), uses_running,
+        norm.state.eps, norm.after,
     )  # fmt: skip
-    if state.kind == "layer":
-        d, dweight, dbias = layer_norm_grad(d, z, end, affine_grad=affine)
-    else:
-        dweight = dbias = means = None
-        if affine or state.batch:
-            like = end.weight if affine else None
-            dweight, dbias, means = norm_sums_merge(batch_norm_sums(d, z, end), z.shape[0], like, means=state.batch)
-        d = layer_end_grad(d, z, end, means)
-    accumulate(own, 2, dweight)
-    accumulate(own, 3, dbias)
-    return d
 
 
 def end_backward(
+    d: Tensor, read: Tensor | None, norm: NormOf | None, end: LayerEnd, own: list[Tensor | None], *, affine: bool
+) -> Tensor:
+    """Gradient of a layer's product, of ``d``, that of its output.
+
+    ``read``: the product; without a norm what the activation's derivative reads. ``affine``: also the gradients of the
+    norm's weight and bias, into ``own``.
+    """
+    if norm is None:
+        is_nothing = end.activation[0] == IDENTITY[0] and end.dropout is None
+        return d.contiguous() if is_nothing else layer_end_grad(d, read, end)
+    assert read is not None
+    if norm.state.kind == "layer":
+        d, dweight, dbias = layer_norm_grad(d, read, end, affine_grad=affine)
+        accumulate(own, 2, dweight)
+        accumulate(own, 3, dbias)
+        return d
+    parts = batch_norm_sums(d, read, end) if affine or norm.state.batch else None
+    return from_sums(d, read, parts, norm, end, own, affine=affine)
+
+
+def at_norm(end: LayerEnd) -> LayerEnd:
+    """``end`` as seen by the gradient of the norm's output: what comes after the norm has been undone."""
+    return end._replace(dropout=None, activation=end.activation if end.after else IDENTITY)
+
+
+def from_sums(
     d: Tensor,
-    spec: LayerSpec,
-    norm: NormOf | None,
-    keep: LayerKept,
-    dropout: Dropout | None,
+    z: Tensor,
+    parts: Tensor | None,
+    norm: NormOf,
+    end: LayerEnd,
     own: list[Tensor | None],
     *,
     affine: bool,
 ) -> Tensor:
-    """Gradient of a layer's product, of ``d``, that of its output."""
-    activation = (spec.activation[0], spec.activation[1])
-    if norm is not None:
-        assert keep.normed is not None
-        return norm_backward(
-            d, keep.normed, norm, keep.mean, keep.var, activation, dropout, own, affine=affine
-        )  # fmt: skip
-    if activation[0] == IDENTITY[0] and dropout is None:
-        return d.contiguous()
-    return layer_end_grad(d, keep.act, LayerEnd(activation, dropout))
+    """``end_backward`` of batch norm, with the sums of ``batch_norm_sums``; None: nobody wants them."""
+    means = None
+    if parts is not None and (affine or norm.state.batch):
+        like = end.weight if affine else None
+        dweight, dbias, means = norm_sums_merge(parts, z.shape[0], like, means=norm.state.batch)
+        accumulate(own, 2, dweight)
+        accumulate(own, 3, dbias)
+    return layer_end_grad(d, z, end, means)
