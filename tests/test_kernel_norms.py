@@ -39,7 +39,7 @@ from tests.kernel_helpers import ACTIVATIONS, DTYPES, apply, chain, guarded, hol
 pytestmark = pytest.mark.usefixtures("guard_bands")
 
 EPS = 1e-3
-SIZES = [(2, 1, 4), (37, 33, 6), (40, 64, 32), (70, 7, 300)]
+SIZES = [(2, 1, 4), (37, 33, 6), (40, 64, 32), (40, 7, 70)]
 """Rows, depth, units: below, beyond and exactly tiles; more units than layer norm's backward holds at once."""
 RELU, SILU, TANH = ("relu", 0.0), ("silu", 0.0), ("tanh", 0.0)
 
@@ -328,7 +328,7 @@ def test_backward_of_norms(activation: tuple[str, float], after: bool, kind: str
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer"])
-@pytest.mark.parametrize(("rows", "units"), [(2, 1), (33, 33), (300, 40), (40, 300)])
+@pytest.mark.parametrize(("rows", "units"), [(2, 1), (33, 33), (300, 8), (40, 70)])
 def test_backward_of_sizes(rows: int, units: int, kind: str, device: torch.device) -> None:
     """Several parts of the rows, several tiles or chunks of the units, and one of each."""
     d, z = values(rows, 2, units, device=device), values(rows, 2, units, device=device, seed=3)
@@ -362,8 +362,8 @@ def test_dtypes(dtype: torch.dtype, kind: str, device: torch.device) -> None:
 
 
 def test_the_same_inputs_give_the_same_bits(device: torch.device) -> None:
-    z, d = (values(300, 2, 40, dtype=torch.float32, device=device, seed=s) for s in (0, 1))
-    weight, bias = (t.float() for t in parameters(40, device))
+    z, d = (values(300, 2, 8, dtype=torch.float32, device=device, seed=s) for s in (0, 1))
+    weight, bias = (t.float() for t in parameters(8, device))
     for kind in ("batch", "layer"):
         end = LayerEnd(SILU, dropout_on(device), weight, bias, *statistics(z, kind, SILU, False), eps=EPS)
         first, second = (backward(d, z, end, kind) for _ in range(2))

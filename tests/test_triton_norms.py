@@ -106,7 +106,7 @@ SPECS: dict[str, Any] = {
     "dropout": MLPSpec((6, 4), "sigmoid", dropout=0.3),
     "mixed": MLPSpec((6, 5, 4), "relu", norm=("layer", None, "batch"), dropout=(0.0, 0.3, 0.3)),
     "learned": MLPSpec((6, 5, 4), ("prelu", "relu", "dice"), norm=("batch", "layer", None), dropout=0.3),
-    "blocks": (MLPSpec((6, 4), norm="batch", dropout=0.3),) * 3 + (MLPSpec((6, 4), "silu", norm="layer", dropout=0.1),),
+    "blocks": (MLPSpec((6, 4), norm="batch", dropout=0.3),) * 2 + (MLPSpec((6, 4), "silu", norm="layer", dropout=0.1),),
 }
 
 
@@ -165,12 +165,10 @@ def test_second_derivatives_see_the_same_mask(name: str, recompute: bool, device
     y = module(x)
     dy = torch.randn_like(y)
     leaves = [x, *module.parameters()]
-    by_hand = torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
-    composed = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
+    by_hand = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    composed = torch.autograd.grad(y, leaves, dy, create_graph=True)
     for a, b in zip(by_hand, composed, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_masks_differ_from_step_to_step_and_follow_the_generator(device: torch.device) -> None:

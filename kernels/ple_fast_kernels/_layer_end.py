@@ -94,10 +94,17 @@ def store_column_moments(x, m_m, rows, i_m, Moments, o_c, m_c, WIDTH: tl.constex
 
 
 @triton.jit
-def row_moments(x, m_n, units):
-    """Mean and sum of squared distances of the rows of a tile over its ``units`` columns, those of the mask ``m_n``."""
-    mean = tl.sum(tl.where(m_n[None, :], x, 0.0), 1) / units
-    gap = tl.where(m_n[None, :], x - mean[:, None], 0.0)
+def row_moments(x, m_n, units, IS_FULL: tl.constexpr):
+    """Mean and sum of squared distances of the rows of a tile over its ``units`` columns, those of the mask ``m_n``.
+
+    ``IS_FULL``: all of them.
+    """
+    if not IS_FULL:
+        x = tl.where(m_n[None, :], x, 0.0)
+    mean = tl.sum(x, 1) / units
+    gap = x - mean[:, None]
+    if not IS_FULL:
+        gap = tl.where(m_n[None, :], gap, 0.0)
     return mean, tl.sum(gap * gap, 1)
 
 
@@ -122,15 +129,13 @@ def finish_running(x, Mean, Variance, NormW, NormBias, o_c, m_c, PLACE: tl.const
                    AFFINE: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """``finish`` with running statistics, which are a factor and a summand per column."""
     if PLACE != "none":
-        mean, scale = column_statistics(Mean, Variance, o_c, m_c, EPS, True, WIDE)
-        weight, shift = affine(NormW, NormBias, o_c, m_c, AFFINE, WIDE)
-        scale = scale * weight
-        shift = shift - mean * scale
+        mean, rstd = column_statistics(Mean, Variance, o_c, m_c, EPS, True, WIDE)
+        weight, bias = affine(NormW, NormBias, o_c, m_c, AFFINE, WIDE)
         if PLACE == "before":
-            x = x * scale + shift
+            x = (x - mean) * (rstd * weight) + bias
     x = activate(x, NAME, VALUE)
     if PLACE == "after":
-        x = x * scale + shift
+        x = (x - mean) * (rstd * weight) + bias
     return x
 
 

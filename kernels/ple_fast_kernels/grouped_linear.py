@@ -14,10 +14,10 @@ from ._layer_end import (
     Norm,
     affine,
     column_statistics,
-    finish,
     finish_running,
     norm_constants,
     norm_pointers,
+    normalise,
     row_moments,
     store_column_moments,
     to_norm,
@@ -79,20 +79,24 @@ def _grouped_linear_fwd_kernel(
                 store_column_moments(value, m_m, rows, i_m, First, o_c, m_n, UNITS * len(SLOT))
             elif KIND == "row_moments":
                 value = activate(acc, NAME, VALUE) if PLACE == "after" else acc
-                mean, squares = row_moments(value, m_n, tl.minimum(UNITS - (i_n % TILES) * BLOCK_N, BLOCK_N))
+                mean, squares = row_moments(
+                    value, m_n, tl.minimum(UNITS - (i_n % TILES) * BLOCK_N, BLOCK_N), UNITS % BLOCK_N == 0
+                )
                 p_r = First + (o_m * MEMBER_TILES + i_n) * 2
                 tl.store(p_r, mean, mask=m_m)
                 tl.store(p_r + 1, squares, mask=m_m)
             else:
                 if KIND == "row":  # the tile has all units
                     value = activate(acc, NAME, VALUE) if PLACE == "after" else acc
-                    mean, squares = row_moments(value, m_n, UNITS)
+                    mean, squares = row_moments(value, m_n, UNITS, UNITS == BLOCK_N)
                     rstd = 1.0 / tl.sqrt(squares / UNITS + EPS)
                     if SAVE_Z:
                         tl.store(First + o_m * len(SLOT) + e, mean, mask=m_m)
                         tl.store(Second + o_m * len(SLOT) + e, rstd, mask=m_m)
                     norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
-                    acc = finish(acc, mean[:, None], rstd[:, None], norm_w, norm_b, PLACE, NAME, VALUE)
+                    acc = normalise(value, mean[:, None], rstd[:, None], norm_w, norm_b)
+                    if PLACE == "before":
+                        acc = activate(acc, NAME, VALUE)
                 else:
                     acc = finish_running(acc, First, Second, NormW, NormBias, o_c, m_n, PLACE, EPS, AFFINE, NAME,
                                          VALUE, wide)  # fmt: skip
@@ -173,13 +177,18 @@ END_BYTES = 256
 """Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
 
 
-def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool) -> Tile:
+WHOLE_ROWS = 64
+"""Rows at most of a tile that does layer norm."""
+
+
+def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool, by_row: bool = False) -> Tile:
     """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
 
-    ``has_end``: a norm or dropout follows.
+    ``has_end``: a norm or dropout follows; ``by_row``: layer norm.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    return _with_end(tile, a) if has_end else tile
+    tile = _with_end(tile, a) if has_end else tile
+    return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
 
 
 def _with_end(tile: Tile, like: Tensor) -> Tile:
@@ -242,7 +251,8 @@ def grouped_linear_fwd(
         total = gate_weight.shape[0]
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
     if tile is None:
-        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None)
+        by_row = norm is not None and norm.kind.startswith("row")
+        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     launch(

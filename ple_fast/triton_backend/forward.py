@@ -169,8 +169,8 @@ class ForwardRun(Run):
         norm = norm_of(spec, tensor, state)
         by_output = from_output(spec.activation)
         members, units, _ = tensor.weight.shape
-        has_end = norm is not None or dropout is not None
-        tile = linear_tile(a, members, units, self.precision, has_end=has_end)
+        has_end, by_row = norm is not None or dropout is not None, norm is not None and norm.state.kind == "layer"
+        tile = linear_tile(a, members, units, self.precision, has_end=has_end, by_row=by_row)
         if norm is None:
             y, z, found = self._product(
                 a, tensor, columns, activation, dropout, None, tile, out, keep_input=need.output and not by_output,
