@@ -36,6 +36,8 @@ class Record:
     names: tuple[str, ...]
     """The entries of the site's state dict, in order."""
     style: StateStyle
+    notes: tuple[Any, Any] = (None, None)
+    """``Converter.noted`` before and after the swap."""
 
 
 class FusedTrunk(nn.Module):

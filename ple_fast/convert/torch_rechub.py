@@ -28,11 +28,7 @@ def from_torch_rechub(source: nn.Module | Mapping[str, Tensor], *, like: PLE | N
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    if isinstance(source, nn.Module):
-        return LIBRARY.to_ours(source)
-    if like is None:
-        raise ValueError("like: a state dict says nothing of activations and rates; pass a PLE of that configuration")
-    return LIBRARY.checkpoint_to_ours(source, like, prefix)
+    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
 
 
 def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -46,10 +42,7 @@ def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: torch-rechub cannot represent the trunk, or ``target`` is of another configuration.
     """
-    if target is None:
-        return LIBRARY.tree(ple)
-    LIBRARY.fill(ple, target)
-    return target
+    return LIBRARY.to_tree_or_target(ple, target)
 
 
 def _forward(self: Any, x_list: Sequence[Tensor]) -> list[Tensor]:

@@ -71,6 +71,23 @@ class Library:
             raise TypeError(f"expected a model of {self.converter.library}, got {kind(module)}")
         return PLE.from_levels([source.pack().level for source in self.sources(module)])
 
+    def from_model_or_checkpoint(self, source: nn.Module | Mapping[str, Tensor], like: PLE | None, prefix: str) -> PLE:
+        """``from_X``."""
+        if isinstance(source, nn.Module):
+            return self.to_ours(source)
+        if like is None:
+            raise ValueError(
+                "like: a state dict says nothing of activations and rates; pass a PLE of that configuration"
+            )
+        return self.checkpoint_to_ours(source, like, prefix)
+
+    def to_tree_or_target(self, ple: PLE, target: nn.Module | None) -> nn.Module:
+        """``to_X``."""
+        if target is None:
+            return self.tree(ple)
+        self.fill(ple, target)
+        return target
+
     def tree(self, ple: PLE) -> nn.Module:
         """Ordinary modules with the library's names and the trunk's weights.
 
