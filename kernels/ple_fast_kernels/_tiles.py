@@ -56,7 +56,7 @@ _SM90: Table = {
     "fused/ieee": _preferred(*_FUSED_IEEE),
     "two_layers/half": _preferred(*_FUSED_HALF[:2]),
     "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
-    "two_layers/ieee": _preferred(_FUSED_FLOAT[0]._replace(stages=2)),
+    "two_layers/ieee": _preferred(_FUSED_IEEE[0]),
     "combine": _preferred(Tile(8, 128, 0, 8, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
