@@ -221,6 +221,18 @@ def test_low_precision_with_norms(
     assert_in_kernels()
 
 
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_low_precision_of_a_batch_norm_that_the_mixtures_do(
+    dtype: torch.dtype, position: Any, device: torch.device
+) -> None:
+    spec = MLPSpec((24, 32), "silu", norm="batch", norm_position=position)
+    module = level(TOPOLOGIES["no-own-expert"], spec, in_features=20).to(device)
+    leaves = [leaf.to(device) for leaf in draw("one", 64, 1, 20)]
+    compare_low_precision(module, leaves, dtype=dtype, slots=3)
+    assert_in_kernels()
+
+
 def _hold_on(device: torch.device, configuration: dict[str, Any], train: bool) -> None:
     with use_backend("triton"):
         hold_drawn(configuration, device=device, train=train)
