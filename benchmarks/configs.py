@@ -39,6 +39,11 @@ class TrunkConfig:
     num_levels: int = 2
     dtype: str = "float32"
     later_units: tuple[int, ...] = ()
+    norm: Literal["batch", "layer"] | None = None
+    """Of the experts' layers, and of the gates' one hidden layer (``gate_units``): for the compiler, never timed."""
+    dropout: float = 0.0
+    gate_units: tuple[int, ...] = ()
+    logits_norm: Literal["batch"] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -94,6 +99,13 @@ SIZES: dict[str, TrunkConfig] = {
         # For the compiler: 36 experts and 9 mixtures; widths that no tile divides.
         TrunkConfig("many_tasks", 4096, 256, 8, task_experts=4, shared_experts=4, units=(128, 64)),
         TrunkConfig("odd", 1000, 100, 3, units=(72, 200)),
+        # Norms and dropout: hidden layers of the gates, a norm of the logits; layers that no tile of a product covers.
+        TrunkConfig("batch_norm", 16384, 512, 3, norm="batch", dropout=0.1, logits_norm="batch", num_levels=1),
+        TrunkConfig("batch_norm_small", 4096, 256, 2, units=(128, 64), norm="batch", logits_norm="batch", num_levels=1),
+        TrunkConfig(
+            "layer_norm", 16384, 512, 3, units=(300, 128), norm="layer", dropout=0.1, gate_units=(64,), num_levels=1
+        ),
+        TrunkConfig("dropout", 16384, 512, 3, dropout=0.1, num_levels=1),
     )
 }
 
@@ -119,7 +131,10 @@ def suite_config(name: str) -> TrunkConfig:
     return SIZES[base].at(int(batch)) if batch else SIZES[base]
 
 
-AOT_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd")
+AOT_SIZES: tuple[str, ...] = (
+    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd",
+    "batch_norm", "batch_norm_small", "layer_norm", "dropout",
+)  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
     "medium": ("bfloat16", "float32/tf32"),
@@ -128,6 +143,10 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "paper_gpu": ("bfloat16", "float32/tf32"),
     "many_tasks": ("bfloat16", "float32/tf32"),
     "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "batch_norm": ("bfloat16", "float32/tf32"),
+    "batch_norm_small": ("bfloat16", "float32/ieee", "float64"),
+    "layer_norm": ("bfloat16", "float32/tf32"),
+    "dropout": ("bfloat16", "float32/tf32"),
 }
 """What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
 

@@ -107,7 +107,7 @@ def extraction_level(
     plan: LevelPlan,
     layers: Sequence[LayerTensors],
     gate: GateTensors,
-    state: Callable[[int], LevelState],
+    state: Callable[[int, str], LevelState],
     *,
     in_features: int,
     gate_features: int,
@@ -121,7 +121,7 @@ def extraction_level(
         x: ``(B, D)``, ``(B, S, D)`` or S tensors ``(B, D)``.
         gate_input: what the gates read, in the same forms; None: ``x``.
         plan, layers, gate: the level, see ``plan.py``.
-        state: gives the level's state for a number of rows; called once, after the checks of the input.
+        state: gives the level's state for a number of rows on a backend; called once, after the checks of the input.
         in_features, gate_features: widths of ``x`` and of what the gates read.
         return_gates: also return the weights of every mixture.
         recompute: save inputs only, and run the forward again in backward.
@@ -175,7 +175,7 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    now = state(batch)
+    now = state(batch, choice.name)
     way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
     if way == "composed" and choice.name == "triton":
         if composes and _is_compiled_alone(weight) and is_plain(now):

@@ -13,6 +13,7 @@ from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count
+from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
 from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
 from .symbolic import call_module, is_symbolic
@@ -158,15 +159,15 @@ class ExtractionNetwork(CheckedModule):
     def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
         return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()
 
-    def _state(self, batch: int) -> LevelState:
-        """What one call on ``batch`` rows reads besides parameters; draws the dropout seed."""
+    def _state(self, batch: int, backend: str) -> LevelState:
+        """What one call on ``batch`` rows reads besides parameters; draws the dropout seed, for ``backend``."""
         stacked = self._stacked_layers()
         layers = tuple(layer.state(batch) for layer in stacked)
-        seed = None
+        seed: int | Tensor | None = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
         if drops and not must_compose(stacked[0].weight):
-            seed = int(torch.randint(2**31 - 1, (), device="cpu"))  # wherever the default device is
+            seed = draw_seed(stacked[0].weight.device, backend)
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload

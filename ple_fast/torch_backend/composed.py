@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from ..specs import LayerSpec
 from . import gate_combine as gates
-from .dropout import mask
+from .dropout import keep_mask
 from .row_dice import row_dice_forward
 from .slots import Slots, groups_of
 
@@ -112,7 +112,7 @@ def _after_linear(
     spec: LayerSpec,
     tensor: LayerTensors,
     state: LayerState,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     moves_statistics: bool,
 ) -> Tensor:
@@ -127,8 +127,10 @@ def _after_linear(
     if spec.norm_position == "after":
         z = _norm(z, tensor, state, moves_statistics)
     if state.dropout:
-        # Without a seed the program is being traced, and PyTorch's own generator is what it can trace.
-        z = F.dropout(z, state.dropout) if seed is None else z * mask(seed, position, 0, z, state.dropout)
+        if seed is None:  # the program is being traced, and PyTorch's own generator is what it can trace
+            z = F.dropout(z, state.dropout)
+        else:
+            z = z * keep_mask(seed, position, 0, z, state.dropout) / (1.0 - state.dropout)
     return z
 
 
