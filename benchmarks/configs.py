@@ -210,3 +210,43 @@ GRID: tuple[TrunkConfig, ...] = tuple(
 )
 GRID_MODES: tuple[Mode, ...] = ("train", "inference")
 QUICK_GRID: tuple[str, ...] = ("b1-t2-l1", "b128-t3-l2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: embeddings of one width for every categorical field, a PLE trunk, a tower per task."""
+
+    fields: tuple[tuple[str, int], ...]
+    """Name and vocabulary."""
+    width: int
+    num_tasks: int
+    task_experts: int
+    shared_experts: int
+    units: tuple[int, ...]
+    num_levels: int
+    tower_units: tuple[int, ...]
+
+
+# The fields of KuaiRand-Pure's log (Gao et al., CIKM 2022) with about as many values as it has; ids are random.
+KUAIRAND = ModelConfig(
+    fields=(
+        *(("user_id", 25_200), ("video_id", 6_400), ("author_id", 5_700), ("music_id", 6_100), ("tag", 110)),
+        *(("tab", 15), ("hour", 24), ("upload_type", 12), ("video_type", 3), ("music_type", 6)),
+        *(("user_active_degree", 9), ("follow_range", 8), ("fans_range", 9), ("friend_range", 7)),
+        *(("register_range", 8), ("is_live_streamer", 2), ("is_video_author", 2)),
+        *(
+            (f"onehot_feat{i}", size)
+            for i, size in enumerate((2, 7, 49, 1421, 16, 34, 3, 115, 449, 7, 5, 5, 3, 3, 3, 3, 3, 3))
+        ),
+    ),
+    width=16,
+    num_tasks=3,
+    task_experts=2,
+    shared_experts=2,
+    units=(256, 128),
+    num_levels=2,
+    tower_units=(64,),
+)
+WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 4096), ("train", 256), ("inference", 512))
+"""(mode, batch) of the whole models."""
+QUICK_WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 256),)
