@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .moves import Move, check_optimizers, holders, move_gradients, references, remap
+from .moves import Move, check_optimizers, holders, move_gradients, ordered_groups, references, remap, settle
 from .registry import Converter, converter_named, find
 from .swap import (
     CHILD,
@@ -42,8 +42,8 @@ class Replaced:
     parameters: dict[str, tuple[str, ...]]
     """Per new parameter the names of the old ones that it holds: for rules by name or by number of dimensions."""
     unread: tuple[str, ...] = ()
-    """Tensors that the library keeps and never reads: kept in the state dict; no parameters any more, unless a penalty
-    trains them."""
+    """Tensors that the library keeps and never reads: still in the state dict, and no parameters any more. What a
+    penalty trains all the same is in ``parameters``."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,21 @@ def accelerate(
             f"  {site.path or 'the model'} ({site.library}): {site.why}" for site in left))  # fmt: skip
     sites = [plan.site for plan in plans]
     moves = [move for site in sites for move in site.moves]
-    _check_holders(sites, model, moves, given)
+    renewed = _renewed(sites)
+    _check_holders(sites, renewed, model, moves, given)
     check_optimizers(given, moves)
     move_gradients(moves)
     names = {id(p): name for name, p in model.named_parameters()}
-    for site, trunk in plans:
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
+    for (site, trunk), attributes in zip(plans, renewed, strict=True):
+        note = site.converter.noted(site.module)
         swap_in(site.module, trunk, site.converter)
-        site.converter.remap(site.module, site.moves)
+        vars(site.module).update(attributes)
+        assert trunk.record is not None
+        trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
     return _report(plans, names, model, left)
 
 
@@ -161,17 +168,23 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
     ]
     moves = [move for site in sites for move in site.moves]
     try:
-        _check_holders(sites, model, moves, given)
+        renewed = _renewed(sites)
+        _check_holders(sites, renewed, model, moves, given)
         check_optimizers(given, moves)
         move_gradients(moves)
     except ValueError:
         for site in sites:
             dematerialise(site.module)
         raise
-    for site in sites:
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
+    for site, attributes in zip(sites, renewed, strict=True):
+        old_note, note = site.module.trunk().record.notes
+        as_left = None not in (old_note, note) and site.converter.noted(site.module) == note
         swap_out(site.module)
-        site.converter.remap(site.module, site.moves)
+        vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
     return tuple(site.path for site in sites)
 
 
@@ -244,18 +257,21 @@ def _try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     def draw(width: int) -> Tensor:
         return torch.randn(TRIAL_ROWS, width, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
-    arguments = converter.trial(site, draw)
     modes = {module: module.training for module in [*site.modules(), *trunk.modules()]}
+    rows: list[tuple[Tensor, Tensor]] = []
     try:
         for module in modes:
             module.training = False
-        expected = getattr(type(site), converter.trial_method)(site, *arguments)
         fused = stand_in(site, trunk, converter)
-        got = getattr(type(fused), converter.trial_method)(fused, *arguments)
+        for arguments in converter.trials(site, draw):
+            try:
+                expected = _outputs(site, converter, arguments)
+            except Exception as error:
+                raise ValueError(f"it fails on random input by itself: {error!r}") from error
+            rows += zip(expected, _outputs(fused, converter, arguments), strict=False)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    rows = list(zip(_flat(expected), _flat(got), strict=False))
     tolerance = max(1e-9, 200 * torch.finfo(like.dtype).eps)
     for i, (theirs, ours) in enumerate(rows):
         scale = float(theirs.abs().max()) if theirs.numel() else 0.0
@@ -268,6 +284,21 @@ def _try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
         raise ValueError("on random input it has no output")
 
 
+def _outputs(site: nn.Module, converter: Converter, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What a trial run compares: outputs, and what reaches the probes."""
+    reached: list[Tensor] = []
+    hooks = [
+        probe.register_forward_pre_hook(lambda _, inputs: reached.extend(_flat([x.clone() for x in inputs])))
+        for probe in converter.probes(site)
+    ]
+    try:
+        outputs = getattr(type(site), converter.trial_method)(site, *arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*reached, *_flat(outputs)]
+
+
 def _flat(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -276,17 +307,34 @@ def _flat(value: Any) -> list[Tensor]:
     return [tensor for item in value or () for tensor in _flat(item)]
 
 
-def _check_holders(sites: Sequence[_Site], model: nn.Module, moves: Sequence[Move], given: Sequence[Optimizer]) -> None:
+def _renewed(sites: Sequence[_Site]) -> list[dict[str, Any]]:
+    return [site.converter.renewed(site.module, site.moves) for site in sites]
+
+
+def _check_holders(
+    sites: Sequence[_Site],
+    attributes: Sequence[dict[str, Any]],
+    model: nn.Module,
+    moves: Sequence[Move],
+    given: Sequence[Optimizer],
+) -> None:
     """Nobody keeps parameters that are about to be replaced, but who is renewed with them."""
     olds = [move.old for move in moves]
     found = holders(olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
+        own = [
+            ".".join(filter(None, ("model", path, name)))
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if any(value is optimizer for optimizer in found)
+        ]
         raise ValueError(
             f"optimizers: {len(found)} optimizer ({names}) holds parameters that would be replaced, and would train "
-            "them in vain; pass it (optimizers=[...]), or build it afterwards and delete the old one"
+            f"them in vain; pass it (optimizers=[{', '.join(own) or '...'}]), or build it afterwards and delete the "
+            "old one"
         )
-    renewed = {(id(site.module), name) for site in sites for name in site.converter.referring(site.module)}
+    renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
     for path, module in model.named_modules():
         for name in references(module, olds):
             if (id(module), name) not in renewed:
@@ -308,5 +356,7 @@ def _report(plans: Sequence[_Plan], names: dict[int, str], model: nn.Module, lef
         own = f"{site.path}.{CHILD}." if site.path else f"{CHILD}."
         assert trunk.record is not None
         mine = {name: old for name, old in parameters.items() if name.startswith(own)}
-        replaced.append(Replaced(site.path, site.converter.name, mine, tuple(trunk.record.unread)))
+        buffers = {name for name, _ in trunk.named_buffers()}
+        unread = tuple(name for name, held in trunk.record.unread.items() if held in buffers)
+        replaced.append(Replaced(site.path, site.converter.name, mine, unread))
     return Report(tuple(replaced), tuple(left), parameters)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules import ExtractionNetwork
 from ..modules.layers import ExpertBlock, Gate, StackedDice, StackedLayer
@@ -29,11 +29,16 @@ class LevelSource:
     gates: Sequence[Any]
     """One stack per mixture, None for a static one."""
     gate_input: Literal["previous", "raw"] | None = None
-    unread: Sequence[nn.Module] = ()
-    """Modules with tensors that the library keeps beside the level and never reads."""
+    unread: Sequence[nn.Module | Tensor] = ()
+    """Tensors, and modules with tensors, that the library keeps beside the level and never reads."""
     offsets: Mapping[int, tuple[str, Index]] = field(default_factory=dict)
     """Per mixture whose gate ends in a ``WeightOffset`` made by the reader: the name of the library's tensor, and where
-    in it the scalars lie."""
+    in it the scalars lie. One that is missing here stands for constants of the library, and should be frozen."""
+
+    def unread_tensors(self) -> Iterator[Tensor]:
+        """All tensors of ``unread``."""
+        for item in self.unread:
+            yield from [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
 
     def pack(self) -> Packed:
         """The fused level.
@@ -106,7 +111,7 @@ def pieces_of(site: nn.Module, source: LevelSource, found: Packed, prefix: str) 
         if o in source.offsets:
             name, inside = source.offsets[o]
             pieces.append(Piece(name, inside, names.tensors[id(offset.stacked)], offset.place))
-        else:
+        elif id(stack.offset) in names.modules:
             pieces.append(names.piece(offset, stack.offset))
     return pieces, twins
 

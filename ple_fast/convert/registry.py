@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,16 +51,40 @@ class Converter(ABC):
     def trial(self, site: nn.Module, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         """Arguments of ``trial_method`` on random data: ``draw(width)`` is ``(rows, width)`` as the site wants it."""
 
-    def referring(self, site: nn.Module) -> Sequence[str]:
-        """Names of the site's attributes that hold parameters, as ``remap`` renews them."""
+    def trials(self, site: nn.Module, draw: Callable[[int], Tensor]) -> Iterable[tuple[Any, ...]]:
+        """``trial``, once per call that the comparison needs: per level, say."""
+        return [self.trial(site, draw)]
+
+    def probes(self, site: nn.Module) -> Sequence[nn.Module]:
+        """Modules that stay and read what the fused trunk gives: the trial run compares what reaches them, too."""
         return ()
 
     def trained_unread(self, site: nn.Module) -> Sequence[nn.Parameter]:
         """Parameters of ``LevelSource.unread`` that get a gradient all the same, from a penalty, say."""
         return ()
 
-    def remap(self, site: nn.Module, moves: Sequence[Move]) -> None:  # noqa: B027  # most have nothing to do
-        """Put new parameters in the place of old ones in what ``referring`` names, after a swap in either direction."""
+    def renewed(self, site: nn.Module, moves: Sequence[Move]) -> dict[str, Any]:
+        """Values of the site's attributes that hold parameters, with new ones in the place of old ones.
+
+        It is called before a swap in either direction, and leaves the site as it is.
+
+        Raises:
+            ValueError: they cannot be renewed; the message says why and what to do.
+        """
+        return {}
+
+    def noted(self, site: nn.Module) -> Any:
+        """The attributes of ``renewed`` by the names of the parameters, so that it survives a copy; None: no note."""
+        return None
+
+    def recalled(self, site: nn.Module, note: Any) -> dict[str, Any]:
+        """Values of the attributes out of ``noted``, which was called when the site was in its present form."""
+        return {}
+
+
+def random_ids(draw: Callable[[int], Tensor], width: int, vocabulary: int) -> Tensor:
+    """Ids ``(rows, width)`` for a trial run, as ``draw`` has its device; small enough to be exact in every dtype."""
+    return (draw(width).float().abs() * 1000).long() % min(vocabulary, 256)
 
 
 _CONVERTERS: list[Converter] = []

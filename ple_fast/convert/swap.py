@@ -36,6 +36,8 @@ class Record:
     names: tuple[str, ...]
     """The entries of the site's state dict, in order."""
     style: StateStyle
+    notes: tuple[Any, Any] = (None, None)
+    """``Converter.noted`` before and after the swap."""
 
 
 class FusedTrunk(nn.Module):
@@ -79,7 +81,7 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
         pieces, twins = pieces + own, twins + modes
     replaced = [name for name in converter.children if name in site._modules]
     tensors = {name: tensor for name, tensor in _tensors(site) if name.partition(".")[0] in replaced}
-    unread = _hold_unread(site, trunk, converter, [m for source in sources for m in source.unread], tensors)
+    unread = _hold_unread(site, trunk, converter, [t for source in sources for t in source.unread_tensors()], tensors)
     lost = sorted(tensors.keys() - {piece.original for piece in pieces} - unread.keys())
     foreign = sorted({piece.original for piece in pieces} - tensors.keys())
     if lost or foreign:
@@ -100,10 +102,10 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _hold_unread(
-    site: nn.Module, trunk: FusedTrunk, converter: Converter, unread: list[nn.Module], tensors: Mapping[str, Tensor]
+    site: nn.Module, trunk: FusedTrunk, converter: Converter, unread: list[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Keep what nothing reads: a buffer, unless something still trains it; a parameter without gradient breaks DDP."""
-    wanted = {id(t) for module in unread for t in [*module.parameters(), *module.buffers()]}
+    wanted = {id(tensor) for tensor in unread}
     trained = {id(p) for p in converter.trained_unread(site)}
     names: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -387,5 +389,6 @@ def _to_fused(
     missing += [name for name in sorted(absent) if name.removeprefix(prefix) in saved]
     for piece in _all_pieces(record):
         state.pop(prefix + piece.original, None)
-    for name, value in values.items():
+    constants = {name: tensor.detach() for name, tensor in _tensors(trunk) if name not in values}
+    for name, value in {**values, **constants}.items():
         state[f"{prefix}{CHILD}.{name}"] = value

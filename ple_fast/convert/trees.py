@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -71,6 +72,23 @@ class Library:
             raise TypeError(f"expected a model of {self.converter.library}, got {kind(module)}")
         return PLE.from_levels([source.pack().level for source in self.sources(module)])
 
+    def from_model_or_checkpoint(self, source: nn.Module | Mapping[str, Tensor], like: PLE | None, prefix: str) -> PLE:
+        """``from_X``."""
+        if isinstance(source, nn.Module):
+            return self.to_ours(source)
+        if like is None:
+            raise ValueError(
+                "like: a state dict says nothing of activations and rates; pass a PLE of that configuration"
+            )
+        return self.checkpoint_to_ours(source, like, prefix)
+
+    def to_tree_or_target(self, ple: PLE, target: nn.Module | None) -> nn.Module:
+        """``to_X``."""
+        if target is None:
+            return self.tree(ple)
+        self.fill(ple, target)
+        return target
+
     def tree(self, ple: PLE) -> nn.Module:
         """Ordinary modules with the library's names and the trunk's weights.
 
@@ -90,6 +108,19 @@ class Library:
     def cannot(self, why: str) -> NoReturn:
         """Refuse a trunk that the library cannot represent."""
         raise ValueError(f"{self.converter.library} cannot represent this trunk: {why}")
+
+    def linear_gates(self, gates: Sequence[PlainStack]) -> list[nn.Linear]:
+        """Of a library whose gates are one linear layer and a softmax.
+
+        Raises:
+            ValueError: they are more, or less.
+        """
+        for gate in gates:
+            last = gate.layers[-1] if gate.layers else None
+            plain = last is not None and len(gate.layers) == 1 and last.norm is None and last.linear.bias is not None
+            if not plain or gate.temperature != 1.0:
+                self.cannot("its gates are one linear layer with a bias, and a softmax")
+        return [gate.layers[0].linear for gate in gates]
 
     def checkpoint_to_ours(self, state_dict: Mapping[str, Tensor], like: PLE, prefix: str) -> PLE:
         """``from_X`` of a checkpoint, for a trunk made like ``like``, which stays as it is."""
@@ -120,12 +151,7 @@ class Library:
         """
         tree = self.tree(ple)
         own, theirs = tree.state_dict(), target.state_dict()
-        unread = {
-            id(tensor)
-            for source in self.sources(target)
-            for module in source.unread
-            for tensor in [*module.parameters(), *module.buffers()]
-        }
+        unread = {id(tensor) for source in self.sources(target) for tensor in source.unread_tensors()}
         kept = {name for name, t in [*target.named_parameters(), *target.named_buffers()] if id(t) in unread}
         roots = {name.partition(".")[0] for name in own}
         wrong = [
@@ -165,6 +191,25 @@ def tree(content: Any) -> nn.Module:
     made = nn.Module()
     for name, child in content.items():
         made.add_module(name, tree(child))
+    return made
+
+
+def in_order(layers: Sequence[PlainLayer], *, always_dropout: bool = False) -> Iterator[nn.Module]:
+    """The modules of layers in the order in which they run; with ``always_dropout`` one of rate 0 for none."""
+    for layer in layers:
+        before, after = (None, layer.norm) if layer.norm_after else (layer.norm, None)
+        dropout = layer.dropout or (nn.Dropout(0.0) if always_dropout else None)
+        for module in (layer.linear, before, layer.activation, after, dropout):
+            if module is not None:
+                yield module
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """A copy with zeros, in the place of what the library never reads."""
+    made = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in [*made.parameters(), *made.buffers()]:
+            tensor.zero_()
     return made
 
 

@@ -1,9 +1,11 @@
-"""The wiring that the libraries' levels have in common."""
+"""The wiring that the libraries' levels have in common, and their outputs as lists."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from ..topology import Topology
 
@@ -31,3 +33,9 @@ def ple_wiring(
     return Topology(
         (*slots, *(tasks for _ in common)), tuple(range(len(mixtures))), tuple(mixtures), num_slots=tasks + 1
     )
+
+
+def mixtures(level: Any, x: Any) -> list[Tensor]:
+    """The mixtures ``(B, H)`` of a level one by one, also where torch.fx traces it as a leaf."""
+    rows = level(x).unbind(1)
+    return [rows[o] for o in range(level.topology.num_mixtures)]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
-from .dropout import MASK_ROWS
 from .grouped_linear import slots_linear_backward, slots_linear_forward
 from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, accumulate, mlp_backward, mlp_forward, needs_of
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
@@ -24,6 +23,8 @@ from .slots import Groups, Place, SlotGrads, Slots, rows_of
 
 BLOCK_BYTES = 13 << 20
 """Activations of a row block take about this much."""
+ROW_STEP = 512
+"""Row blocks begin at multiples of this."""
 
 
 class LevelInput(NamedTuple):
@@ -128,10 +129,10 @@ def tables(plan: LevelPlan) -> Tables:
 def row_blocks(inputs: LevelInput) -> list[slice]:
     """Blocks of rows; the whole batch where statistics, or sums in low precision, run over all of it."""
     batch, weight = inputs.x.batch, inputs.layers[0].weight
-    if batch <= MASK_ROWS or inputs.state.uses_batch or weight.dtype not in (torch.float32, torch.float64):
+    if batch <= ROW_STEP or inputs.state.uses_batch or weight.dtype not in (torch.float32, torch.float64):
         return [slice(0, batch)]
     size = BLOCK_BYTES // (tables(inputs.plan).width * weight.element_size())
-    size = max(MASK_ROWS, size // MASK_ROWS * MASK_ROWS)
+    size = max(ROW_STEP, size // ROW_STEP * ROW_STEP)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
-from .dropout import mask
+from .dropout import keep_mask
 from .grouped_linear import slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
     BatchNormSaved,
@@ -74,7 +74,7 @@ def mlp_forward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
+    seed: int | Tensor | None,
 ) -> tuple[Tensor, list[LayerKept]]:
     """Run the layers on ``rows``; returns ``(rows, n, H)`` and what backward needs."""
     kept: list[LayerKept] = []
@@ -101,7 +101,7 @@ def after_linear(
     tensor: LayerTensors,
     state: LayerState,
     need: LayerNeeds,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
     *,
@@ -128,8 +128,20 @@ def after_linear(
         z, keep = _norm(z, tensor, state, need, keep)
     if state.dropout:
         assert seed is not None
-        z = z * mask(seed, position, start, z, state.dropout)
+        kept = keep_mask(seed, position, start, z, state.dropout)
+        if z is not keep.act:
+            z.mul_(kept).div_(1.0 - state.dropout)
+        elif _relu_drops(spec, state):
+            keep = keep._replace(act=z.mul_(kept).div_(1.0 - state.dropout))
+        else:
+            z = (z * kept).div_(1.0 - state.dropout)
     return z, keep
+
+
+def _relu_drops(spec: LayerSpec, state: LayerState) -> bool:
+    """Whether ReLU comes right before dropout: what they let through is then what is above 0 after both."""
+    between = state.norm is not None and spec.norm_position == "after"
+    return bool(state.dropout) and spec.activation.name == "relu" and not between
 
 
 def _norm(
@@ -180,7 +192,7 @@ def after_linear_backward(
     need: LayerNeeds,
     keep: LayerKept,
     own: list[Tensor | None],
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
 ) -> Tensor:
@@ -190,7 +202,9 @@ def after_linear_backward(
     """
     if state.dropout:
         assert seed is not None
-        d = d * mask(seed, position, start, d, state.dropout)
+        if not _relu_drops(spec, state):
+            d.mul_(keep_mask(seed, position, start, d, state.dropout))
+        d.div_(1.0 - state.dropout)
     if state.norm is not None and spec.norm_position == "after":
         d = _norm_backward(d, tensor, state, need, keep, own)
     if state.dice is not None:
@@ -217,7 +231,7 @@ def mlp_backward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
+    seed: int | Tensor | None,
     kept: Sequence[LayerKept],
     d: Tensor,
     grads: Sequence[list[Tensor | None]],
