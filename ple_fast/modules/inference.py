@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..specs import GateSpec, LayerSpec, MLPSpec
 from ..torch_backend.folding import fold_input, fold_output, scale_and_shift
-from .layers import ExpertBlock, Gate, StackedBatchNorm, StackedDice, StackedLayer, StackedLayerNorm, StackedPReLU
+from .layers import (
+    ExpertBlock,
+    Gate,
+    StackedBatchNorm,
+    StackedDice,
+    StackedLayer,
+    StackedLayerNorm,
+    StackedPReLU,
+    StackedRowDice,
+)
 
 if TYPE_CHECKING:
     from .network import ExtractionNetwork
@@ -209,8 +218,9 @@ def _fill(layer: Any, parts: Sequence[_Layer]) -> None:
     if layer.bias is not None:
         layer.bias.copy_(join([part.bias for part in parts]))
     _fill_norm(layer.norm, [part.norm for part in parts])
-    if isinstance(layer.activation, StackedDice):
+    if isinstance(layer.activation, (StackedDice, StackedRowDice)):
         layer.activation.alpha.copy_(join([part.slope for part in parts]))
+    if isinstance(layer.activation, StackedDice):
         _fill_norm(layer.activation.norm, [part.dice for part in parts])
     elif isinstance(layer.activation, StackedPReLU):
         layer.activation.weight.copy_(join([part.slope for part in parts]))
