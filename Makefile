@@ -52,7 +52,7 @@ $(READY): pyproject.toml
 	@echo "Setting up .venv; this takes a minute or two"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==$(TORCH_VERSION)
-	$(PIP) --editable ".[dev,viz,examples]"
+	$(PIP) --editable ".[dev,viz,examples,peers]"
 	@touch $@
 
 $(OLDEST_READY): pyproject.toml

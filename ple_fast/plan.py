@@ -29,7 +29,7 @@ class LayerTensors(NamedTuple):
     """``(n * H_out,)`` for batch norm, ``(n, H_out)`` for layer norm."""
     norm_bias: Tensor | None
     slope: Tensor | None
-    """prelu: ``(n,)``; dice: ``(n, H_out)``."""
+    """prelu and row_dice: ``(n,)``; dice: ``(n, H_out)``."""
 
 
 class GateTensors(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -484,12 +483,3 @@ def test_two_ranks_average_over_the_sample_spaces_of_both(tmp_path: Path) -> Non
         torch.testing.assert_close(gradient, model.weight.grad)
     for name, value in whole.per_task.items():
         torch.testing.assert_close(sum(result.per_task[name] for result, _ in ranks) / RANKS, value.detach())
-
-
-def test_the_snippets_of_the_document_run() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) >= 5
-    scope: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(snippet, scope)

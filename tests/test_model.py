@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ple_fast.losses import JointLoss, TaskLoss
 from ple_fast.model import Categorical, Encoded, MultiTaskModel, Numeric, Step, columns_from, encode
 from ple_fast.model.embedding import FeatureEmbedding
 from ple_fast.model.trunks import TRUNKS
+from tests.documents import run_document
 
 TASKS = (TaskLoss("click"), TaskLoss("watch", "regression"), TaskLoss("rating", "multiclass", num_classes=3))
 COLUMNS = (
@@ -632,12 +632,7 @@ def test_the_model_refuses_in_sentences(make: Make, error: type[Exception], says
 
 def test_the_document_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every snippet of docs/model.md, one after the other."""
-    text = (Path(__file__).parents[1] / "docs" / "model.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(snippets) >= 6
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(snippet, scope)
+    scope, _ = run_document("docs/model.md")
     assert sorted(scope["predictions"]) == ["click", "minutes"]
     assert (tmp_path / "gates.png").is_file()

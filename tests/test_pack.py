@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import re
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ from torch.nn.utils import parametrizations
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, pack
 from ple_fast.convert import Dice, Temperature, WeightOffset
 from ple_fast.reference import ExtractionNetworkReference, correspondence
+from tests.documents import run_document
 from tests.helpers import (
     EXPERTS,
     GATES,
@@ -167,7 +164,9 @@ def _assert_same(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["ple", "mixed-kinds", "adatt", "static-offsets", "hard-sharing", "unordered"])
 def test_packing_what_unpack_gives_is_the_same_level(name: str, gate: str) -> None:
     topology = TOPOLOGIES[name]
-    specs = [EXPERTS[key] for key in ("per-layer", "batch-norm-after", "prelu-norms", "dice", "dropout-in-eval")]
+    specs = [
+        EXPERTS[key] for key in ("per-layer", "batch-norm-after", "prelu-norms", "dice", "row-dice", "dropout-in-eval")
+    ]
     original = level(topology, [specs[e // 2 % 5] for e in range(topology.num_experts)], GATES[gate])
     original.eval()
     experts, gates = original.unpack()
@@ -457,12 +456,7 @@ def test_the_dice_of_another_library(train: bool) -> None:
 
 def test_the_snippets_of_the_document_run() -> None:
     """Every snippet of docs/pack.md, one after the other; the comments tell the truth."""
-    text = (Path(__file__).parents[1] / "docs" / "pack.md").read_text(encoding="utf-8")
-    scope: dict[str, Any] = {}
-    with redirect_stdout(io.StringIO()) as out:
-        for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            exec(snippet, scope)
-    lines = out.getvalue().splitlines()
+    scope, lines = run_document("docs/pack.md")
     assert lines[0] == "((0, 2), (1, 2), (0, 1, 2))"
     assert lines[1].startswith("experts[0].1: Softplus: cannot be packed; pack takes Linear, BatchNorm1d, ")
     assert scope["y"].shape == (64, 2, 16)

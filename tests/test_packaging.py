@@ -83,7 +83,7 @@ def test_metadata_agrees_with_the_package(installed: Path) -> None:
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     requires = distribution.requires or []
     assert sorted(r for r in requires if "extra ==" not in r) == RUN_TIME_DEPENDENCIES
-    assert set(distribution.metadata.get_all("Provides-Extra") or []) == {"viz", "examples", "bench", "dev"}
+    assert set(distribution.metadata.get_all("Provides-Extra") or []) == {"viz", "examples", "peers", "bench", "dev"}
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 

@@ -91,6 +91,24 @@ def test_compiled_whole_equals_eager(case: str, train: bool) -> None:
         assert_close(name, b, c, 1e-10)
 
 
+def test_compiled_with_views_of_one_tensor_as_slots() -> None:
+    """The mixtures of the level below, taken apart: views whose place in memory a graph cannot ask for."""
+    module = level(LEVEL, *SPECS["plain"])
+
+    def through(x: Tensor) -> Tensor:
+        y: Tensor = module(list(x.unbind(1)))
+        return y
+
+    (x,) = draw("stacked", 9, 4, 7)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    compiled: Any = torch.compile(through, fullgraph=True, backend="aot_eager")
+    outputs = through(leaves[0]), compiled(leaves[1])
+    assert_close("output", *outputs, 1e-12)
+    for y in outputs:
+        y.square().sum().backward()
+    assert_close("input", leaves[0].grad, leaves[1].grad, 1e-12)
+
+
 def test_compiled_dropout_drops() -> None:
     module = ExtractionNetwork(3, Topology.single_task(2), experts=MLPSpec((50,), "identity", dropout=0.5),
                                gate=GateSpec())  # fmt: skip

@@ -1,6 +1,48 @@
-"""From ordinary modules to fused ones, and what the way back needs beside ``torch.nn``."""
+"""From ordinary modules and other libraries' models to fused ones, and back.
 
-from ..modules.plain import Dice, Temperature, WeightOffset
+Importing the module of a library registers the classes that it knows.
+"""
+
+from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
+from . import refused as refused
+from .accelerate import Left, Replaced, Report, accelerate, restore
+from .adatt import from_adatt, to_adatt
+from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
+from .fuxictr import from_fuxictr, to_fuxictr
+from .moves import Move
+from .mtreclib import from_mtreclib, to_mtreclib
 from .pack import pack
+from .pieces import LevelSource
+from .registry import Converter, refuse_class, register
+from .torch_rechub import from_torch_rechub, to_torch_rechub
+from .torcheasyrec import from_torcheasyrec, to_torcheasyrec
 
-__all__ = ["Dice", "Temperature", "WeightOffset", "pack"]
+__all__ = [
+    "Converter",
+    "Dice",
+    "Left",
+    "LevelSource",
+    "Move",
+    "Replaced",
+    "Report",
+    "RowDice",
+    "Temperature",
+    "WeightOffset",
+    "accelerate",
+    "from_adatt",
+    "from_deepctr_torch",
+    "from_fuxictr",
+    "from_mtreclib",
+    "from_torch_rechub",
+    "from_torcheasyrec",
+    "pack",
+    "refuse_class",
+    "register",
+    "restore",
+    "to_adatt",
+    "to_deepctr_torch",
+    "to_fuxictr",
+    "to_mtreclib",
+    "to_torch_rechub",
+    "to_torcheasyrec",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,26 @@ def pack(
         TypeError: an argument is of the wrong kind.
         ValueError: a layer cannot be packed; the message has its path, as ``experts[2].1.3``, and says what can.
     """
+    return packed(experts, gates, topology, gate_input=gate_input).level
+
+
+class Packed(NamedTuple):
+    """A fused level, and the ordinary stacks that it was built of."""
+
+    level: ExtractionNetwork
+    experts: list[PlainStack]
+    gates: list[PlainStack]
+    """Of a static mixture: without layers."""
+
+
+def packed(
+    experts: Sequence[Any] | nn.ModuleList,
+    gates: Sequence[Any] | nn.ModuleList,
+    topology: Topology,
+    *,
+    gate_input: Literal["previous", "raw"] | None = None,
+) -> Packed:
+    """``pack``, with what it read of the modules."""
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {topology!r} ({kind(topology)})")
     if gate_input not in (None, "previous", "raw"):
@@ -78,7 +98,7 @@ def pack(
     with torch.no_grad():
         _fill_experts(level, expert_stacks)
         _fill_gates(level, gate_stacks)
-    return level
+    return Packed(level, expert_stacks, gate_stacks)
 
 
 def _listed(name: str, modules: Any, count: int) -> list[Any]:

@@ -13,7 +13,7 @@ from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count
-from .layers import ExpertBlock, Gate, StackedLayer, norm_state
+from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
 from .unpack import unpack
 
 
@@ -92,6 +92,7 @@ class ExtractionNetwork(CheckedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _splits: Collection[int] = (),
+        _offset: OffsetStart | None = None,
     ) -> None:
         super().__init__()
         self.in_features = check_count("in_features", in_features)
@@ -114,6 +115,7 @@ class ExtractionNetwork(CheckedModule):
             ExpertBlock((start, stop), in_features, self.expert_specs[start].layers, **where) for start, stop in ranges
         )
         assert topology.mixture_offset is not None
+        zeros = (0.0,) * sum(map(sum, topology.mixture_offset))
         self.gate = Gate(
             len(topology.gated_mixtures),
             self.gate_features,
@@ -121,7 +123,7 @@ class ExtractionNetwork(CheckedModule):
             gate.layers,
             bias=gate.bias,
             logits_norm=gate.logits_norm is not None,
-            offsets=sum(map(sum, topology.mixture_offset)),
+            offset=OffsetStart(zeros, zeros) if _offset is None else _offset,
             **where,
         )
         self._plan = LevelPlan.build(

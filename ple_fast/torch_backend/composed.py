@@ -16,6 +16,7 @@ from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState,
 from ..specs import LayerSpec
 from . import gate_combine as gates
 from .dropout import keep_mask
+from .row_dice import row_dice_forward
 from .slots import Slots, groups_of
 
 
@@ -125,11 +126,14 @@ def _after_linear(
 
 
 def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
-    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's, ``(n,)``."""
+    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's or row_dice's, ``(n,)``."""
     name, value = spec.activation
     if name == "prelu":
         assert slope is not None
         return torch.where(z > 0, z, z * slope.view(-1, 1))
+    if name == "row_dice":
+        assert slope is not None
+        return row_dice_forward(z, slope, value)
     if name == "leaky_relu":
         return F.leaky_relu(z, value)
     if name in ("gelu", "gelu_tanh"):

@@ -36,7 +36,7 @@ def serves(plan: LevelPlan, stacked: bool) -> bool:
     if plan.gate_spec.temperature != 1.0 or plan.static_entry or plan.offset_entry:
         return False
     for spec in plan.blocks[0].layers:
-        if spec.norm is not None or spec.dropout or spec.activation.name in ("prelu", "dice"):
+        if spec.norm is not None or spec.dropout or spec.activation.name in ("prelu", "dice", "row_dice"):
             return False
     if not stacked:
         return True

@@ -50,6 +50,8 @@ class Slots:
             return first
         if len(self.tensors) < 2 or len(self.tensors) != len(self.places):
             return None
+        if torch.compiler.is_compiling():  # a graph knows no places in memory
+            return None
         # Views of one unbind, say. Only a view of memory: gradients still go to each entry.
         if first._base is None or any(t._base is not first._base or t.stride() != first.stride() for t in self.tensors):
             return None

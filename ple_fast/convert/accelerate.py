@@ -1,0 +1,362 @@
+"""Fused levels in the place of what a model's library runs in loops, in place, and back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .moves import Move, check_optimizers, holders, move_gradients, ordered_groups, references, remap, settle
+from .registry import Converter, converter_named, find
+from .swap import (
+    CHILD,
+    Accelerated,
+    FusedTrunk,
+    StateStyle,
+    build,
+    dematerialise,
+    materialise,
+    moves_in,
+    stand_in,
+    swap_in,
+    swap_out,
+)
+
+TRIAL_ROWS = 7
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module whose trunk runs fused now."""
+
+    path: str
+    """Its name in the model; empty for the model itself."""
+    library: str
+    """Library and class."""
+    parameters: dict[str, tuple[str, ...]]
+    """Per new parameter the names of the old ones that it holds: for rules by name or by number of dimensions."""
+    unread: tuple[str, ...] = ()
+    """Tensors that the library keeps and never reads: still in the state dict, and no parameters any more. What a
+    penalty trains all the same is in ``parameters``."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module of a known class that was left as it is."""
+
+    path: str
+    library: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``accelerate`` did."""
+
+    replaced: tuple[Replaced, ...] = ()
+    left: tuple[Left, ...] = ()
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of all replaced modules together, by their names in the model."""
+
+    def __str__(self) -> str:
+        lines = []
+        for site in self.replaced:
+            lines.append(f"replaced {site.path or 'the model'} ({site.library})")
+            if site.unread:
+                lines.append(f"  kept, and no longer trained, because nothing reads them: {', '.join(site.unread)}")
+        lines += [f"left {site.path or 'the model'} ({site.library}): {site.why}" for site in self.left]
+        return "\n".join(lines) or "nothing in this model is of a class that ple_fast knows"
+
+
+class _Site(NamedTuple):
+    path: str
+    module: Any
+    converter: Converter
+    moves: list[Move]
+
+
+class _Plan(NamedTuple):
+    site: _Site
+    trunk: FusedTrunk
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    strict: bool = False,
+    state_dict: StateStyle = "original",
+) -> Report:
+    """Run every known trunk in a model fused, in place: same results, same checkpoints; ``restore`` is the way back.
+
+    A trunk is replaced after a trial run on random input has given the same results as the original. Embeddings,
+    towers, hooks around the trunk and the class of the model (by ``isinstance``) stay. Call it before the model is
+    wrapped for distributed training.
+
+    Args:
+        model: any model; known are the classes of ``docs/migration`` and what ``ple_fast.convert.register`` was given.
+        optimizers: those that hold the model's parameters. They get the new parameters in the place of the old ones,
+            in the same groups and with their state.
+        strict: a module of a known class that cannot be replaced is an error.
+        state_dict: ``"original"``: the library's own names, entry by entry; ``"fused"``: ours. Both can be loaded.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an optimizer or a list holds parameters that would be replaced, and cannot be renewed; the model is
+            wrapped already; with ``strict``, something is left. Nothing has been changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if state_dict not in ("original", "fused"):
+        raise ValueError(f'state_dict: expected "original" or "fused", got {state_dict!r}')
+    given = _optimizers(optimizers)
+    _check_unwrapped(model)
+    plans, left = _plans(model, state_dict)
+    if strict and left:
+        raise ValueError("accelerate(strict=True): nothing was replaced, because this would be left:\n" + "\n".join(
+            f"  {site.path or 'the model'} ({site.library}): {site.why}" for site in left))  # fmt: skip
+    sites = [plan.site for plan in plans]
+    moves = [move for site in sites for move in site.moves]
+    renewed = _renewed(sites)
+    _check_holders(sites, renewed, model, moves, given)
+    check_optimizers(given, moves)
+    move_gradients(moves)
+    names = {id(p): name for name, p in model.named_parameters()}
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
+    for (site, trunk), attributes in zip(plans, renewed, strict=True):
+        note = site.converter.noted(site.module)
+        swap_in(site.module, trunk, site.converter)
+        vars(site.module).update(attributes)
+        assert trunk.record is not None
+        trunk.record.notes = (note, site.converter.noted(site.module))
+    remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
+    return _report(plans, names, model, left)
+
+
+def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = ()) -> tuple[str, ...]:
+    """Put the library's own modules back wherever ``accelerate`` replaced them, with the weights as they are now.
+
+    Args:
+        model: what ``accelerate`` was given, or a copy of it.
+        optimizers: as in ``accelerate``.
+
+    Returns:
+        The names of the restored modules in the model.
+
+    Raises:
+        TypeError, ValueError: as ``accelerate``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    given = _optimizers(optimizers)
+    _check_unwrapped(model)
+    sites = [
+        _Site(path, module, converter_named(module._converter), materialise(module))
+        for path, module in model.named_modules()
+        if isinstance(module, Accelerated)
+    ]
+    moves = [move for site in sites for move in site.moves]
+    try:
+        renewed = _renewed(sites)
+        _check_holders(sites, renewed, model, moves, given)
+        check_optimizers(given, moves)
+        move_gradients(moves)
+    except ValueError:
+        for site in sites:
+            dematerialise(site.module)
+        raise
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
+    for site, attributes in zip(sites, renewed, strict=True):
+        old_note, note = site.module.trunk().record.notes
+        as_left = None not in (old_note, note) and site.converter.noted(site.module) == note
+        swap_out(site.module)
+        vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
+    remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
+    return tuple(site.path for site in sites)
+
+
+def _optimizers(optimizers: Any) -> list[Optimizer]:
+    if isinstance(optimizers, Optimizer):
+        return [optimizers]
+    if not isinstance(optimizers, (list, tuple)) or not all(isinstance(o, Optimizer) for o in optimizers):
+        raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {optimizers!r}")
+    return list(optimizers)
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """The model is not yet wrapped for distributed training, from within or from without."""
+    inside = {id(module) for module in model.modules()}
+    kinds = {type(module) for module in model.modules()}
+    kinds |= {
+        type(found)
+        for found in gc.get_objects()
+        if type(found).__name__ == "DistributedDataParallel" and id(getattr(found, "module", None)) in inside
+    }
+    wrapped = sorted({cls.__name__ for kind in kinds for cls in kind.__mro__ if cls.__name__ in WRAPPERS})
+    if wrapped:
+        raise ValueError(
+            f"model: is wrapped in {wrapped[0]}, which has recorded its parameters; accelerate or restore the model "
+            "first, and wrap it then"
+        )
+
+
+def _plans(model: nn.Module, style: StateStyle) -> tuple[list[_Plan], list[Left]]:
+    """What can be replaced, each trunk built and tried, and what cannot."""
+    plans, left = [], []
+    for path, site, known in _known(model):
+        if isinstance(known, str):
+            left.append(Left(path, type(site).__name__, known))
+            continue
+        try:
+            trunk = build(site, known, style)
+            _try_out(site, trunk, known)
+        except (TypeError, ValueError) as error:
+            left.append(Left(path, known.name, str(error)))
+            continue
+        plans.append(_Plan(_Site(path, site, known, moves_in(site, trunk)), trunk))
+    return plans, left
+
+
+def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Converter | str]]:
+    """Modules of known classes, outermost only, each once."""
+    within: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in within or isinstance(module, Accelerated):
+            continue
+        known = find(module)
+        if known is not None:
+            within |= {id(inner) for inner in module.modules()}
+            yield path, module, known
+
+
+@torch.no_grad()
+def _try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
+    """The fused trunk gives what the original gives, in eval mode on random input.
+
+    Raises:
+        ValueError: it does not.
+    """
+    like = next(trunk.parameters())
+    if like.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)  # a stream of its own: the user's stays where it is
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(TRIAL_ROWS, width, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+    modes = {module: module.training for module in [*site.modules(), *trunk.modules()]}
+    rows: list[tuple[Tensor, Tensor]] = []
+    try:
+        for module in modes:
+            module.training = False
+        fused = stand_in(site, trunk, converter)
+        for arguments in converter.trials(site, draw):
+            try:
+                expected = _outputs(site, converter, arguments)
+            except Exception as error:
+                raise ValueError(f"it fails on random input by itself: {error!r}") from error
+            rows += zip(expected, _outputs(fused, converter, arguments), strict=False)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    tolerance = max(1e-9, 200 * torch.finfo(like.dtype).eps)
+    for i, (theirs, ours) in enumerate(rows):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        if theirs.shape != ours.shape or not bool(((ours - theirs).abs() <= tolerance * scale).all()):
+            raise ValueError(
+                f"on random input its output {i} differs from that of the fused levels: this version of the class "
+                "computes something else than the one that ple_fast knows"
+            )
+    if not rows:
+        raise ValueError("on random input it has no output")
+
+
+def _outputs(site: nn.Module, converter: Converter, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What a trial run compares: outputs, and what reaches the probes."""
+    reached: list[Tensor] = []
+    hooks = [
+        probe.register_forward_pre_hook(lambda _, inputs: reached.extend(_flat([x.clone() for x in inputs])))
+        for probe in converter.probes(site)
+    ]
+    try:
+        outputs = getattr(type(site), converter.trial_method)(site, *arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*reached, *_flat(outputs)]
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value or () for tensor in _flat(item)]
+
+
+def _renewed(sites: Sequence[_Site]) -> list[dict[str, Any]]:
+    return [site.converter.renewed(site.module, site.moves) for site in sites]
+
+
+def _check_holders(
+    sites: Sequence[_Site],
+    attributes: Sequence[dict[str, Any]],
+    model: nn.Module,
+    moves: Sequence[Move],
+    given: Sequence[Optimizer],
+) -> None:
+    """Nobody keeps parameters that are about to be replaced, but who is renewed with them."""
+    olds = [move.old for move in moves]
+    found = holders(olds, given)
+    if found:
+        names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
+        own = [
+            ".".join(filter(None, ("model", path, name)))
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if any(value is optimizer for optimizer in found)
+        ]
+        raise ValueError(
+            f"optimizers: {len(found)} optimizer ({names}) holds parameters that would be replaced, and would train "
+            f"them in vain; pass it (optimizers=[{', '.join(own) or '...'}]), or build it afterwards and delete the "
+            "old one"
+        )
+    renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
+    for path, module in model.named_modules():
+        for name in references(module, olds):
+            if (id(module), name) not in renewed:
+                where = f"{path}.{name}" if path else name
+                raise ValueError(
+                    f"model: the attribute {where} holds parameters that would be replaced, so what is computed with "
+                    "it would go on with the old ones; empty it, and fill it again afterwards"
+                )
+
+
+def _report(plans: Sequence[_Plan], names: dict[int, str], model: nn.Module, left: Sequence[Left]) -> Report:
+    """``names``: of the old parameters in the model."""
+    held: dict[int, list[str]] = {}
+    for move in (move for plan in plans for move in plan.site.moves):
+        held.setdefault(id(move.new), []).append(names[id(move.old)])
+    parameters = {name: tuple(dict.fromkeys(held[id(p)])) for name, p in model.named_parameters() if id(p) in held}
+    replaced = []
+    for site, trunk in plans:
+        own = f"{site.path}.{CHILD}." if site.path else f"{CHILD}."
+        assert trunk.record is not None
+        mine = {name: old for name, old in parameters.items() if name.startswith(own)}
+        buffers = {name for name, _ in trunk.named_buffers()}
+        unread = tuple(name for name, held in trunk.record.unread.items() if held in buffers)
+        replaced.append(Replaced(site.path, site.converter.name, mine, unread))
+    return Report(tuple(replaced), tuple(left), parameters)

@@ -1,0 +1,250 @@
+"""AdaTT (facebookresearch/AdaTT, ``mtl_lib.py``): its PLE, AdaTTSp, AdaTTWSharedExps and MLMMoE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import PLE, ExtractionNetwork
+from ..modules.plain import WeightOffset
+from ..topology import Topology
+from .adatt_trees import write_mlmmoe, write_ple, write_shared, write_sp
+from .pieces import Index, LevelSource
+from .registry import Converter, register
+from .trees import Library, PlainLevel
+from .wiring import ple_wiring
+
+
+def from_adatt(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+    """The fused trunk of a model of AdaTT's library, with its weights.
+
+    Args:
+        source: ``PLE``, ``AdaTTSp``, ``AdaTTWSharedExps`` or ``MLMMoE`` of ``mtl_lib``, a ``CentralTaskArch`` that has
+            one as ``mtl_arch``, or the state dict of one of the four, which also needs ``like``.
+        like: a trunk of the configuration of the state dict; it stays as it is.
+        prefix: what stands before ``experts`` in the names of the state dict (``mtl_arch.`` in a ``CentralTaskArch``).
+
+    Returns:
+        A trunk whose first level has a slot per task (and one for what is shared), or one for all in ``MLMMoE``.
+
+    Raises:
+        TypeError, ValueError: it is something else, or of another configuration.
+    """
+    if isinstance(source, nn.Module):
+        library = _of_model(source)
+    else:
+        library = LIBRARIES["PLE"] if like is None else _of_trunk(like)
+    return library.from_model_or_checkpoint(source, like, prefix)
+
+
+def to_adatt(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+    """A trunk as AdaTT's library has it.
+
+    Args:
+        ple: a trunk of ours.
+        target: a model of AdaTT's library of the same configuration, whose trunk gets the weights; default a tree of
+            ordinary modules whose ``state_dict()`` is that of the class that computes what the trunk does.
+
+    Raises:
+        ValueError: AdaTT's library cannot represent the trunk, or ``target`` is of another configuration.
+    """
+    if target is None:
+        return _of_trunk(ple).to_tree_or_target(ple, None)
+    _of_model(target).to_tree_or_target(ple, _core(target))
+    return target
+
+
+def _forward(self: Any, inputs: Tensor) -> Tensor:
+    for level in self.ple_fast.levels:
+        inputs = level(inputs)
+    return inputs
+
+
+def _forward_raw(self: Any, input: Tensor) -> Tensor:
+    first, *others = self.ple_fast.levels
+    x: Tensor = first(input)
+    for level in others:
+        x = level(x, input)
+    return x
+
+
+def _unit_experts(counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The experts of each unit: a task, or what is shared."""
+    starts = [sum(counts[:u]) for u in range(len(counts))]
+    return [tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+
+
+def _adatt_wiring(counts: Sequence[int], mixtures: int, *, residual: bool) -> Topology:
+    """A level in which every mixture weighs all experts, and adds scalars to the weights of its unit's own ones."""
+    units, every = _unit_experts(counts), tuple(range(sum(counts)))
+    offsets = tuple(tuple(residual and e in units[o] for e in every) for o in range(mixtures))
+    slots = tuple(u for u, count in enumerate(counts) for _ in range(count))
+    return Topology(
+        slots, tuple(range(mixtures)), (every,) * mixtures, mixture_offset=offsets, num_slots=len(counts)
+    )  # fmt: skip
+
+
+class _AdaTTConverter(Converter):
+    """What the classes have in common: ``experts`` and gates, per level."""
+
+    library = "AdaTT"
+    gates = "gate_weights"
+    attributes: tuple[str, ...] = ()
+    """What ``read`` needs to know beside the modules."""
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in ("experts", self.gates, *self.attributes))
+
+    def slots(self, site: Any) -> int:
+        """Rows of its input, per sample."""
+        return int(site.num_tasks)
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        width = site.experts[0][0].mlp_net[0].in_features
+        return (torch.stack([draw(width) for _ in range(self.slots(site))], 1),)
+
+
+def _stacks(experts: Sequence[Any]) -> list[nn.Module]:
+    return [expert.mlp_net for expert in experts]
+
+
+class PLEConverter(_AdaTTConverter):
+    """``mtl_lib.PLE``."""
+
+    class_name = "PLE"
+    children = ("experts", "gate_weights")
+    methods = (("forward", _forward),)
+    attributes = ("num_tasks", "num_task_experts", "num_shared_experts")
+
+    def slots(self, site: Any) -> int:
+        return int(site.num_tasks) + 1
+
+    def read(self, site: Any) -> list[LevelSource]:
+        own, shared = site.num_task_experts, site.num_shared_experts
+        own = [own] * site.num_tasks if isinstance(own, int) else own
+        if not shared:
+            raise ValueError("expected shared experts, got num_shared_experts=0: AdaTT's own forward fails then")
+        return [
+            LevelSource(ple_wiring(own, shared, shared_gate=len(gates) > len(own)), _stacks(experts), list(gates))
+            for experts, gates in zip(site.experts, site.gate_weights, strict=True)
+        ]
+
+
+class AdaTTSpConverter(_AdaTTConverter):
+    """``mtl_lib.AdaTTSp``: scalars per level, ``(T, experts per task)``."""
+
+    class_name = "AdaTTSp"
+    children = ("experts", "gate_weights", "self_exp_weights")
+    methods = (("forward", _forward),)
+    attributes = ("num_tasks", "num_task_experts", "self_exp_res_connect", "self_exp_weights")
+
+    def counts(self, site: Any) -> list[int]:
+        """Experts per unit."""
+        return [site.num_task_experts] * site.num_tasks
+
+    def place(self, level: int, unit: int) -> tuple[int, int]:
+        """Which of ``self_exp_weights`` has a unit's scalars at a level, and in which row."""
+        return level, unit
+
+    def read(self, site: Any) -> list[LevelSource]:
+        counts, residual, found = self.counts(site), site.self_exp_res_connect, []
+        for i, (experts, gates) in enumerate(zip(site.experts, site.gate_weights, strict=True)):
+            topology = _adatt_wiring(counts, len(gates), residual=residual)
+            stacks: list[Any] = list(gates)
+            offsets: dict[int, tuple[str, Index]] = {}
+            assert topology.mixture_offset is not None
+            for o, columns in enumerate(topology.mixture_offset if residual else ()):
+                weight = gates[o][0].weight
+                offset = WeightOffset(columns, device=weight.device, dtype=weight.dtype)
+                if len(site.self_exp_weights):
+                    index, inside = self.place(i, o)
+                    own = site.self_exp_weights[index]
+                    offset.weight = nn.Parameter(own.detach()[inside].clone(), requires_grad=own.requires_grad)
+                    offsets[o] = f"self_exp_weights.{index}", inside
+                else:  # one expert per unit: it is added as it is
+                    nn.init.ones_(offset.weight).requires_grad_(False)
+                stacks[o] = [gates[o], offset]
+            found.append(LevelSource(topology, _stacks(experts), stacks, offsets=offsets))
+        found[-1].unread = [p for p in getattr(site, "self_exp_weights", ()) if not p.numel()]
+        return found
+
+
+class AdaTTWSharedExpsConverter(AdaTTSpConverter):
+    """``mtl_lib.AdaTTWSharedExps``: scalars per unit, ``(levels, its experts)``."""
+
+    class_name = "AdaTTWSharedExps"
+    attributes = ("num_tasks", "num_expert_list", "self_exp_res_connect", "self_exp_weights")
+
+    def slots(self, site: Any) -> int:
+        return int(site.num_tasks) + 1
+
+    def counts(self, site: Any) -> list[int]:
+        # A list that was passed for a second model has grown since.
+        return list(site.num_expert_list[: site.num_tasks + 1])
+
+    def place(self, level: int, unit: int) -> tuple[int, int]:
+        return unit, level
+
+
+class MLMMoEConverter(_AdaTTConverter):
+    """``mtl_lib.MLMMoE``: levels of MMoE, whose gates all read the model's input."""
+
+    class_name = "MLMMoE"
+    gates = "gates"
+    children = ("experts", "gates")
+    methods = (("forward", _forward_raw),)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        found: list[LevelSource] = []
+        for experts, gates in zip(site.experts, site.gates, strict=True):
+            every = tuple(range(len(experts)))
+            slots = every if found else (0,) * len(every)
+            topology = Topology(slots, (0,) * len(gates), (every,) * len(gates))
+            stacks = [[gate[0].mlp_net, gate[1], gate[2]] for gate in gates]
+            found.append(
+                LevelSource(topology, _stacks(experts), stacks, gate_input="raw" if found else "previous")
+            )  # fmt: skip
+        return found
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        return (draw(site.experts[0][0].mlp_net[0].in_features),)
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """What a ``CentralTaskArch`` has its trunk in."""
+    found = getattr(model, "mtl_arch", model)
+    return found if isinstance(found, nn.Module) else model
+
+
+def _of_model(model: nn.Module) -> Library:
+    return LIBRARIES.get(type(_core(model)).__name__, LIBRARIES["PLE"])
+
+
+def _of_trunk(ple: PLE) -> Library:
+    """The class that computes what a trunk does, by its first and last level; PLE where there is none."""
+    levels = [level for level in getattr(ple, "levels", ()) if isinstance(level, ExtractionNetwork)]
+    if not levels:
+        return LIBRARIES["PLE"]
+    first, last = levels[0].topology, levels[-1].topology
+    if first.num_slots == 1 and not first.has_offsets:
+        return LIBRARIES["MLMMoE"]
+    if all(len(experts) == first.num_experts for experts in first.mixture_experts):
+        return LIBRARIES["AdaTTSp" if last.num_slots == last.num_mixtures else "AdaTTWSharedExps"]
+    return LIBRARIES["PLE"]
+
+
+def _library(converter: Converter, write: Callable[[Library, list[PlainLevel]], nn.Module]) -> Library:
+    library = Library(converter, lambda model: [_core(model)], lambda levels: write(library, levels))
+    register(converter)
+    return library
+
+
+LIBRARIES = {
+    "PLE": _library(PLEConverter(), write_ple),
+    "AdaTTSp": _library(AdaTTSpConverter(), write_sp),
+    "AdaTTWSharedExps": _library(AdaTTWSharedExpsConverter(), write_shared),
+    "MLMMoE": _library(MLMMoEConverter(), write_mlmmoe),
+}

@@ -1,0 +1,145 @@
+"""FuxiCTR: the CGC layers of its PLE, whose shared gate weighs shared experts only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules import PLE
+from ..specs import LayerSpec
+from .pieces import LevelSource
+from .registry import Converter, register
+from .stacks import PlainLayer, PlainStack
+from .trees import Library, PlainLevel, in_order, tree, zeroed
+from .wiring import mixtures, ple_wiring
+
+
+def from_fuxictr(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+    """The fused trunk of a FuxiCTR PLE, with its weights and statistics, but for what it never reads.
+
+    Args:
+        source: ``PLE`` of FuxiCTR's ``model_zoo/multitask``, or its state dict, which also needs ``like``. The last of
+            its ``cgc_layers`` (a ``CGC_Layer`` given alone, too) has a shared mixture that no tower reads: it is left
+            out.
+        like: a trunk of the configuration of the state dict; it stays as it is.
+        prefix: what stands before ``cgc_layers`` in the names of the state dict.
+
+    Raises:
+        TypeError, ValueError: it is something else, or of another configuration.
+    """
+    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+
+
+def to_fuxictr(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+    """A trunk as FuxiCTR has it.
+
+    Args:
+        ple: a trunk of ours.
+        target: a FuxiCTR PLE of the same configuration, whose trunk gets the weights; the shared gate of its last level
+            stays. Default a tree of ordinary modules whose ``state_dict()`` is the trunk's part of FuxiCTR's, with
+            zeros in that gate.
+
+    Raises:
+        ValueError: FuxiCTR cannot represent the trunk, or ``target`` is of another configuration.
+    """
+    return LIBRARY.to_tree_or_target(ple, target)
+
+
+def _forward(self: Any, x: Sequence[Tensor], require_gate: bool = False) -> Any:
+    (level,) = self.ple_fast.levels
+    if not require_gate:
+        return mixtures(level, list(x))
+    y, weights = level(list(x), return_gates=True)
+    return list(y.unbind(1)), [weight.mean(0).to(y.dtype) for weight in weights]
+
+
+class CGCLayerConverter(Converter):
+    """``CGC_Layer`` of ``model_zoo/multitask/PLE``: one level. It does not know whether it is the last one."""
+
+    library = "FuxiCTR"
+    class_name = "CGC_Layer"
+    children = ("shared_experts", "specific_experts", "gate")
+    methods = (("forward", _forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in self.children)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        own, shared = [len(experts) for experts in site.specific_experts], len(site.shared_experts)
+        if not shared:
+            raise ValueError("expected shared experts, got num_shared_experts=0: FuxiCTR's own forward fails then")
+        topology = ple_wiring(own, shared, shared_gate=True, shared_gate_scope="shared")
+        experts = [block.mlp for blocks in [*site.specific_experts, site.shared_experts] for block in blocks]
+        return [LevelSource(topology, experts, [block.mlp for block in site.gate])]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        width = next(module for module in site.gate.modules() if isinstance(module, nn.Linear)).in_features
+        return [draw(width) for _ in site.gate], True
+
+
+class _FuxiCTR(Library):
+    def sources(self, module: nn.Module) -> list[LevelSource]:
+        """The levels; the last one without its shared mixture, which no tower reads."""
+        *others, last = super().sources(module)
+        *gates, unread = last.gates
+        topology = replace(
+            last.topology,
+            mixture_slot=last.topology.mixture_slot[:-1],
+            mixture_experts=last.topology.mixture_experts[:-1],
+            mixture_kind=None,
+            mixture_offset=None,
+        )
+        return [*others, LevelSource(topology, last.experts, gates, unread=[unread])]
+
+
+def _specs(layers: Sequence[PlainLayer]) -> tuple[LayerSpec, ...]:
+    return tuple(layer.spec for layer in layers)
+
+
+def _check(experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
+    """All levels are made alike in this library."""
+    for gate in gates:
+        last = gate.layers[-1] if gate.layers else None
+        if last is None or last.norm is not None or not last.spec.bias or gate.temperature != 1.0:
+            LIBRARY.cannot("its gates end in a linear layer with a bias, without norm and temperature")
+    hidden = {_specs(gate.layers[:-1]) for gate in gates}
+    if max(len(hidden), len({_specs(expert) for expert in experts})) > 1:
+        LIBRARY.cannot("all its experts are made alike, and so are all its gates, at every level")
+    specs: list[LayerSpec] = [*_specs(experts[0]), *hidden.pop()]
+    if len({spec.norm for spec in specs}) > 1 or specs[0].norm not in (None, "batch"):
+        LIBRARY.cannot("all layers of its experts and gates have a batch norm, or none has a norm")
+    if any((spec.norm and spec.norm_position == "after") or not spec.bias for spec in specs):
+        LIBRARY.cannot("its layers have a bias, and their batch norm before the activation")
+
+
+def _write(levels: list[PlainLevel]) -> nn.Module:
+    _check([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
+    layers = []
+    for level, experts, gates in levels:
+        is_last = level is levels[-1].level
+        tasks = level.topology.num_mixtures - (not is_last)
+        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
+        own, shared = counts[0], len(experts) - sum(counts)
+        if len(set(counts)) > 1 or not shared:
+            LIBRARY.cannot(f"every task has as many experts, and some are shared; got {counts} and {shared}")
+        blocks = [tree({"mlp": nn.Sequential(*in_order(expert))}) for expert in experts]
+        ends = [tree({"mlp": nn.Sequential(*in_order(gate.layers))}) for gate in gates]
+        if is_last:  # it has a shared gate there, too, which nothing reads
+            *body, end = in_order(gates[0].layers)
+            assert isinstance(end, nn.Linear)
+            like: dict[str, Any] = {"device": end.weight.device, "dtype": end.weight.dtype}
+            ends.append(zeroed(tree({"mlp": nn.Sequential(*body, nn.Linear(end.in_features, shared, **like))})))
+        layers.append({
+            "shared_experts": blocks[tasks * own :],
+            "specific_experts": [blocks[t * own : (t + 1) * own] for t in range(tasks)],
+            "gate": ends,
+        })  # fmt: skip
+    return tree({"cgc_layers": layers})
+
+
+CONVERTER = CGCLayerConverter()
+LIBRARY = _FuxiCTR(CONVERTER, lambda model: getattr(model, "cgc_layers", [model]), _write)
+register(CONVERTER)

@@ -1,0 +1,224 @@
+"""From old parameters to new ones: in optimizers, with their state, and in whatever else holds the old ones."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Index = int | slice | EllipsisType
+
+ELEMENTWISE = (
+    "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD", "Adadelta", "FusedAdam",
+)  # fmt: skip
+"""Optimizers that treat every element on its own, so that stacking changes nothing."""
+
+
+class Move(NamedTuple):
+    """A part of an old parameter becomes a part of a new one."""
+
+    old: nn.Parameter
+    old_place: Index
+    new: nn.Parameter
+    new_place: Index
+
+
+def holders(parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]) -> list[Optimizer]:
+    """Optimizers of this process, other than the given ones, that hold any of the parameters."""
+    wanted, known = {id(p) for p in parameters}, {id(o) for o in given}
+    return [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), Optimizer)
+        and id(found) not in known
+        and any(id(p) in wanted for group in getattr(found, "param_groups", ()) for p in group["params"])
+    ]
+
+
+def references(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[str]:
+    """Names of the module's attributes, beside its parameters and children, that hold any of the parameters."""
+    wanted = {id(p) for p in parameters}
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules") and _holds(value, wanted, 6):
+            yield name
+
+
+def _holds(value: Any, wanted: set[int], depth: int) -> bool:
+    if isinstance(value, Tensor):
+        return id(value) in wanted
+    if depth == 0 or not isinstance(value, (list, tuple, set, frozenset, dict)):
+        return False
+    return any(_holds(v, wanted, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
+    """Whether every optimizer can take the new parameters; nothing is changed.
+
+    Raises:
+        TypeError: something is no optimizer.
+        ValueError: an optimizer is not element-wise, or treats parameters that become one in different ways.
+    """
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizers: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
+        for group in _by_new(optimizer, moves):
+            if type(optimizer).__name__ not in ELEMENTWISE:
+                raise ValueError(
+                    f"optimizers: {type(optimizer).__name__} is not known to treat every element on its own, so it "
+                    "would train stacked parameters in another way; build a new one after the swap, or use one of "
+                    f"{', '.join(ELEMENTWISE)}"
+                )
+            _check_one(optimizer, group)
+
+
+def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
+    """Put the new parameters in the place of the old ones, with the optimizers' state. Checked before."""
+    for optimizer in optimizers:
+        states = {id(group[0].new): (group[0].new, _state(optimizer, group)) for group in _by_new(optimizer, moves)}
+        news: dict[int, list[nn.Parameter]] = {}
+        for move in moves:
+            row = news.setdefault(id(move.old), [])
+            if not any(new is move.new for new in row):
+                row.append(move.new)
+        for param_group in optimizer.param_groups:
+            renewed: dict[int, Any] = {}
+            for parameter in param_group["params"]:
+                for new in news.get(id(parameter), [parameter]):
+                    renewed[id(new)] = new
+            param_group["params"] = list(renewed.values())
+        for move in moves:
+            optimizer.state.pop(move.old, None)
+        for new, state in states.values():
+            if state:
+                optimizer.state[new] = state
+
+
+def ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups that hold a model's parameters alone, in the model's order."""
+    index = {id(p): i for i, p in enumerate(parameters)}
+    found = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            places = [index.get(id(p), -1) for p in group["params"]]
+            if -1 not in places and places == sorted(places):
+                found.append(group)
+    return found
+
+
+def settle(
+    optimizers: Sequence[Optimizer],
+    moves: Sequence[Move],
+    before: Sequence[nn.Parameter],
+    after: Sequence[nn.Parameter],
+    ordered: Sequence[dict[str, Any]],
+) -> None:
+    """After ``remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
+
+    What is no parameter of the model any more goes. What became one joins the rest where all of it is in one group. The
+    groups of ``ordered`` are in the model's order again.
+    """
+    index = {id(p): i for i, p in enumerate(after)}
+    old = {id(p) for p in before}
+    news = {id(move.new) for move in moves}
+    came = [p for p in after if id(p) not in old and id(p) not in news]
+    homes = [group for own in optimizers for group in own.param_groups if any(id(p) in news for p in group["params"])]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) in old and id(p) not in index:
+                    optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) in index or id(p) not in old]
+    if len(homes) == 1:
+        homes[0]["params"] += came
+    for group in ordered:
+        group["params"].sort(key=lambda p: index[id(p)])
+
+
+def _by_new(optimizer: Optimizer, moves: Sequence[Move]) -> list[list[Move]]:
+    """The moves of parameters that the optimizer holds, those to one new parameter together.
+
+    A parameter of which only some parts are held counts as a whole: ``_check_one`` refuses it.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups: dict[int, list[Move]] = {}
+    for move in moves:
+        groups.setdefault(id(move.new), []).append(move)
+    return [group for group in groups.values() if any(id(move.old) in held for move in group)]
+
+
+def _check_one(optimizer: Optimizer, group: list[Move]) -> None:
+    homes = {id(p): i for i, own in enumerate(optimizer.param_groups) for p in own["params"]}
+    places = {homes.get(id(move.old)) for move in group}
+    if len(places) > 1:
+        where = ", ".join("none" if i is None else str(i) for i in sorted(places, key=lambda i: -1 if i is None else i))
+        raise ValueError(
+            f"optimizers: {type(optimizer).__name__} has parameters in different groups ({where}) that become one "
+            f"stacked parameter of shape {tuple(group[0].new.shape)}; give them one group, or build the optimizer "
+            "after the swap"
+        )
+    states = [optimizer.state.get(move.old, {}) for move in group]
+    for key in {key for state in states for key in state}:
+        values = [state.get(key) for state in states]
+        if any(value is None for value in values) and not all(value is None for value in values):
+            raise ValueError(
+                f"optimizers: {type(optimizer).__name__} has {key!r} of some parameters and not of others that become "
+                "one; take a step in which all of them get a gradient, or build the optimizer after the swap"
+            )
+        if not _is_elementwise(values[0], group[0].old) and not all(_equal(value, values[0]) for value in values):
+            raise ValueError(
+                f"optimizers: {type(optimizer).__name__} has different {key!r} of parameters that become one; build "
+                "the optimizer after the swap"
+            )
+
+
+def _state(optimizer: Optimizer, group: list[Move]) -> dict[str, Any]:
+    """The state of the new parameter."""
+    first: Mapping[str, Any] = optimizer.state.get(group[0].old, {})
+    made: dict[str, Any] = {}
+    for key, value in first.items():
+        if not _is_elementwise(value, group[0].old):
+            made[key] = value.clone() if isinstance(value, Tensor) else value
+            continue
+        whole = torch.zeros(group[0].new.shape, dtype=value.dtype, device=value.device)
+        for move in group:
+            whole[move.new_place] = optimizer.state[move.old][key][move.old_place]
+        made[key] = whole
+    return made
+
+
+def _is_elementwise(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether an entry of the state has a number per element; a single number per parameter is a 0-d tensor."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+
+
+def move_gradients(moves: Sequence[Move]) -> None:
+    """Carry gradients over.
+
+    Raises:
+        ValueError: some of the parameters that become one have a gradient and others have none.
+    """
+    groups: dict[int, list[Move]] = {}
+    for move in moves:
+        groups.setdefault(id(move.new), []).append(move)
+    for group in groups.values():
+        grads = [move.old.grad for move in group]
+        if all(grad is None for grad in grads):
+            continue
+        if any(grad is None for grad in grads):
+            raise ValueError(
+                "some parameters that become one have a gradient and others have none; call zero_grad() first"
+            )
+        whole = torch.zeros_like(group[0].new)
+        for move, grad in zip(group, grads, strict=True):
+            assert grad is not None
+            whole[move.new_place] = grad[move.old_place]
+        group[0].new.grad = whole

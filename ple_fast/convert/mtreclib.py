@@ -1,0 +1,141 @@
+"""MTReclib (Multitask-Recommendation-Library): the levels inside its PLE, a whole model; as of its commit 8c6529c."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import PLE
+from .pieces import LevelSource
+from .registry import Converter, register
+from .stacks import PlainLayer, kind
+from .trees import Library, PlainLevel, in_order, tree, zeroed
+from .wiring import mixtures, ple_wiring
+
+
+def from_mtreclib(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+    """The fused trunk of an MTReclib PLE, with its weights and statistics, but for what it never reads.
+
+    Args:
+        source: ``models.ple.PLEModel``, or its state dict, which also needs ``like``. The shared gate of the last level
+            is never read, and left out.
+        like: a trunk of the configuration of the state dict; it stays as it is.
+        prefix: what stands before ``task_experts`` in the names of the state dict.
+
+    Raises:
+        TypeError, ValueError: it is something else, or of another configuration.
+    """
+    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+
+
+def to_mtreclib(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+    """A trunk as MTReclib has it.
+
+    Args:
+        ple: a trunk of ours.
+        target: an MTReclib PLE of the same configuration, whose trunk gets the weights; the shared gate of its last
+            level stays. Default a tree of ordinary modules whose ``state_dict()`` is the trunk's part of MTReclib's,
+            with zeros in that gate.
+
+    Raises:
+        ValueError: MTReclib cannot represent the trunk, or ``target`` is of another configuration.
+    """
+    return LIBRARY.to_tree_or_target(ple, target)
+
+
+def _forward(self: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
+    fields = [self.embedding(categorical_x), self.numerical_layer(numerical_x).unsqueeze(1)]
+    x = torch.cat(fields, 1).view(-1, self.embed_output_dim)
+    *others, last = self.ple_fast.levels
+    for level in others:
+        x = level(x)
+    return [torch.sigmoid(tower(y).squeeze(1)) for tower, y in zip(self.tower, mixtures(last, x), strict=True)]
+
+
+class PLEModelConverter(Converter):
+    """``models.ple.PLEModel``: a whole model."""
+
+    library = "MTReclib"
+    class_name = "PLEModel"
+    children = ("task_experts", "task_gates", "share_experts", "share_gates")
+    methods = (("forward", _forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in self.children)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        plain = [name for name in self.children if not isinstance(getattr(site, name), nn.ModuleList)]
+        if plain:
+            raise ValueError(
+                f"{plain[0]}: expected a ModuleList, got {kind(getattr(site, plain[0]))}: before its commit 8c6529c "
+                "MTReclib kept such lists to itself, so that nothing in them was trained or saved"
+            )
+        levels = len(site.task_experts)
+        found = []
+        for i in range(levels):
+            is_last = i == levels - 1
+            own, shared = [len(experts) for experts in site.task_experts[i]], len(site.share_experts[i])
+            experts = [one.mlp for group in [*site.task_experts[i], site.share_experts[i]] for one in group]
+            found.append(
+                LevelSource(
+                    ple_wiring(own, shared, shared_gate=not is_last),
+                    experts,
+                    [*site.task_gates[i], *(() if is_last else (site.share_gates[i],))],
+                    unread=[site.share_gates[i]] if is_last else [],
+                )
+            )
+        return found
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(site.tower)
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        numerical = draw(site.numerical_layer.in_features)
+        table = site.embedding.embedding
+        starts = [*map(int, site.embedding.offsets), table.num_embeddings]
+        sizes = torch.tensor([stop - start for start, stop in pairwise(starts)])
+        rows = torch.arange(len(numerical)).unsqueeze(1) % sizes
+        return rows.to(table.weight.device), numerical
+
+
+def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
+    (layer,) = layers if len(layers) == 1 else (None,)
+    spec = None if layer is None else layer.spec
+    if layer is None or spec is None or not spec.bias or spec.norm != "batch" or layer.norm_after:
+        LIBRARY.cannot("its experts are one linear layer with a bias, a batch norm and a ReLU")
+    if spec.activation.name != "relu":
+        LIBRARY.cannot(f"the activation of its experts is relu, got {spec.activation.name}")
+    return tree({"mlp": nn.Sequential(*in_order(layers, always_dropout=True))})
+
+
+def _write(levels: list[PlainLevel]) -> nn.Module:
+    lists: dict[str, list[Any]] = {name: [] for name in PLEModelConverter.children}
+    for level, experts, gates in levels:
+        is_last = level is levels[-1].level
+        tasks = level.topology.num_mixtures - (not is_last)
+        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
+        own = counts[0]
+        if len(set(counts)) > 1:
+            LIBRARY.cannot(f"every task has as many experts, got {counts}")
+        mlps = [_mlp(expert) for expert in experts]
+        ends = LIBRARY.linear_gates(gates)
+        if is_last:  # it has a shared gate there, too, which nothing reads
+            like: dict[str, Any] = {"device": ends[0].weight.device, "dtype": ends[0].weight.dtype}
+            made = zeroed(nn.Linear(ends[0].in_features, len(experts), **like))
+            assert isinstance(made, nn.Linear)
+            ends.append(made)
+        closed = [nn.Sequential(end, nn.Softmax(dim=1)) for end in ends]
+        lists["task_experts"].append([mlps[t * own : (t + 1) * own] for t in range(tasks)])
+        lists["share_experts"].append(mlps[tasks * own :])
+        lists["task_gates"].append(closed[:tasks])
+        lists["share_gates"].append(closed[tasks])
+    return tree(lists)
+
+
+CONVERTER = PLEModelConverter()
+LIBRARY = Library(CONVERTER, lambda model: [model], _write)
+register(CONVERTER)

@@ -1,0 +1,165 @@
+"""torch-rechub: the CGC layers of its PLE, and its MMOE, with batch norm in experts and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import PLE
+from ..topology import Topology
+from .pieces import LevelSource
+from .registry import Converter, random_ids, register
+from .stacks import PlainLayer
+from .trees import Library, PlainLevel, tree
+from .wiring import ple_wiring
+
+ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")
+
+
+def from_torch_rechub(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+    """The fused trunk of a torch-rechub PLE, with its weights and statistics.
+
+    Args:
+        source: ``torch_rechub.models.multi_task.PLE``, or its state dict, which also needs ``like``.
+        like: a trunk of the configuration of the state dict; it stays as it is.
+        prefix: what stands before ``cgc_layers`` in the names of the state dict.
+
+    Raises:
+        TypeError, ValueError: it is something else, or of another configuration.
+    """
+    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+
+
+def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+    """A trunk as torch-rechub has it.
+
+    Args:
+        ple: a trunk of ours.
+        target: a torch-rechub PLE of the same configuration, whose trunk gets the weights; default a tree of ordinary
+            modules whose ``state_dict()`` is the trunk's part of torch-rechub's.
+
+    Raises:
+        ValueError: torch-rechub cannot represent the trunk, or ``target`` is of another configuration.
+    """
+    return LIBRARY.to_tree_or_target(ple, target)
+
+
+def _forward(self: Any, x_list: Sequence[Tensor]) -> list[Tensor]:
+    (level,) = self.ple_fast.levels
+    return list(level(list(x_list)).unbind(1))
+
+
+class CGCConverter(Converter):
+    """``torch_rechub.models.multi_task.ple.CGC``: one level."""
+
+    library = "torch-rechub"
+    class_name = "CGC"
+    children = ("experts_specific", "experts_shared", "gates_specific", "gate_shared")
+    methods = (("forward", _forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in ("experts_specific", "experts_shared", "gates_specific"))
+
+    def read(self, site: Any) -> list[LevelSource]:
+        gates = [gate.mlp for gate in site.gates_specific]
+        has_shared = hasattr(site, "gate_shared")
+        tasks, shared = len(gates), len(site.experts_shared)
+        if has_shared:
+            gates.append(site.gate_shared.mlp)
+        own = [len(site.experts_specific) // tasks] * tasks
+        topology = ple_wiring(own, shared, shared_gate=has_shared)
+        experts = [expert.mlp for expert in [*site.experts_specific, *site.experts_shared]]
+        return [LevelSource(topology, experts, gates)]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        first = next(module for module in site.gates_specific.modules() if isinstance(module, nn.Linear))
+        return ([draw(first.in_features) for _ in range(len(site.gates_specific) + 1)],)
+
+
+def _mmoe_forward(self: Any, x: Mapping[str, Tensor]) -> Tensor:
+    (level,) = self.ple_fast.levels
+    mixtures = level(self.embedding(x, self.features, squeeze_dim=True)).unbind(1)
+    ends = zip(mixtures, self.towers, self.predict_layers, strict=True)
+    return torch.cat([predict(tower(mixture)) for mixture, tower, predict in ends], dim=1)
+
+
+class MMOEConverter(Converter):
+    """``torch_rechub.models.multi_task.MMOE``: a whole model."""
+
+    library = "torch-rechub"
+    class_name = "MMOE"
+    children = ("experts", "gates")
+    methods = (("forward", _mmoe_forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        needed = ("features", "embedding", "experts", "gates", "towers", "predict_layers")
+        return all(hasattr(module, name) for name in needed)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        topology = Topology.mmoe(len(site.gates), len(site.experts))
+        return [LevelSource(topology, [expert.mlp for expert in site.experts], [gate.mlp for gate in site.gates])]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        inputs = {}
+        for feature in site.features:
+            if hasattr(feature, "pooling"):
+                inputs[feature.name] = random_ids(draw, 3, feature.vocab_size)
+            elif hasattr(feature, "vocab_size"):
+                inputs[feature.name] = random_ids(draw, 1, feature.vocab_size).squeeze(1)
+            else:
+                inputs[feature.name] = draw(feature.embed_dim)
+        return (inputs,)
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(site.towers)
+
+
+def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
+    modules: list[nn.Module] = []
+    for layer in layers:
+        if not isinstance(layer.norm, nn.BatchNorm1d) or layer.norm_after or layer.linear.bias is None:
+            LIBRARY.cannot("its experts and gates have a bias and a batch norm before every activation")
+        name = layer.spec.activation.name
+        if name not in ACTIVATIONS:
+            LIBRARY.cannot(f"the activation {name} is none of {', '.join(ACTIVATIONS)}")
+        assert layer.activation is not None
+        modules += [layer.linear, layer.norm, layer.activation, layer.dropout or nn.Dropout(0)]
+    return tree({"mlp": nn.Sequential(*modules)})
+
+
+def _write(levels: list[PlainLevel]) -> nn.Module:
+    makes = {
+        tuple((x.spec.units, x.spec.activation, x.spec.dropout) for x in expert)
+        for _, experts, _ in levels
+        for expert in experts
+    }
+    if len(makes) > 1:
+        LIBRARY.cannot("all its experts have the same widths, activation and dropout, at every level")
+    layers = []
+    for level, experts, gates in levels:
+        tasks = level.topology.num_mixtures - (level is not levels[-1].level)
+        specific = sum(slot < tasks for slot in level.topology.expert_slot)
+        ends: list[nn.Module] = []
+        for gate in gates:
+            last = gate.layers[-1] if gate.layers else None
+            if last is None or len(gate.layers) > 1 or last.norm is None or gate.temperature != 1.0:
+                LIBRARY.cannot("its gates are one linear layer with a batch norm on the logits")
+            ends.append(tree({"mlp": nn.Sequential(last.linear, last.norm, nn.Softmax(dim=1), nn.Dropout(0))}))
+        content: dict[str, Any] = {
+            "experts_specific": [_mlp(expert) for expert in experts[:specific]],
+            "experts_shared": [_mlp(expert) for expert in experts[specific:]],
+            "gates_specific": ends[:tasks],
+        }
+        if len(ends) > tasks:
+            content["gate_shared"] = ends[tasks]
+        layers.append(content)
+    return tree({"cgc_layers": layers})
+
+
+CONVERTER = CGCConverter()
+LIBRARY = Library(CONVERTER, lambda model: getattr(model, "cgc_layers", [model]), _write)
+register(CONVERTER)
+register(MMOEConverter())

@@ -1,0 +1,117 @@
+"""TorchEasyRec (tzrec): the extraction networks of its PLE, whose shared experts may be made in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules import PLE
+from .pieces import LevelSource
+from .registry import Converter, register
+from .stacks import PlainLayer
+from .trees import Library, PlainLevel, in_order, tree
+from .wiring import mixtures, ple_wiring
+
+
+def from_torcheasyrec(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+    """The fused trunk of a TorchEasyRec PLE, with its weights and statistics.
+
+    Args:
+        source: a model with ``_extraction_nets`` (``tzrec.models.ple.PLE``), or its state dict, which also needs
+            ``like``.
+        like: a trunk of the configuration of the state dict; it stays as it is.
+        prefix: what stands before ``_extraction_nets`` in the names of the state dict.
+
+    Raises:
+        TypeError, ValueError: it is something else, or of another configuration.
+    """
+    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+
+
+def to_torcheasyrec(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+    """A trunk as TorchEasyRec has it.
+
+    Args:
+        ple: a trunk of ours.
+        target: a TorchEasyRec PLE of the same configuration, whose trunk gets the weights; default a tree of ordinary
+            modules whose ``state_dict()`` is the trunk's part of TorchEasyRec's.
+
+    Raises:
+        ValueError: TorchEasyRec cannot represent the trunk, or ``target`` is of another configuration.
+    """
+    return LIBRARY.to_tree_or_target(ple, target)
+
+
+def _forward(
+    self: Any, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    (level,) = self.ple_fast.levels
+    rows = mixtures(level, [*extraction_network_fea, shared_expert_fea])
+    tasks = level.topology.num_slots - 1
+    return rows[:tasks], rows[tasks] if len(rows) > tasks else None
+
+
+class ExtractionNetConverter(Converter):
+    """``tzrec.modules.extraction_net.ExtractionNet``: one level."""
+
+    library = "TorchEasyRec"
+    class_name = "ExtractionNet"
+    children = ("_shared_layers", "_shared_gate", "_task_layers", "_task_gates")
+    methods = (("forward", _forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in ("_shared_layers", "_task_layers", "_task_gates"))
+
+    def read(self, site: Any) -> list[LevelSource]:
+        gates = [*site._task_gates]
+        shared_gate = getattr(site, "_shared_gate", None)
+        own, shared = [len(experts) for experts in site._task_layers], len(site._shared_layers)
+        topology = ple_wiring(own, shared, shared_gate=shared_gate is not None)
+        if shared_gate is not None:
+            gates.append(shared_gate)
+        mlps = [mlp for experts in [*site._task_layers, site._shared_layers] for mlp in experts]
+        if any(getattr(mlp, "return_hidden_layer_feature", False) for mlp in mlps):
+            raise ValueError("return_hidden_layer_feature: its experts return all their layers; only the last is fused")
+        return [LevelSource(topology, [[p.perceptron for p in mlp.mlp] for mlp in mlps], gates)]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        width = site._task_gates[0].in_features
+        return [draw(width) for _ in site._task_gates], draw(width)
+
+
+def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
+    first = layers[0].spec
+    for layer in layers:
+        spec = layer.spec
+        alike = (spec.norm, spec.activation, spec.bias) == (first.norm, first.activation, first.bias)
+        if not alike or layer.norm_after or (spec.norm == "batch" and spec.bias):
+            LIBRARY.cannot(
+                "all layers of its experts have the same activation, the same norm before it, and a bias or not, which "
+                "stands under a batch norm never"
+            )
+    return tree({"mlp": [tree({"perceptron": nn.Sequential(*in_order([layer]))}) for layer in layers]})
+
+
+def _write(levels: list[PlainLevel]) -> nn.Module:
+    nets = []
+    for level, experts, gates in levels:
+        tasks = level.topology.num_mixtures - (level is not levels[-1].level)
+        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
+        own = counts[0]
+        if len(set(counts)) > 1:
+            LIBRARY.cannot(f"every task has as many experts, got {counts}")
+        mlps, ends = [_mlp(expert) for expert in experts], LIBRARY.linear_gates(gates)
+        content: dict[str, Any] = {"_shared_layers": mlps[tasks * own :]}
+        if len(ends) > tasks:
+            content["_shared_gate"] = ends[tasks]
+        content["_task_layers"] = [mlps[t * own : (t + 1) * own] for t in range(tasks)]
+        content["_task_gates"] = ends[:tasks]
+        nets.append(content)
+    return tree({"_extraction_nets": nets})
+
+
+CONVERTER = ExtractionNetConverter()
+LIBRARY = Library(CONVERTER, lambda model: getattr(model, "_extraction_nets", [model]), _write)
+register(CONVERTER)

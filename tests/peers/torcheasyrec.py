@@ -1,0 +1,202 @@
+"""Stand-ins for TorchEasyRec's PLE (alibaba/TorchEasyRec, commit 54cac31): same classes, names and results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.swap_proof import ROWS, Case
+
+
+class Dice(nn.Module):
+    """``z * (p + alpha * (1 - p))``."""
+
+    def __init__(self, hidden_size: int, dim: int = 2) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(hidden_size, affine=False)
+        self.alpha = nn.Parameter(torch.zeros(hidden_size))
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, H)`` to the same."""
+        p = torch.sigmoid(self.bn(z))
+        return z * (p + self.alpha * (1 - p))
+
+
+def create_activation(name: str, width: int) -> nn.Module:
+    """``"nn.LeakyReLU(negative_slope=0.1)"``, say, or ``"Dice"``."""
+    if name == "Dice":
+        return Dice(width)
+    kind, _, given = name.removeprefix("nn.").rstrip(")").partition("(")
+    options = dict(item.split("=") for item in given.split(",") if item)
+    made: nn.Module = getattr(nn, kind)(**{key: float(value) for key, value in options.items()})
+    return made
+
+
+class Perceptron(nn.Module):
+    """Linear, norm, activation, dropout."""
+
+    def __init__(
+        self, width: int, units: int, activation: str, use_bn: bool, bias: bool, dropout: float, use_ln: bool
+    ) -> None:
+        super().__init__()
+        self.perceptron = nn.Sequential(nn.Linear(width, units, bias=bias and not use_bn))
+        if use_bn:
+            self.perceptron.append(nn.BatchNorm1d(units))
+        if use_ln:
+            self.perceptron.append(nn.LayerNorm(units))
+        if activation:
+            self.perceptron.append(create_activation(activation, units))
+        if dropout:
+            self.perceptron.append(nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B, H)``."""
+        y: Tensor = self.perceptron(x)
+        return y
+
+
+class MLP(nn.Module):
+    """Perceptrons."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_units: Sequence[int],
+        bias: bool = True,
+        activation: str = "nn.ReLU",
+        use_bn: bool = False,
+        dropout_ratio: float = 0.0,
+        use_ln: bool = False,
+        return_hidden_layer_feature: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_features, *hidden_units]
+        self.return_hidden_layer_feature = return_hidden_layer_feature
+        self.mlp = nn.ModuleList(
+            Perceptron(width, units, activation, use_bn, bias, dropout_ratio, use_ln)
+            for width, units in zip(widths, hidden_units, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B, H)``."""
+        for layer in self.mlp:
+            x = layer(x)
+        return x
+
+
+class ExtractionNet(nn.Module):
+    """One level. Without a shared gate the second output is None."""
+
+    def __init__(
+        self,
+        in_extraction_networks: Sequence[int],
+        in_shared_expert: int,
+        network_name: str,
+        share_num: int,
+        expert_num_per_task: int,
+        share_expert_net: dict[str, Any],
+        task_expert_net: dict[str, Any],
+        final_flag: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = network_name
+        tasks = len(in_extraction_networks)
+        self._shared_layers = nn.ModuleList(MLP(in_shared_expert, **share_expert_net) for _ in range(share_num))
+        self._shared_gate = (
+            None if final_flag else nn.Linear(in_shared_expert, tasks * expert_num_per_task + share_num)
+        )  # fmt: skip
+        self._task_layers = nn.ModuleList(
+            nn.ModuleList(MLP(width, **task_expert_net) for _ in range(expert_num_per_task))
+            for width in in_extraction_networks
+        )
+        self._task_gates = nn.ModuleList(
+            nn.Linear(width, expert_num_per_task + share_num) for width in in_extraction_networks
+        )
+
+    def forward(
+        self, extraction_network_fea: Sequence[Tensor], shared_expert_fea: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """T inputs and the shared one, each ``(B, D)``."""
+        shared = [expert(shared_expert_fea) for expert in self._shared_layers]
+        layers: Any = self._task_layers
+        own = [[expert(x) for expert in experts] for experts, x in zip(layers, extraction_network_fea, strict=True)]
+        outputs = [
+            _mix(gate(x), [*experts, *shared])
+            for gate, x, experts in zip(self._task_gates, extraction_network_fea, own, strict=True)
+        ]
+        if self._shared_gate is None:
+            return outputs, None
+        return outputs, _mix(self._shared_gate(shared_expert_fea), [*(y for row in own for y in row), *shared])
+
+
+def _mix(logits: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    return (logits.softmax(1).unsqueeze(2) * torch.stack(list(experts), 1)).sum(1)
+
+
+class PLE(nn.Module):
+    """The trunk of a model, with a linear tower per task. TorchEasyRec builds it from a configuration."""
+
+    def __init__(self, width: int, tasks: int, levels: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._extraction_nets = nn.ModuleList()
+        out = width
+        for i, options in enumerate(levels):
+            net = ExtractionNet([out] * tasks, out, f"level{i}", final_flag=i == len(levels) - 1, **options)
+            self._extraction_nets.append(net)
+            out = options["task_expert_net"]["hidden_units"][-1]
+        self._task_tower = nn.ModuleList(nn.Linear(out, 1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits ``(B, 1)`` by task."""
+        own: list[Tensor] = [x] * len(self._task_tower)
+        shared = x
+        for net in self._extraction_nets:
+            own, shared = net(own, shared)
+        return {f"logits_{t}": tower(y) for t, (tower, y) in enumerate(zip(self._task_tower, own, strict=True))}
+
+
+def _level(own: int, shared: int, net: dict[str, Any], shared_net: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "share_num": shared,
+        "expert_num_per_task": own,
+        "task_expert_net": net,
+        "share_expert_net": shared_net or net,
+    }
+
+
+def _case(name: str, tasks: int, *levels: dict[str, Any]) -> Case:
+    return Case(
+        f"TorchEasyRec, {name}", lambda: PLE(7, tasks, levels), lambda dtype: (torch.randn(ROWS, 7, dtype=dtype),)
+    )  # fmt: skip
+
+
+CASES = [
+    _case(
+        "batch norm, wider shared experts",
+        2,
+        _level(2, 1, {"hidden_units": [9, 6], "use_bn": True}, {"hidden_units": [12, 6], "use_bn": True}),
+        _level(1, 2, {"hidden_units": [5], "use_bn": True, "dropout_ratio": 0.0}),
+    ),
+    _case(
+        "plain, levels of their own",
+        3,
+        _level(2, 2, {"hidden_units": [8]}),
+        _level(1, 1, {"hidden_units": [6, 5], "bias": False}, {"hidden_units": [5]}),
+    ),
+    _case(
+        "layer norm",
+        2,
+        _level(1, 1, {"hidden_units": [8, 6], "use_ln": True, "activation": "nn.SiLU"}),
+        _level(2, 1, {"hidden_units": [4], "use_ln": True, "activation": "nn.LeakyReLU(negative_slope=0.1)"}),
+    ),
+    _case(
+        "dice, nothing shared",
+        2,
+        _level(2, 0, {"hidden_units": [6], "activation": "Dice"}),
+        _level(2, 0, {"hidden_units": [6], "activation": "nn.PReLU"}),
+    ),
+]

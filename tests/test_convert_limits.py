@@ -1,0 +1,193 @@
+"""What the swap from libraries that are no packages refuses and why, and what each of them has besides a forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import ple_fast
+from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, accelerate, convert, restore
+from tests.peers import adatt, fuxictr, mtreclib, refused, torcheasyrec
+from tests.swap_proof import ROWS, Case, flat, shaken
+
+FIRST = [peer.CASES[0] for peer in (torcheasyrec, fuxictr, mtreclib, adatt)]
+
+
+def left(model: nn.Module) -> str:
+    """Why the only known module of a model was left."""
+    report = accelerate(model)
+    assert not report.replaced
+    (site,) = report.left
+    return site.why
+
+
+def with_values(model: Any) -> None:
+    model._extraction_nets[0]._shared_layers[0].return_hidden_layer_feature = True
+
+
+def unregistered(model: Any) -> None:
+    gates = list(model.task_gates)
+    del model.task_gates
+    model.task_gates = gates
+
+
+def reads_a_task(model: Any) -> None:
+    model.__class__ = type("PLEModel", (mtreclib.PLEModel,), {"shared_input": lambda self, streams: streams[0]})
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "why"),
+    [
+        (torcheasyrec.CASES[0], with_values, "return_hidden_layer_feature"),
+        (mtreclib.CASES[0], unregistered, "task_gates: expected a ModuleList, got list: before its commit 8c6529c"),
+        (mtreclib.CASES[0], reads_a_task, "on random input its output 0 differs"),
+    ],
+    ids=["all layers", "gates in a list", "an old commit"],
+)
+def test_other_versions_and_options_are_left(case: Case, change: Callable[[Any], None], why: str) -> None:
+    model = shaken(case.make())
+    change(model)
+    assert why in accelerate(model).left[0].why
+
+
+def test_what_a_library_cannot_run_itself_and_slopes_per_unit() -> None:
+    options: dict[str, Any] = {"expert_hidden_units": [5], "gate_hidden_units": []}
+    without_shared = fuxictr.CGC_Layer(1, 2, 2, 7, **options)
+    without_shared.shared_experts = nn.ModuleList()
+    assert "num_shared_experts=0" in left(without_shared)
+    assert "num_shared_experts=0" in left(adatt.PLE(7, [[5]], 2, 2, 0))
+    with_slopes = fuxictr.CGC_Layer(1, 2, 2, 7, **options, hidden_activations="prelu")
+    assert "expected one slope, got num_parameters=5" in left(with_slopes)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (refused.PLEBlock(2), "Merlin's PLEBlock .* is no PLE from depth 2 on"),
+        (refused.PLE(), "LibMTL's PLE has the convolutional stages of a ResNet as experts"),
+    ],
+)
+def test_what_is_called_ple_and_is_none(model: nn.Module, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        accelerate(nn.Sequential(model), strict=True)
+
+
+def stacked(*options: dict[str, Any]) -> PLE:
+    """Levels with two tasks of two experts each, and one shared."""
+    levels = []
+    for i, own in enumerate(options):
+        given: dict[str, Any] = {"experts": MLPSpec((4,)), "gate": GateSpec(), **own}
+        topology = given.pop("topology", Topology.ple(2, 2, 1, last=i == len(options) - 1))
+        levels.append(ExtractionNetwork(given.pop("width", 4), topology, **given))
+    return PLE.from_levels(levels)
+
+
+HIDDEN, LAYER = GateSpec((3,)), MLPSpec((4,), norm="layer")
+NATIVE = Topology((0, 1, 1), (0, 1), ((0, 1, 2), (0, 1, 2)), mixture_offset=((True, False, False), (False, True, True)))
+UNEVEN = Topology.ple(2, [1, 2], 1, last=True)
+
+
+@pytest.mark.parametrize(
+    ("to_theirs", "ple", "why"),
+    [
+        (convert.to_torcheasyrec, stacked({"gate": HIDDEN}), "its gates are one linear layer with a bias"),
+        (convert.to_torcheasyrec, stacked({"topology": UNEVEN}), r"every task has as many experts, got \[1, 2\]"),
+        (convert.to_torcheasyrec, stacked({"experts": MLPSpec((4,), norm="batch")}), "under a batch norm never"),
+        (convert.to_torcheasyrec, stacked({"experts": MLPSpec((4, 4), ("relu", "tanh"))}), "the same activation"),
+        (convert.to_fuxictr, stacked({"gate": GateSpec(bias=False)}), "end in a linear layer with a bias"),
+        (convert.to_fuxictr, stacked({"gate": GateSpec(temperature=2.0)}), "without norm and temperature"),
+        (convert.to_fuxictr, stacked({"gate": HIDDEN}, {}), "so are all its gates, at every level"),
+        (convert.to_fuxictr, stacked({"experts": LAYER}), "have a batch norm, or none has a norm"),
+        (convert.to_fuxictr, stacked({"topology": UNEVEN}), "every task has as many experts, and some are shared"),
+        (convert.to_fuxictr, stacked({}, {}), "level 0: its wiring is"),
+        (convert.to_fuxictr, stacked({"experts": MLPSpec((4,), bias=False)}), "its layers have a bias"),
+        (convert.to_mtreclib, stacked({}), "one linear layer with a bias, a batch norm and a ReLU"),
+        (convert.to_mtreclib, stacked({"experts": MLPSpec((4,), "tanh", norm="batch")}), "is relu, got tanh"),
+        (convert.to_mtreclib, stacked({"experts": MLPSpec((4,), norm="batch"), "topology": UNEVEN}), "as many experts"),
+        (convert.to_adatt, stacked({"experts": LAYER}), "linear and a ReLU, without norm and dropout"),
+        (convert.to_adatt, stacked({}, {"topology": UNEVEN}), "all its levels have the same numbers of experts"),
+        (convert.to_adatt, stacked({"topology": NATIVE}), "every task has as many experts"),
+    ],
+)
+def test_what_a_library_cannot_represent(to_theirs: Callable[..., Any], ple: PLE, why: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot represent this trunk: .*{why}"):
+        to_theirs(ple)
+
+
+@pytest.mark.parametrize("name", ["torcheasyrec", "fuxictr", "mtreclib", "adatt"])
+def test_wrong_arguments(name: str) -> None:
+    from_theirs, to_theirs = getattr(convert, f"from_{name}"), getattr(convert, f"to_{name}")
+    with pytest.raises(TypeError, match="expected a model of"):
+        from_theirs(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="like: a state dict says nothing"):
+        from_theirs({})
+    with pytest.raises(TypeError, match="ple: expected a trunk of ple_fast"):
+        to_theirs(nn.Linear(2, 2))
+
+
+class LevelTracer(fx.Tracer):
+    """Levels are leaves of the graph."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Also levels."""
+        return isinstance(m, ExtractionNetwork) or super().is_leaf_module(m, module_qualified_name)
+
+
+@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3]], ids=str)
+def test_fx_traces_a_model_with_levels_as_leaves_and_a_restored_one_as_ever(case: Case) -> None:
+    model = shaken(case.make()).eval()
+    x = case.arguments(torch.float32)
+    expected = flat(model(*x))
+    accelerate(model, strict=True)
+    traced = fx.GraphModule(model, LevelTracer().trace(model))
+    torch.testing.assert_close(flat(traced(*x)), expected)
+    restore(model)
+    torch.testing.assert_close(flat(fx.symbolic_trace(model)(*x)), expected, rtol=0, atol=0)
+
+
+def test_fuxictrs_mean_gates_and_penalty_stay() -> None:
+    model: Any = shaken(fuxictr.CASES[1].make()).double()
+    fused = copy.deepcopy(model)
+    accelerate(fused, strict=True)
+    x = [torch.randn(ROWS, 7, dtype=torch.float64) for _ in range(4)]
+    for ours, theirs in zip(fused.cgc_layers[0](x, True), model.cgc_layers[0](x, True), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(fused.regularization_loss(), model.regularization_loss())
+
+
+def test_fuxictrs_last_shared_gate_has_no_state_so_a_swap_after_a_step_says_so() -> None:
+    model: Any = fuxictr.CASES[0].make()
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(flat(model(torch.randn(ROWS, 7))), torch.zeros(ROWS, 1)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="of some parameters and not of others that become one"):
+        accelerate(model, optimizers=optimizer)
+
+
+def test_a_list_that_adatt_shares_between_models_has_grown() -> None:
+    model: Any = adatt.AdaTTWSharedExps(7, [[5]], 2, 1, num_task_expert_list=[1, 2])
+    x = torch.randn(ROWS, 3, 7)
+    expected = model(x)
+    model.num_expert_list.append(1)
+    assert accelerate(model, strict=True).replaced[0].unread == ("self_exp_weights.2",)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_constants_of_adatt_are_not_trained_and_need_no_entry_in_a_checkpoint() -> None:
+    model: Any = next(case for case in adatt.CASES if case.name == "AdaTT, AdaTTSp, one expert per task").make()
+    names = [name for name, _ in model.named_parameters()]
+    report = accelerate(model)
+    assert sorted(old for olds in report.parameters.values() for old in olds) == [*sorted(names[:-4])]
+    (constant, *_) = [p for name, p in model.named_parameters() if name.endswith("offset")]
+    assert not constant.requires_grad
+    assert bool((constant == 1).all())
+    state: dict[str, Tensor] = model.state_dict()
+    assert list(state) == names
+    model.load_state_dict(state)
+    assert ple_fast.restore(model) == ("mtl_arch",)

@@ -1,0 +1,132 @@
+"""A swap from libraries that are no packages, proved on stand-ins with their classes, names and published results."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from ple_fast import convert
+from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.swap_proof import Case, assert_same_state, prove_checkpoints, prove_results, prove_training, shaken
+
+
+class Library(NamedTuple):
+    """How its trunks go to ours and back."""
+
+    from_theirs: Callable[..., Any]
+    to_theirs: Callable[..., Any]
+    cases: list[Case]
+    roots: tuple[str, ...]
+    """What the names of a trunk begin with."""
+    prefix: str = ""
+    """What stands before them in the model."""
+    unread: Callable[[Any], str | tuple[()]] = lambda model: ()
+    """What the names of a shared gate that nothing reads begin with."""
+
+
+LIBRARIES = (
+    Library(convert.from_torcheasyrec, convert.to_torcheasyrec, torcheasyrec.CASES, ("_extraction_nets",)),
+    Library(
+        convert.from_fuxictr,
+        convert.to_fuxictr,
+        fuxictr.CASES,
+        ("cgc_layers",),
+        unread=lambda model: f"cgc_layers.{len(model.cgc_layers) - 1}.gate.{len(model.tower)}.",
+    ),
+    Library(
+        convert.from_mtreclib,
+        convert.to_mtreclib,
+        mtreclib.CASES,
+        ("task_", "share_"),
+        unread=lambda model: f"share_gates.{len(model.share_gates) - 1}.",
+    ),
+    Library(convert.from_adatt, convert.to_adatt, adatt.CASES, ("experts", "gate", "self_exp"), "mtl_arch."),
+)
+CASES = [case for library in LIBRARIES for case in library.cases]
+FIRST = [library.cases[0] for library in LIBRARIES]
+OTHERS = [case for case in CASES if case not in FIRST]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+EACH = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_holds_no_parameters() -> Iterator[None]:
+    """Every swap looks for optimizers among all objects; those of the imports are most of them."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@EACH
+def test_same_results(case: Case) -> None:
+    prove_results(case, torch.float64)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_same_results_in_float32(case: Case) -> None:
+    prove_results(case, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_same_results_of_others_in_float32(case: Case) -> None:
+    prove_results(case, torch.float32)
+
+
+@EACH
+def test_same_checkpoints(case: Case) -> None:
+    prove_checkpoints(case)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_same_loss_curve(case: Case) -> None:
+    prove_training(case, torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_same_loss_curve_in_float32(case: Case) -> None:
+    prove_training(case, torch.float32)
+
+
+@pytest.mark.slow
+@DTYPES
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_same_loss_curve_of_others(case: Case, dtype: torch.dtype) -> None:
+    prove_training(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("library", "case"),
+    [(library, case) for library in LIBRARIES for case in library.cases],
+    ids=lambda x: x.name if isinstance(x, Case) else x.from_theirs.__name__,
+)
+def test_modules_and_checkpoints_go_both_ways_bit_for_bit(library: Library, case: Case) -> None:
+    model = shaken(case.make())
+    ple = library.from_theirs(model)
+    prefix = library.prefix
+    theirs = {
+        name.removeprefix(prefix): value
+        for name, value in model.state_dict().items()
+        if name.removeprefix(prefix).startswith(library.roots)
+    }
+    tree = library.to_theirs(ple)
+    ours = tree.state_dict()
+    assert list(ours) == list(theirs)
+    unread = {name for name in ours if name.startswith(library.unread(model))}
+    assert bool(unread) == (library.unread(model) != ())
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items() if name not in unread)
+    assert not any(ours[name].any() for name in unread)
+    target, before = case.make(), case.make()
+    target.load_state_dict(before.state_dict())
+    assert library.to_theirs(ple, target) is target
+    for name, value in theirs.items():
+        expected = before.state_dict()[prefix + name] if name in unread else value
+        assert torch.equal(target.state_dict()[prefix + name], expected)
+    blank = library.from_theirs(case.make())
+    prefixed = {f"model.{name}": value for name, value in model.state_dict().items()}
+    assert_same_state(library.from_theirs(prefixed, like=blank, prefix=f"model.{prefix}"), ple)
