@@ -18,7 +18,7 @@ from .checks import check_input, shape_of
 from .ops import is_plain, run_op
 from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
-from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves
+from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
 from .torch_backend.gate_combine import combine
 from .torch_backend.slots import Place, Slots
 
@@ -142,6 +142,7 @@ def extraction_level(
     composes = must_compose(weight)
     choice = resolve(weight.device, backend)
     records = torch.is_grad_enabled()
+    now: LevelState | None = None
     # Traced programs must not come to a comparison of the batch: it would become a condition of theirs.
     if (
         not composes
@@ -153,15 +154,18 @@ def extraction_level(
         and not return_gates
         and autocast is None
         and weight.dtype in (torch.float32, torch.float64)
-        and serves(plan, x.dim() == 3)
+        and serves(plan, x.dim() == 3, trains=records)
     ):
         if not records:
-            note(choice)
-            return few_rows_forward(plan, layers, gate, x), None
-        parameters = flatten(layers, gate)
-        if not recompute and all(t is None or t.requires_grad for t in parameters):
-            note(choice)
-            return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), "hand")[0], None
+            now = None if serves(plan, x.dim() == 3) else state(x.shape[0], choice.name)
+            if now is None or serves_state(now):
+                note(choice)
+                return few_rows_forward(plan, layers, gate, x, now), None
+        elif not recompute:
+            parameters = flatten(layers, gate)
+            if all(t is None or t.requires_grad for t in parameters):
+                note(choice)
+                return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), "hand")[0], None
     tensors, places = _place(x, slots)
     batch = tensors[0].shape[0]
     gate_tensors: tuple[Tensor, ...] = ()
@@ -175,7 +179,7 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    now = state(batch, choice.name)
+    now = state(batch, choice.name) if now is None else now
     way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
     if way == "composed" and choice.name == "triton":
         if composes and _is_compiled_alone(weight) and is_plain(now):

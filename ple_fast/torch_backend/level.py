@@ -17,6 +17,7 @@ from torch import Tensor
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
 from .barriers import Steps, run_alone, run_blocks, together
+from .folding import fold_norms
 from .grouped_linear import slots_linear_backward, slots_linear_forward
 from .mlp import (
     KEPT_WIDTH,
@@ -452,8 +453,11 @@ def level_forward(
 ) -> tuple[Tensor, Tensor | None, list[BlockKept]]:
     """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward needs.
 
-    Without ``needs`` nothing is kept.
+    Without ``needs`` nothing is kept, and norms that can be folded are.
     """
+    if needs is None:
+        layers, gate, state = fold_norms(inputs.plan, inputs.layers, inputs.gate, inputs.state, inputs.x.batch)
+        inputs = inputs._replace(layers=layers, gate=gate, state=state)
     run = Run(inputs, tables(inputs.plan).no_needs if needs is None else needs)
     blocks = run.blocks
     plan = inputs.plan
