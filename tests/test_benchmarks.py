@@ -19,7 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import ple_fast
 from benchmarks import report, run, whole_model
 from benchmarks.analytic import work
-from benchmarks.configs import GRID, HEAD_TO_HEAD, KUAIRAND, MODES, ROUNDS, SIZES, Mode, TrunkConfig, suite_config
+from benchmarks.configs import (
+    GRID,
+    HEAD_TO_HEAD,
+    KUAIRAND,
+    MODES,
+    ROUNDS,
+    SIZES,
+    WHOLE_MODEL,
+    Mode,
+    TrunkConfig,
+    suite_config,
+)
 from benchmarks.contestants import CONTESTANTS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
 from benchmarks.environment import ROOT
 from benchmarks.paired import Paired, time_paired
@@ -318,6 +329,20 @@ def test_committed_results_are_complete_and_not_quick() -> None:
         assert entry["rounds"] >= 15
     assert [entry["point"] for entry in files["grid"]["results"]] == [c.name for c in GRID]
     assert {entry["contestant"] for entry in head["saved"]} >= {*OURS, "loop"}
+
+
+def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    results = report.load(ROOT / "benchmarks" / "results" / machine)["whole_model"]["results"]
+    page = (ROOT / "docs" / "accelerate.md").read_text(encoding="utf-8").partition("## What it brings")[2]
+    assert [(entry["library"], entry["mode"], entry["batch"]) for entry in results] == [
+        (library, *case) for library in whole_model.LIBRARIES for case in WHOLE_MODEL
+    ]
+    for entry in results:
+        assert set(entry["contestants"]) == set(whole_model.VARIANTS)
+        assert entry["rounds"] >= ROUNDS
+        assert f"{entry['contestants']['original']['ratio_to_accelerated']:.2f} x" in page
+        assert f"| {entry['library']} |" in report.whole_model_table({"results": results})
 
 
 def test_the_loop_is_seeded() -> None:
