@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ple_fast import CGC, PLE, ExtractionNetwork, GateSpec, MLPSpec, MMoE, Topology
+from ple_fast import CGC, PLE, HardSharing, MMoE, SingleTask
 from ple_fast.losses import JointLoss, TaskLoss
 from ple_fast.synthetic import synthetic_tasks
 from ple_fast.viz import plot_lines
@@ -55,16 +55,11 @@ class Settings:
 QUICK = Settings(correlations=(0.0, 1.0), seeds=2, train_rows=1024, test_rows=512, epochs=2)
 
 
-def static(topology: Topology, units: tuple[int, ...]) -> ExtractionNetwork:
-    """A level without gates: each task reads what the topology gives it."""
-    return ExtractionNetwork(IN_FEATURES, topology, experts=MLPSpec(units, ACTIVATION), gate=GateSpec())
-
-
 # About 1100 parameters each: two experts of single tasks, one of hard sharing, three of MMoE, CGC and PLE, and the
 # gates. PLE has the first layer of its experts on level 1 and the second on level 2.
 TRUNKS: dict[str, Callable[[], nn.Module]] = {
-    SINGLE: lambda: static(Topology.single_task(2), (14, 6)),
-    "hard sharing": lambda: static(Topology.hard_sharing(2), (25, 10)),
+    SINGLE: lambda: SingleTask(IN_FEATURES, 2, expert_units=(14, 6), activation=ACTIVATION),
+    "hard sharing": lambda: HardSharing(IN_FEATURES, 2, expert_units=(25, 10), activation=ACTIVATION),
     "MMoE": lambda: MMoE(IN_FEATURES, 2, experts=3, expert_units=(8, 4), activation=ACTIVATION),
     "CGC": lambda: CGC(IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=(8, 4), activation=ACTIVATION),
     "PLE": lambda: PLE(

@@ -2,7 +2,19 @@
 
 from .backend import last_backend, set_backend, use_backend
 from .convert import Report, accelerate, pack, restore
-from .modules import CGC, PLE, ExtractionNetwork, MMoE
+from .modules import (
+    CGC,
+    PLE,
+    AdaTT,
+    AsymmetricSharing,
+    CrossStitch,
+    CustomizedSharing,
+    ExtractionNetwork,
+    HardSharing,
+    MLMMoE,
+    MMoE,
+    SingleTask,
+)
 from .specs import GateSpec, MLPSpec
 from .topology import Topology
 
@@ -10,11 +22,18 @@ __version__ = "0.1.0"
 __all__ = [
     "CGC",
     "PLE",
+    "AdaTT",
+    "AsymmetricSharing",
+    "CrossStitch",
+    "CustomizedSharing",
     "ExtractionNetwork",
     "GateSpec",
+    "HardSharing",
+    "MLMMoE",
     "MLPSpec",
     "MMoE",
     "Report",
+    "SingleTask",
     "Topology",
     "accelerate",
     "last_backend",

@@ -29,7 +29,7 @@ class LayerTensors(NamedTuple):
     """``(n * H_out,)`` for batch norm, ``(n, H_out)`` for layer norm."""
     norm_bias: Tensor | None
     slope: Tensor | None
-    """prelu: ``(n,)``; dice: ``(n, H_out)``."""
+    """prelu and row_dice: ``(n,)``; dice: ``(n, H_out)``."""
 
 
 class GateTensors(NamedTuple):
@@ -76,8 +76,8 @@ class LevelState(NamedTuple):
 
     layers: tuple[LayerState, ...]
     gate_norm: NormState | None
-    seed: int | None
-    """Seed of the dropout masks; None where nothing is dropped."""
+    seed: int | Tensor | None
+    """Seed of the dropout masks; None where nothing is dropped. A tensor: one int64 on the device of kernels."""
 
     @property
     def uses_batch(self) -> bool:

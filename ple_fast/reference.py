@@ -31,6 +31,20 @@ class Dice(nn.Module):
         return p * x + (1 - p) * self.alpha * x
 
 
+class RowDice(nn.Module):
+    """The ``Dice`` of torch-rechub, which compares each row with its own mean; one alpha."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.eps = eps
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        p = torch.sigmoid((x - mean) / torch.sqrt(((x - mean) ** 2 + self.eps).sum(1, keepdim=True)))
+        return p * x + (1 - p) * self.alpha * x
+
+
 def activation_module(activation: Activation, units: int) -> nn.Module:
     """The ordinary module of an activation over ``units`` features."""
     name, value = activation
@@ -45,6 +59,7 @@ def activation_module(activation: Activation, units: int) -> nn.Module:
         "tanh": nn.Tanh,
         "sigmoid": nn.Sigmoid,
         "dice": lambda: Dice(units, eps=value),
+        "row_dice": lambda: RowDice(value),
     }
     module: nn.Module = modules[name]()
     return module
@@ -188,33 +203,49 @@ class PLEReference(nn.Module):
         levels: the extraction networks; at the first one every slot reads ``x`` when ``x`` is ``(B, D)``.
         num_tasks: ``T``.
         last_shared: keep what the last level mixes beyond the tasks.
+        parts: mixtures per task, concatenated (customized sharing has 2).
     """
 
     def __init__(
-        self, levels: Sequence[ExtractionNetworkReference], num_tasks: int, *, last_shared: bool = False
+        self,
+        levels: Sequence[ExtractionNetworkReference],
+        num_tasks: int,
+        *,
+        last_shared: bool = False,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
-        self.num_tasks, self.last_shared = num_tasks, last_shared
+        self.num_tasks, self.last_shared, self.parts = num_tasks, last_shared, parts
 
     def forward(self, x: Input, *, return_gates: bool = False) -> Any:
         """``x``: ``(B, D)``, ``(B, S, D)`` or S tensors. Returns ``(B, T, H)``, and all weights on request."""
+        first = self.levels[0]
+        assert isinstance(first, ExtractionNetworkReference)
+        raw_input = _slots(x, 1)[0] if first.topology.num_slots == 1 else x
         y: Input = x
         gates = []
         for level in self.levels:
             assert isinstance(level, ExtractionNetworkReference)
-            raw = level.gate_spec.input == "raw"
-            y, weights = level(y, x if raw else None, return_gates=True)
+            reads_raw = level.gate_spec.input == "raw"
+            y, weights = level(y, raw_input if reads_raw else None, return_gates=True)
             gates.append(weights)
         assert isinstance(y, Tensor)
-        out = y if self.last_shared else y[:, : self.num_tasks]
+        out = y if self.last_shared else y[:, : self.num_tasks * self.parts]
+        if self.parts > 1:
+            out = out.unflatten(1, (self.num_tasks, self.parts)).flatten(2)
         return (out, gates) if return_gates else out
 
     @classmethod
     def like(cls, module: Any) -> PLEReference:
-        """The reference of a ``PLE``, ``CGC`` or ``MMoE`` (what has ``levels`` and ``num_tasks``), weights copied."""
+        """The reference of a trunk (what has ``levels`` and ``num_tasks``), weights copied."""
         levels = [ExtractionNetworkReference.like(level) for level in module.levels]
-        reference = cls(levels, module.num_tasks, last_shared=getattr(module, "last_shared", False))
+        reference = cls(
+            levels,
+            module.num_tasks,
+            last_shared=getattr(module, "last_shared", False),
+            parts=getattr(module, "parts", 1),
+        )
         return reference.train(module.training)
 
 
@@ -280,6 +311,8 @@ def _layer_pairs(name: str, layer: Any, row: int, own: Layer) -> Iterator[Pair]:
             yield Pair(f"{name}.norm.{key}", getattr(layer.norm, key), row, value)
     if isinstance(own.activation, nn.PReLU):
         yield Pair(f"{name}.slope", layer.activation.weight, slice(row, row + 1), own.activation.weight)
+    elif isinstance(own.activation, RowDice):
+        yield Pair(f"{name}.alpha", layer.activation.alpha, slice(row, row + 1), own.activation.alpha)
     elif isinstance(own.activation, Dice):
         yield Pair(f"{name}.alpha", layer.activation.alpha, row, own.activation.alpha)
         yield from _batch_norm_pairs(f"{name}.dice_norm", layer.activation.norm, columns, own.activation.norm)

@@ -22,18 +22,27 @@ ACTIVATIONS = (
     "tanh",
     "sigmoid",
     "dice",
+    "row_dice",
 )
 
 
 class Activation(NamedTuple):
-    """An activation by name with its constant: the slope of leaky_relu, the initial slope of prelu, dice's epsilon."""
+    """An activation by name with its constant: the slope of leaky_relu, the initial slope of prelu, the epsilon of dice
+    and row_dice."""
 
     name: str
     value: float = 0.0
 
 
-_DEFAULT_VALUE = {"leaky_relu": 0.01, "prelu": 0.25, "dice": 1e-8}
-_ALIASES = {"linear": "identity", "none": "identity", "leakyrelu": "leaky_relu", "swish": "silu", "gelu_erf": "gelu"}
+_DEFAULT_VALUE = {"leaky_relu": 0.01, "prelu": 0.25, "dice": 1e-8, "row_dice": 1e-3}
+_ALIASES = {
+    "linear": "identity",
+    "none": "identity",
+    "leakyrelu": "leaky_relu",
+    "swish": "silu",
+    "gelu_erf": "gelu",
+    "rowdice": "row_dice",
+}
 
 
 def parse_activation(activation: Any) -> Activation:
@@ -47,6 +56,11 @@ def parse_activation(activation: Any) -> Activation:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
         if not math.isfinite(activation.value):
             raise ValueError(f"activation: expected a finite constant, got {activation}: the outputs would be NaN")
+        if activation.name == "row_dice" and activation.value <= 0.0:
+            raise ValueError(
+                f"activation: row_dice expects an epsilon above 0, got {activation.value}: a row of equal values would "
+                "give NaN"
+            )
         return activation
     if activation is None:
         return Activation("identity")
@@ -68,6 +82,8 @@ def parse_activation(activation: Any) -> Activation:
                 f"activation: prelu has one slope per expert layer, got num_parameters={activation.num_parameters}"
             )
         value = float(getattr(activation, "init", value))
+    if name == "row_dice":
+        value = float(getattr(activation, "eps", value))
     return parse_activation(Activation(name, value))
 
 
@@ -124,7 +140,8 @@ class MLPSpec:
 
     Args:
         units: output width of each layer.
-        activation: one, or one per layer; names in ``ACTIVATIONS``, or a ``torch.nn`` class or instance.
+        activation: one, or one per layer; names in ``ACTIVATIONS``, or a ``torch.nn`` class or instance. ``"dice"`` is
+            that of the paper (Zhou et al., KDD 2018), over the batch; ``"row_dice"`` that of torch-rechub, over a row.
         last_activation: replaces the activation of the last layer (``"identity"`` removes it); None keeps it.
         norm: None, ``"batch"`` or ``"layer"``; one, or one per layer.
         norm_position: ``"before"`` or ``"after"`` the activation; one, or one per layer.

@@ -186,30 +186,16 @@ class Topology:
         ones; the shared mixture (absent when ``last``) weighs all experts, or the shared ones with
         ``shared_gate_scope="shared"``. With no shared experts there are T slots and T mixtures.
         """
-        counts = check_task_counts("task_experts", task_experts, num_tasks)
-        if isinstance(shared_experts, bool) or not isinstance(shared_experts, int):
-            raise TypeError(f"shared_experts: expected an int, got {shared_experts!r}")
-        if shared_experts < 0:
-            raise ValueError(f"shared_experts: expected 0 or more, got {shared_experts}")
         if shared_gate_scope not in ("all", "shared"):
             raise ValueError(f'shared_gate_scope: expected "all" or "shared", got {shared_gate_scope!r}')
-        total = sum(counts)
-        for task, count in enumerate(counts):
-            if count + shared_experts == 0:
+        slots, own, shared = _groups(num_tasks, task_experts, shared_experts)
+        for task, experts in enumerate(own):
+            if not experts and not shared:
                 raise ValueError(f"task {task}: has no expert of its own and there are no shared ones; give it one")
-        shared = tuple(range(total, total + shared_experts))
-        starts = [sum(counts[:t]) for t in range(num_tasks)]
-        own = [tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
-        slots = tuple(t for t, count in enumerate(counts) for _ in range(count)) + (num_tasks,) * shared_experts
         mixtures = [experts + shared for experts in own]
-        if shared_experts and not last:
-            mixtures.append(tuple(range(total + shared_experts)) if shared_gate_scope == "all" else shared)
-        return cls(
-            expert_slot=slots,
-            mixture_slot=tuple(range(len(mixtures))),
-            mixture_experts=tuple(mixtures),
-            num_slots=num_tasks + (1 if shared_experts else 0),
-        )
+        if shared and not last:
+            mixtures.append(tuple(range(len(slots))) if shared_gate_scope == "all" else shared)
+        return cls(slots, tuple(range(len(mixtures))), tuple(mixtures), num_slots=num_tasks + bool(shared))
 
     @classmethod
     def mmoe(cls, num_tasks: int, experts: int) -> Topology:
@@ -217,6 +203,54 @@ class Topology:
         check_count("num_tasks", num_tasks)
         check_count("experts", experts)
         return cls((0,) * experts, (0,) * num_tasks, (tuple(range(experts)),) * num_tasks)
+
+    @classmethod
+    def ml_mmoe(cls, num_tasks: int, experts: int, *, first: bool, last: bool) -> Topology:
+        """One level of ML-MMoE, the multi-level MMoE that Tang et al. (RecSys 2020) compare PLE with.
+
+        Every mixture weighs all experts. The first level has one slot; above it expert ``e`` reads slot ``e``, which is
+        mixture ``e`` of the level below. There is one mixture per expert, and one per task when ``last``. All gates
+        share one selector, the raw input: above the first level they need ``GateSpec(input="raw")``.
+        """
+        check_count("num_tasks", num_tasks)
+        slots = tuple(range(check_count("experts", experts)))
+        count = num_tasks if last else experts
+        return cls(
+            (0,) * experts if first else slots, (0,) * count, (slots,) * count, num_slots=1 if first else experts
+        )
+
+    @classmethod
+    def adatt(
+        cls, num_tasks: int, task_experts: int | Sequence[int], shared_experts: int = 0, *, last: bool
+    ) -> Topology:
+        """One level of AdaTT (Li et al., KDD 2023): AdaTT-sp without shared experts, AdaTT-general with them.
+
+        Experts and slots are those of ``Topology.ple``. Every mixture weighs all experts, in their order: one mixture
+        per task, and the shared unit's, absent when ``last``. The learned scalars of the residual (``mixture_offset``)
+        stand at the unit's native experts: a task's own ones, the shared ones for the shared unit.
+        """
+        slots, own, shared = _groups(num_tasks, task_experts, shared_experts)
+        every = tuple(range(len(slots)))
+        native = own if last or not shared else [*own, shared]
+        return cls(
+            slots,
+            tuple(range(len(native))),
+            (every,) * len(native),
+            mixture_offset=tuple(tuple(e in experts for e in every) for experts in native),
+            num_slots=num_tasks + bool(shared),
+        )
+
+    @classmethod
+    def cross_stitch(cls, num_tasks: int) -> Topology:
+        """One level of a cross-stitch network (Misra et al., CVPR 2016, eq. 1): one expert and one slot per task.
+
+        Every mixture weighs all experts, in the order of the tasks, with learned scalars and no gate: a static weight 1
+        plus an offset. With offsets of 0 that is the sum; ``CrossStitch`` has the paper's start.
+        """
+        check_count("num_tasks", num_tasks)
+        tasks = tuple(range(num_tasks))
+        learned = ((True,) * num_tasks,) * num_tasks
+        return cls(tasks, tasks, (tasks,) * num_tasks, mixture_kind=_static(num_tasks), mixture_offset=learned)
 
     @classmethod
     def hard_sharing(cls, num_tasks: int) -> Topology:
@@ -228,8 +262,38 @@ class Topology:
     def single_task(cls, num_tasks: int) -> Topology:
         """One expert per task, nothing shared but the input."""
         check_count("num_tasks", num_tasks)
-        own = tuple((t,) for t in range(num_tasks))
-        return cls((0,) * num_tasks, (0,) * num_tasks, own, mixture_kind=_static(num_tasks))
+        return cls.asymmetric_sharing(num_tasks, [(t,) for t in range(num_tasks)])
+
+    @classmethod
+    def customized_sharing(cls, num_tasks: int) -> Topology:
+        """One expert per task, then a shared one, all on one slot (a baseline of Tang et al., RecSys 2020).
+
+        Two mixtures per task, its own expert and then the shared one, each with weight 1: side by side they are the
+        concatenation that the task's tower reads.
+        """
+        check_count("num_tasks", num_tasks)
+        mixtures = tuple((expert,) for task in range(num_tasks) for expert in (task, num_tasks))
+        return cls((0,) * (num_tasks + 1), (0,) * len(mixtures), mixtures, mixture_kind=_static(len(mixtures)))
+
+    @classmethod
+    def asymmetric_sharing(cls, num_tasks: int, sources: Sequence[Sequence[int]]) -> Topology:
+        """One expert per task on one slot; task ``k`` adds up the experts of the tasks in ``sources[k]``.
+
+        A baseline of Tang et al., RecSys 2020, with sum pooling. The columns of mixture ``k`` are in the order of
+        ``sources[k]``, which holds task ``k`` itself, and each task at most once.
+        """
+        check_count("num_tasks", num_tasks)
+        rows = [_int_tuple(f"sources[{k}]", row) for k, row in enumerate(_tuple("sources", sources, "tuples of tasks"))]
+        if len(rows) != num_tasks:
+            raise ValueError(f"sources: expected one tuple of tasks per task ({num_tasks}), got {len(rows)}: {rows}")
+        for task, row in enumerate(rows):
+            if task not in row or max(row) >= num_tasks or len(set(row)) != len(row):
+                raise ValueError(
+                    f"sources[{task}]: expected tasks below {num_tasks}, each once, task {task} itself among them; "
+                    f"got {row}"
+                )
+        slots = (0,) * num_tasks
+        return cls(slots, slots, tuple(rows), mixture_kind=_static(num_tasks))
 
 
 def _static(count: int) -> tuple[MixtureKind, ...]:
@@ -255,3 +319,17 @@ def check_task_counts(name: str, counts: int | Sequence[int], num_tasks: int) ->
     if len(row) != num_tasks:
         raise ValueError(f"{name}: expected one count per task ({num_tasks}), got {len(row)}: {row}")
     return row
+
+
+def _groups(
+    num_tasks: int, task_experts: int | Sequence[int], shared_experts: int
+) -> tuple[tuple[int, ...], list[tuple[int, ...]], tuple[int, ...]]:
+    """Slots of task 0's experts, task 1's, ..., the shared ones; the experts of each task; the shared experts."""
+    counts = check_task_counts("task_experts", task_experts, num_tasks)
+    if isinstance(shared_experts, bool) or not isinstance(shared_experts, int):
+        raise TypeError(f"shared_experts: expected an int, got {shared_experts!r}")
+    if shared_experts < 0:
+        raise ValueError(f"shared_experts: expected 0 or more, got {shared_experts}")
+    slots = tuple(t for t, count in enumerate((*counts, shared_experts)) for _ in range(count))
+    *own, shared = (tuple(e for e, slot in enumerate(slots) if slot == t) for t in range(num_tasks + 1))
+    return slots, own, shared

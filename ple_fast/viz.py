@@ -61,6 +61,7 @@ def gate_use(
         if len(weights) != topology.num_mixtures:
             raise ValueError(f"gates[{index}]: expected {topology.num_mixtures} mixtures, got {len(weights)}")
         slots = _slot_names(topology, task_names)
+        names = _mixture_names(topology, topologies[index + 1 : index + 2], task_names)
         for o, (weight, experts) in enumerate(zip(weights, topology.mixture_experts, strict=True)):
             if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != len(experts):
                 raise ValueError(
@@ -70,7 +71,7 @@ def gate_use(
             uses.append(
                 GateUse(
                     level=level,
-                    gate=_mixture_name(o, topology, task_names),
+                    gate=names[o],
                     experts=tuple(slots[topology.expert_slot[e]] for e in experts),
                     mean=tuple(values.mean(0).tolist()),
                     std=tuple(values.std(0, correction=0).tolist()),
@@ -99,6 +100,9 @@ def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: st
     styles["shared"] = {"facecolor": NEUTRAL, "edgecolor": "white", "hatch": "///"}
     styles["any"] = {"facecolor": "white", "edgecolor": NEUTRAL, "hatch": "..."}
     figure = _figure(max(2.5 * columns + 0.8, 5.0), 1.75 * len(rows) + 1.0)
+    # Learned scalars beside a softmax (AdaTT, cross-stitch) may leave [0, 1].
+    means = [mean for use in uses for mean in use.mean]
+    low, high = min(0.0, *means), max(1.0, *means)
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
     for axes_row, row in zip(grid, rows, strict=True):
         for axes in axes_row[len(row) :]:
@@ -111,7 +115,7 @@ def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: st
             axes.axhline(1 / len(use.mean), color="black", linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set_xticks(places, [str(1 + use.experts[:i].count(name)) for i, name in enumerate(use.experts)])
             axes.set_title(f"{use.gate} gate", fontsize=9)
-            axes.set_ylim(0, 1)
+            axes.set_ylim(low, high)
             _clean(axes)
         axes_row[0].set_ylabel(f"{row[0].level}\ngate weight", fontsize=9)
     from matplotlib.lines import Line2D
@@ -278,20 +282,27 @@ def _mean_std(runs: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(runs), statistics.stdev(runs) if len(runs) > 1 else 0.0
 
 
+def _slots_are_tasks(topology: Topology, tasks: int) -> bool:
+    """Whether slots are the tasks', then possibly the shared one, as in PLE: gate k of the tasks reads slot k."""
+    return topology.num_slots in (tasks, tasks + 1) and topology.mixture_slot[:tasks] == tuple(range(tasks))
+
+
 def _slot_names(topology: Topology, task_names: Sequence[str]) -> list[str]:
-    """The owner of the experts that read each slot: PLE's slots are the tasks, then the shared one."""
+    """The owner of the experts that read each slot."""
     assert topology.num_slots is not None
     if topology.num_slots == 1:
         return ["any"]
-    if topology.num_slots in (len(task_names), len(task_names) + 1):
+    if _slots_are_tasks(topology, len(task_names)):
         return [*task_names, "shared"][: topology.num_slots]
     return [f"slot {slot}" for slot in range(topology.num_slots)]
 
 
-def _mixture_name(o: int, topology: Topology, task_names: Sequence[str]) -> str:
-    if topology.num_mixtures in (len(task_names), len(task_names) + 1):
-        return [*task_names, "shared"][o]
-    return f"mixture {o}"
+def _mixture_names(topology: Topology, above: Sequence[Topology], task_names: Sequence[str]) -> list[str]:
+    """The tasks, where the mixtures are theirs: at the last level, and where the slots of the level above are."""
+    tasks, mixtures = len(task_names), topology.num_mixtures
+    if mixtures in (tasks, tasks + 1) and all(_slots_are_tasks(level, tasks) for level in above):
+        return [*task_names, "shared"][:mixtures]
+    return [f"mixture {o}" for o in range(mixtures)]
 
 
 def _figure(width: float, height: float) -> Figure:

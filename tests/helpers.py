@@ -31,16 +31,15 @@ TOPOLOGIES: dict[str, Topology] = {
     "one-task": Topology.ple(1, 2, 1, last=False),
     "hard-sharing": Topology.hard_sharing(3),
     "single-task": Topology.single_task(3),
-    "ml-mmoe-inner": Topology(tuple(range(4)), (0,) * 4, (tuple(range(4)),) * 4),
+    "customized-sharing": Topology.customized_sharing(2),
+    "asymmetric-sharing": Topology.asymmetric_sharing(3, [(0,), (2, 1), (0, 1, 2)]),
+    "cross-stitch": Topology.cross_stitch(3),
+    "ml-mmoe-inner": Topology.ml_mmoe(3, 4, first=False, last=False),
     "mixed-kinds": Topology(
         (0, 0, 1, 2), (0, 2, 1), ((2, 0, 3), (1, 3), (3, 2, 1, 0)), mixture_kind=("softmax", "static", "softmax")
     ),
-    "adatt": Topology(
-        (0, 0, 1, 1),
-        (0, 1),
-        ((0, 1, 2, 3), (0, 1, 2, 3)),
-        mixture_offset=((True, True, False, False), (False, False, True, True)),
-    ),
+    "adatt": Topology.adatt(2, 2, last=True),
+    "adatt-general": Topology.adatt(2, [2, 1], 1, last=False),
     "static-offsets": Topology(
         (0, 0, 1),
         (0, 1),
@@ -68,6 +67,7 @@ EXPERTS: dict[str, MLPSpec] = {
     "tanh": MLPSpec((5, 4), "tanh"),
     "sigmoid": MLPSpec((5, 4), "sigmoid"),
     "dice": MLPSpec((5, 4), "dice"),
+    "row-dice": MLPSpec((5, 4), "row_dice"),
     "no-last-activation": MLPSpec((5, 4), "relu", last_activation="identity"),
     "no-bias": MLPSpec((5, 4), bias=False),
     "no-bias-one-layer": MLPSpec((4,), "silu", bias=False),
@@ -90,6 +90,7 @@ GATES: dict[str, GateSpec] = {
     "hidden-batch-norm": GateSpec((5,), norm="batch"),
     "hidden-layer-norm": GateSpec((5, 4), activation="silu", norm=("layer", None)),
     "hidden-prelu-dice": GateSpec((5, 4), activation=("prelu", "dice")),
+    "hidden-row-dice": GateSpec((5, 4), activation=("row_dice", "relu")),
     "temperature": GateSpec(temperature=0.25),
     "logits-norm": GateSpec(logits_norm="batch", bias=False),
     "everything": GateSpec((5,), "prelu", "batch", logits_norm="batch", temperature=3.0),
@@ -343,7 +344,8 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in known)
 
 
-def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+def distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Largest and root mean square difference."""
     gap = a.detach().double() - b.detach().double()
     return gap.abs().max().item(), gap.square().mean().sqrt().item()
 
@@ -398,6 +400,6 @@ def compare_low_precision(
         if t.numel() == 0:
             continue
         sizes = t.abs().max().item(), t.square().mean().sqrt().item()
-        for kind, own, peer, size in zip(("max", "rms"), _distance(a, t), _distance(b, t), sizes, strict=True):
+        for kind, own, peer, size in zip(("max", "rms"), distance(a, t), distance(b, t), sizes, strict=True):
             bound = 2 * peer + unit * size
             assert own <= bound, f"{name}: {kind} error {own:.3g}, plain PyTorch {peer:.3g}, bound {bound:.3g}"

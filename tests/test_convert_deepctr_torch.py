@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
-from deepctr_torch.models import PLE
+from deepctr_torch.layers import DNN
+from deepctr_torch.models import MMOE, PLE
 from torch import nn
 
 import ple_fast
@@ -48,14 +49,15 @@ def case(
     specific: int = 2,
     levels: int = 2,
     stale: tuple[str, ...] = (),
+    experts: int = 0,
     **options: Any,
 ) -> Case:
+    """A PLE, or an MMOE of ``experts``."""
+
     def make() -> nn.Module:
-        model: nn.Module = PLE(
+        model: nn.Module = (MMOE if experts else PLE)(
             COLUMNS,
-            shared,
-            specific,
-            levels,
+            *([experts] if experts else [shared, specific, levels]),
             **{"expert_dnn_hidden_units": (9, 6), "tower_dnn_hidden_units": (5,), "init_std": 0.3, **options},
             task_types=["binary", *["regression"] * (tasks - 1)],
             task_names=[f"task{t}" for t in range(tasks)],
@@ -74,22 +76,31 @@ CASES = [
     case("batch norm in gates", stale=("shared_gate_dnn.1.bn",), dnn_use_bn=True, gate_dnn_hidden_units=(5,)),
     case("no tower", tower_dnn_hidden_units=(), dnn_activation="prelu", l2_reg_dnn=0.1),
 ]
+MMOES = [
+    case("MMOE as it comes", 3, experts=3),
+    case("MMOE of everything", experts=2, dnn_use_bn=True, dnn_activation="prelu", l2_reg_dnn=0.1),
+    case("MMOE with plain gates and no tower", experts=2, gate_dnn_hidden_units=(), tower_dnn_hidden_units=()),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_results(case: Case, dtype: torch.dtype) -> None:
-    prove_results(case, dtype)
+@pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
+def test_same_results(case: Case) -> None:
+    prove_results(case, torch.float64)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], MMOES[1]], ids=str)
+def test_same_results_in_float32(case: Case) -> None:
+    prove_results(case, torch.float32)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
 def test_same_checkpoints(case: Case) -> None:
     prove_checkpoints(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
 def test_same_loss_curve(case: Case, dtype: torch.dtype) -> None:
     prove_training(case, dtype)
 
@@ -152,6 +163,14 @@ def test_what_cannot_be_replaced_is_left_with_the_reason(options: dict[str, Any]
     (left,) = accelerate(model).left
     assert left.library == "DeepCTR-Torch PLE" and why in left.why
     assert type(model) is PLE
+
+
+@pytest.mark.parametrize("case", [*CASES, *MMOES], ids=str)
+def test_every_parameter_gets_a_gradient(case: Case) -> None:
+    """Otherwise DistributedDataParallel wants find_unused_parameters."""
+    fused: Any = accelerated(case.make())[0]
+    (fused(rows(5)).sum() + fused.get_regularization_loss()).backward()
+    assert all(p.grad is not None for p in fused.parameters())
 
 
 def test_batch_of_one() -> None:
@@ -237,10 +256,10 @@ def fit(model: Any, epochs: int = 2) -> dict[str, list[float]]:
     return copy.deepcopy(history)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], MMOES[2]], ids=str)
 def test_fit_gives_the_same_history_before_and_after_a_swap(case: Case) -> None:
     model, fused = compiled(case), compiled(case)
-    with pytest.raises(ValueError, match=r"Adam\) holds parameters .* pass it \(optimizers"):
+    with pytest.raises(ValueError, match=r"Adam\) holds parameters .* pass it \(optimizers=\[model\.optim\]\)"):
         accelerate(fused)
     fit(model)
     fit(fused)
@@ -254,6 +273,29 @@ def test_fit_gives_the_same_history_before_and_after_a_swap(case: Case) -> None:
     np.testing.assert_allclose(fit(fused)["loss"], fit(model)["loss"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+def test_the_state_of_an_optimizer_fits_into_a_new_one_in_either_form(case: Case) -> None:
+    model = compiled(case)
+    first = [tuple(p.shape) for p in model.optim.param_groups[0]["params"]]
+    fit(model, 1)
+    accelerate(model, optimizers=[model.optim])
+    assert_fits(model)
+    fit(model, 1)
+    restore(model, optimizers=[model.optim])
+    assert [tuple(p.shape) for p in model.optim.param_groups[0]["params"]] == first
+    assert_fits(model)
+
+
+def assert_fits(model: Any) -> None:
+    """A new optimizer takes the state of the old one, for the same parameters."""
+    assert [id(p) for p in model.optim.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    new = torch.optim.Adam(model.parameters(), lr=0.01)
+    new.load_state_dict(model.optim.state_dict())
+    assert new.state
+    for parameter, state in new.state.items():
+        assert torch.equal(state["exp_avg"], model.optim.state[parameter]["exp_avg"])
+
+
 def test_models_are_saved_and_loaded_as_the_library_does() -> None:
     fused = compiled(CASES[4])
     accelerate(fused, optimizers=[fused.optim])
@@ -264,9 +306,21 @@ def test_models_are_saved_and_loaded_as_the_library_does() -> None:
     x = {name: rows(9)[:, a:b].numpy() for name, (a, b) in fused.feature_index.items()}
     np.testing.assert_array_equal(loaded.predict(copy.copy(x)), fused.predict(copy.copy(x)))
     assert_same_state(loaded, fused)
+    assert described(loaded) == described(fused)
     fit(loaded, 1)
     buffer = io.BytesIO()
     torch.save(fused.state_dict(), buffer)
     original: Any = CASES[4].make()
     original.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
     np.testing.assert_allclose(original.predict(copy.copy(x)), fused.predict(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [CASES[0], *MMOES], ids=str)
+def test_the_trial_run_notices_another_version_under_the_initial_weights(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them, all outputs are nearly 1/2."""
+    forward = DNN.forward
+    monkeypatch.setattr(DNN, "forward", lambda self, inputs: forward(self, inputs) * 1.001)
+    (left,) = accelerate(case.make()).left
+    assert "on random input its output 0 differs" in left.why

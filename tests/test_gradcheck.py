@@ -30,6 +30,7 @@ CASES: dict[str, tuple[MLPSpec, GateSpec]] = {
     "sigmoid": (MLPSpec((3, 2), "sigmoid"), GateSpec((2,), "sigmoid")),
     "identity": (MLPSpec((2,), "identity"), GateSpec((2,), "identity")),
     "dice": (MLPSpec((3, 2), "dice"), GateSpec((2,), "dice")),
+    "row-dice": (MLPSpec((3, 2), "row_dice"), GateSpec((2,), "row_dice")),
     "batch-norm": (MLPSpec((3, 2), "silu", norm="batch"), GateSpec((2,), "tanh", norm="batch", logits_norm="batch")),
     "batch-norm-after": (MLPSpec((3, 2), "silu", norm="batch", norm_position="after"), GateSpec()),
     "layer-norm": (MLPSpec((3, 2), "gelu", norm="layer"), GateSpec((3,), "silu", norm="layer")),
@@ -87,7 +88,9 @@ def test_gradients_of_every_wiring(wiring: str, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", ["relu", "prelu", "tanh", "dice", "batch-norm", "layer-norm-after", "dropout"])
+@pytest.mark.parametrize(
+    "case", ["relu", "prelu", "tanh", "dice", "row-dice", "batch-norm", "layer-norm-after", "dropout"]
+)
 def test_second_derivatives_of_specs(case: str, recompute: bool) -> None:
     function, inputs = _function(Topology.ple(1, 1, 1, last=False), *CASES[case], recompute=recompute)
     assert torch.autograd.gradgradcheck(function, inputs)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import GateSpec, MLPSpec, Topology
+from ple_fast.specs import ACTIVATIONS
+from ple_fast.torch_backend.row_dice import row_dice_forward
 from tests.helpers import (
     EXPERTS,
     FORMS,
@@ -236,7 +238,7 @@ def test_low_precision_of_wirings(topology: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("activation", ["leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_low_precision_of_activations(activation: str, dtype: torch.dtype) -> None:
     module = level(PLE, MLPSpec((48, 32), activation), in_features=40)
     compare_low_precision(module, draw("stacked", 64, 4, 40), dtype=dtype, form="stacked", slots=4)
@@ -292,3 +294,11 @@ def test_the_same_step_twice_is_bit_for_bit_the_same() -> None:
         grads.append([result.y, *result.x_grads, *(p.grad for p in module.parameters())])
     for first, second in zip(*grads, strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_row_dice_adds_up_squares_in_float32() -> None:
+    """In half precision they would overflow."""
+    z, alpha = (300 * torch.randn(5, 2, 48)).half(), torch.tensor([0.3, -0.2]).half()
+    got = row_dice_forward(z, alpha, 1e-3)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.double(), row_dice_forward(z.double(), alpha.double(), 1e-3), rtol=2e-3, atol=1e-2)

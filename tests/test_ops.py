@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "one-layer": ("adatt", EXPERTS["1-layer"], "plain"),
     "hidden-gates": ("mixed-kinds", EXPERTS["gelu"], "two-hidden"),
     "learned-slopes": ("ple-even", EXPERTS["prelu"], "temperature"),
+    "row-dice": ("ple-even", EXPERTS["row-dice"], "hidden-row-dice"),
     "static": ("single-task", EXPERTS["identity"], "plain"),
     "two-blocks": ("ple-even", TWO_BLOCKS, "plain"),
 }

@@ -164,7 +164,9 @@ def _assert_same(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["ple", "mixed-kinds", "adatt", "static-offsets", "hard-sharing", "unordered"])
 def test_packing_what_unpack_gives_is_the_same_level(name: str, gate: str) -> None:
     topology = TOPOLOGIES[name]
-    specs = [EXPERTS[key] for key in ("per-layer", "batch-norm-after", "prelu-norms", "dice", "dropout-in-eval")]
+    specs = [
+        EXPERTS[key] for key in ("per-layer", "batch-norm-after", "prelu-norms", "dice", "row-dice", "dropout-in-eval")
+    ]
     original = level(topology, [specs[e // 2 % 5] for e in range(topology.num_experts)], GATES[gate])
     original.eval()
     experts, gates = original.unpack()

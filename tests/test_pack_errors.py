@@ -69,6 +69,22 @@ def _affine_dice() -> Any:
     return dice
 
 
+class OtherRowDice(nn.Module):
+    """The attributes of torch-rechub's, another formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epsilon = 1e-3
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = ((x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + self.epsilon).sqrt()).sigmoid()
+        return p * x + (1 - p) * self.alpha * x
+
+
+OtherRowDice.__name__ = "Dice"
+
+
 EXPERTS: list[tuple[Callable[[], Any], str, tuple[str, ...]]] = [
     (lambda: _expert(nn.Sequential(nn.ReLU(), nn.Conv1d(4, 4, 1))), "experts[1].1.1: Conv1d", (PACKABLE,)),
     (lambda: _expert(nn.Softplus()), "experts[1].1: Softplus", (PACKABLE, "ReLU")),
@@ -105,6 +121,7 @@ EXPERTS: list[tuple[Callable[[], Any], str, tuple[str, ...]]] = [
     (lambda: _expert(nn.RMSNorm(4)), "experts[1].1: RMSNorm", (PACKABLE,)),
     (lambda: _expert(nn.PReLU(4)), "experts[1].1: PReLU", ("num_parameters=4",)),
     (lambda: _expert(OtherDice(4)), "experts[1].1: Dice", ("something else",)),
+    (lambda: _expert(OtherRowDice()), "experts[1].1: Dice", ("each row's own mean",)),
     (lambda: _expert(_affine_dice()), "experts[1].1: Dice", ("affine=False",)),
     (lambda: _expert(Dice(3)), "experts[1].1: Dice", ("4 features",)),
     (lambda: _with(lambda e: parametrizations.weight_norm(e[0])), "experts[1].0: ", ("remove_parametrizations",)),

@@ -12,7 +12,7 @@ from torch import nn
 from ple_fast import PLE, GateSpec, MLPSpec, Topology
 from ple_fast.modules.layers import StackedLayerNorm
 from ple_fast.reference import PLEReference
-from ple_fast.specs import Activation
+from ple_fast.specs import ACTIVATIONS, Activation
 from tests.helpers import FORMS, compare, compare_low_precision, draw, level, randomise
 
 FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -35,9 +35,7 @@ def topologies(draw_: st.DrawFn) -> Topology:
     return Topology(tuple(expert_slot), tuple(mixture_slot), tuple(map(tuple, mixed)), kinds, offsets, num_slots=slots)
 
 
-ACTIVATION = st.sampled_from(
-    ["identity", "relu", "leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "dice"]
-) | st.floats(-1.0, 1.5).map(lambda slope: Activation("leaky_relu", slope))
+ACTIVATION = st.sampled_from(ACTIVATIONS) | st.floats(-1.0, 1.5).map(lambda slope: Activation("leaky_relu", slope))
 NORM = st.sampled_from([None, None, "batch", "layer"])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import GateSpec, MLPSpec, Topology
-from ple_fast.reference import Dice, ExtractionNetworkReference, PLEReference
+from ple_fast.reference import Dice, ExtractionNetworkReference, PLEReference, RowDice
 
 
 def _linear(module: Any, x: list[float]) -> list[float]:
@@ -165,6 +165,19 @@ def test_dice_by_hand(train: bool) -> None:
     )
     p = 1 / (1 + (-normalised).exp())
     torch.testing.assert_close(dice(x), p * x + (1 - p) * torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) * x)
+
+
+def test_row_dice_by_hand() -> None:
+    dice = RowDice(0.01).double()
+    with torch.no_grad():
+        dice.alpha.fill_(0.3)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for row, got in zip(x.tolist(), dice(x).tolist(), strict=True):
+        mean = sum(row) / 3
+        scatter = math.sqrt(sum((value - mean) ** 2 + 0.01 for value in row))
+        for value, out in zip(row, got, strict=True):
+            p = 1 / (1 + math.exp(-(value - mean) / scatter))
+            assert math.isclose(out, value * (p + (1 - p) * 0.3), rel_tol=1e-12)
 
 
 def test_norm_position_and_the_order_within_a_layer() -> None:

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from ple_fast import GateSpec, MLPSpec
+from ple_fast.convert import RowDice
 from ple_fast.specs import ACTIVATIONS, Activation, parse_activation
 
 
@@ -30,6 +31,8 @@ from ple_fast.specs import ACTIVATIONS, Activation, parse_activation
         (nn.Tanh(), Activation("tanh")),
         (nn.Sigmoid(), Activation("sigmoid")),
         ("dice", Activation("dice", 1e-8)),
+        ("row_dice", Activation("row_dice", 1e-3)),
+        (RowDice(eps=0.1), Activation("row_dice", 0.1)),
         (nn.Identity, Activation("identity")),
         (None, Activation("identity")),
         ("linear", Activation("identity")),

@@ -48,6 +48,73 @@ def test_mmoe_hard_sharing_and_single_task() -> None:
         assert topology.gated_mixtures == ()
 
 
+def test_ml_mmoe_is_mmoe_in_levels() -> None:
+    every = (0, 1, 2)
+    assert Topology.ml_mmoe(2, 3, first=True, last=True) == Topology.mmoe(2, 3)
+    assert Topology.ml_mmoe(2, 3, first=True, last=False) == Topology((0, 0, 0), (0, 0, 0), (every,) * 3)
+    assert Topology.ml_mmoe(2, 3, first=False, last=False) == Topology(every, (0, 0, 0), (every,) * 3)
+    assert Topology.ml_mmoe(4, 3, first=False, last=True) == Topology(every, (0,) * 4, (every,) * 4)
+    assert Topology.ml_mmoe(2, 1, first=False, last=True).num_slots == 1
+
+
+def test_adatt_marks_the_native_experts_of_every_unit() -> None:
+    sp = Topology.adatt(2, [2, 1], last=False)
+    assert sp == Topology.adatt(2, [2, 1], last=True)
+    assert (sp.expert_slot, sp.mixture_slot, sp.num_slots) == ((0, 0, 1), (0, 1), 2)
+    assert sp.mixture_experts == ((0, 1, 2),) * 2
+    assert sp.mixture_offset == ((True, True, False), (False, False, True))
+    general = Topology.adatt(2, 1, 2, last=False)
+    assert (general.expert_slot, general.mixture_slot, general.num_slots) == ((0, 1, 2, 2), (0, 1, 2), 3)
+    assert general.mixture_experts == ((0, 1, 2, 3),) * 3
+    assert general.mixture_offset == (
+        (True, False, False, False),
+        (False, True, False, False),
+        (False, False, True, True),
+    )
+    last = Topology.adatt(2, 1, 2, last=True)
+    assert (last.num_slots, last.mixture_offset) == (3, general.mixture_offset[:2])
+    without_own = Topology.adatt(2, [0, 1], last=True)
+    assert without_own.mixture_offset == ((False,), (True,))
+
+
+def test_cross_stitch_learns_every_weight() -> None:
+    topology = Topology.cross_stitch(2)
+    assert (topology.expert_slot, topology.mixture_slot, topology.num_slots) == ((0, 1), (0, 1), 2)
+    assert topology.mixture_experts == ((0, 1), (0, 1))
+    assert topology.mixture_kind == ("static", "static")
+    assert topology.mixture_offset == ((True, True), (True, True))
+
+
+def test_customized_and_asymmetric_sharing_have_no_gate() -> None:
+    customized = Topology.customized_sharing(2)
+    assert customized == Topology((0, 0, 0), (0,) * 4, ((0,), (2,), (1,), (2,)), mixture_kind=("static",) * 4)
+    sources = [[0], [2, 1], [0, 1, 2]]
+    asymmetric = Topology.asymmetric_sharing(3, sources)
+    assert asymmetric == Topology((0,) * 3, (0,) * 3, ((0,), (2, 1), (0, 1, 2)), mixture_kind=("static",) * 3)
+    assert Topology.asymmetric_sharing(2, [(0,), (1,)]) == Topology.single_task(2)
+
+
+@pytest.mark.parametrize(
+    ("sources", "error", "message"),
+    [
+        ([(0,)], ValueError, r"sources: expected one tuple of tasks per task \(2\), got 1"),
+        (
+            [(0,), (0,)],
+            ValueError,
+            r"sources\[1\]: expected tasks below 2, each once, task 1 itself among them; got \(0",
+        ),
+        ([(0, 2), (1,)], ValueError, r"sources\[0\]: expected tasks below 2"),
+        ([(0,), (1, 0, 1)], ValueError, r"sources\[1\]: expected tasks below 2, each once"),
+        ([(0,), ()], ValueError, r"sources\[1\]: expected tasks below 2"),
+        ([0, 1], TypeError, r"sources\[0\]: expected a sequence of ints"),
+        ("01", TypeError, "sources: expected a sequence"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(sources: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Topology.asymmetric_sharing(2, sources)
+
+
 def test_derived_tables() -> None:
     topology = Topology(
         expert_slot=(0, 2, 2),

@@ -58,6 +58,20 @@ def test_gate_use_names_mmoe_experts_and_topologies_with_slots_of_their_own() ->
     assert (use.level, use.gate, use.experts[3]) == ("level 1", "mixture 0", "slot 3")
 
 
+def test_gate_use_does_not_take_the_experts_of_ml_mmoe_for_tasks() -> None:
+    """As many experts as tasks: only the last level's mixtures are the tasks'."""
+    levels = [Topology.ml_mmoe(2, 2, first=i == 0, last=i == 1) for i in range(2)]
+    uses = viz.gate_use(_gates(levels), levels, TASKS)
+    assert [use.gate for use in uses] == ["mixture 0", "mixture 1", *TASKS]
+    assert [use.experts for use in uses] == [("any", "any")] * 2 + [("slot 0", "slot 1")] * 2
+
+
+def test_weights_beyond_0_and_1_are_in_the_picture() -> None:
+    use = viz.GateUse("level 1", "income", ("income", "never married"), (-0.5, 1.25), (0.0, 0.0))
+    (axes,) = (axes for axes in viz.plot_gate_use([use]).axes if axes.axison)
+    assert axes.get_ylim() == (-0.5, 1.25)
+
+
 def test_gate_use_takes_gates_that_require_grad_and_half_precision() -> None:
     gates = [[weight.to(torch.bfloat16).requires_grad_() for weight in level] for level in _gates(PLE)]
     assert all(sum(use.mean) == pytest.approx(1, abs=2e-2) for use in viz.gate_use(gates, PLE, TASKS))

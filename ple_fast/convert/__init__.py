@@ -3,7 +3,7 @@
 Importing the module of a library registers the classes that it knows.
 """
 
-from ..modules.plain import Dice, Temperature, WeightOffset
+from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
 from . import refused as refused
 from .accelerate import Left, Replaced, Report, accelerate, restore
 from .adatt import from_adatt, to_adatt
@@ -25,6 +25,7 @@ __all__ = [
     "Move",
     "Replaced",
     "Report",
+    "RowDice",
     "Temperature",
     "WeightOffset",
     "accelerate",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .moves import Move, check_optimizers, holders, move_gradients, references, remap
+from .moves import Move, check_optimizers, holders, move_gradients, ordered_groups, references, remap, settle
 from .registry import Converter, converter_named, find
 from .swap import (
     CHILD,
@@ -131,13 +131,16 @@ def accelerate(
     check_optimizers(given, moves)
     move_gradients(moves)
     names = {id(p): name for name, p in model.named_parameters()}
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
     for (site, trunk), attributes in zip(plans, renewed, strict=True):
-        before = site.converter.noted(site.module)
+        note = site.converter.noted(site.module)
         swap_in(site.module, trunk, site.converter)
         vars(site.module).update(attributes)
         assert trunk.record is not None
-        trunk.record.notes = (before, site.converter.noted(site.module))
+        trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
     return _report(plans, names, model, left)
 
 
@@ -173,12 +176,15 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         for site in sites:
             dematerialise(site.module)
         raise
+    before = list(model.parameters())
+    ordered = ordered_groups(given, before)
     for site, attributes in zip(sites, renewed, strict=True):
-        before, after = site.module.trunk().record.notes
-        as_left = None not in (before, after) and site.converter.noted(site.module) == after
+        old_note, note = site.module.trunk().record.notes
+        as_left = None not in (old_note, note) and site.converter.noted(site.module) == note
         swap_out(site.module)
-        vars(site.module).update(site.converter.recalled(site.module, before) if as_left else attributes)
+        vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
+    settle(given, moves, before, list(model.parameters()), ordered)
     return tuple(site.path for site in sites)
 
 
@@ -317,9 +323,16 @@ def _check_holders(
     found = holders(olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
+        own = [
+            ".".join(filter(None, ("model", path, name)))
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if any(value is optimizer for optimizer in found)
+        ]
         raise ValueError(
             f"optimizers: {len(found)} optimizer ({names}) holds parameters that would be replaced, and would train "
-            "them in vain; pass it (optimizers=[...]), or build it afterwards and delete the old one"
+            f"them in vain; pass it (optimizers=[{', '.join(own) or '...'}]), or build it afterwards and delete the "
+            "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""DeepCTR-Torch: the levels of its PLE, with gates of hidden layers and tensors that nothing reads."""
+"""DeepCTR-Torch: its PLE, with gates of hidden layers and tensors that nothing reads, and its MMOE."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
+from ..topology import Topology
 from . import penalties
 from .moves import Move
 from .pieces import LevelSource
-from .registry import Converter, register
+from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
+from .swap import CHILD
 from .trees import Library, PlainLevel, tree
 from .wiring import ple_wiring
 
@@ -71,14 +73,18 @@ class _DeepCTRConverter(Converter):
         return [parameter for parameter, _, _ in penalties.penalised(getattr(site, "regularization_weight", ()))]
 
     def renewed(self, site: Any, moves: Sequence[Move]) -> dict[str, Any]:
-        replaced = [site._modules[name] for name in (*self.children, "ple_fast") if name in site._modules]
+        entries = getattr(site, "regularization_weight", None)
+        if entries is None:
+            return {}
+        replaced = [site._modules[name] for name in (*self.children, CHILD) if name in site._modules]
         moved = {id(move.old) for move in moves}
         gone = [p for child in replaced for p in child.parameters() if id(p) not in moved]
         names = {id(p): name for name, p in site.named_parameters()}
-        return {"regularization_weight": penalties.renewed(site.regularization_weight, moves, gone, names)}
+        return {"regularization_weight": penalties.renewed(entries, moves, gone, names)}
 
     def noted(self, site: Any) -> Any:
-        return penalties.noted(site.regularization_weight, site)
+        entries = getattr(site, "regularization_weight", None)
+        return None if entries is None else penalties.noted(entries, site)
 
     def recalled(self, site: nn.Module, note: Any) -> dict[str, Any]:
         return {"regularization_weight": penalties.recalled(note, site)}
@@ -134,6 +140,50 @@ class PLEConverter(_DeepCTRConverter):
     def trials(self, site: Any, draw: Callable[[int], Tensor]) -> Iterator[tuple[Any, ...]]:
         for i, own in enumerate(site.specific_experts):
             yield [draw(own[0][0].linears[0].in_features) for _ in range(len(own) + 1)], i
+
+
+def _mmoe_forward(self: Any, X: Tensor) -> Tensor:
+    embedded, dense = self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict)
+    (level,) = self.ple_fast.levels
+    mixtures = level(torch.cat([part.flatten(1) for part in [*embedded, *dense]], dim=1)).unbind(1)
+    if len(self.tower_dnn_hidden_units) > 0:
+        mixtures = [tower(mixture) for tower, mixture in zip(self.tower_dnn, mixtures, strict=True)]
+    ends = zip(mixtures, self.tower_dnn_final_layer, self.out, strict=True)
+    return torch.cat([out(last(mixture)) for mixture, last, out in ends], dim=-1)
+
+
+class MMOEConverter(_DeepCTRConverter):
+    """``deepctr_torch.models.MMOE``: a whole model."""
+
+    class_name = "MMOE"
+    children = ("expert_dnn", "gate_dnn", "gate_dnn_final_layer")
+    methods = (("forward", _mmoe_forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        needed = ("expert_dnn", "gate_dnn_final_layer", "tower_dnn_final_layer", "feature_index", "dnn_feature_columns")
+        return all(hasattr(module, name) for name in needed)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        self.check(site)
+        ends = list(site.gate_dnn_final_layer)
+        bodies = getattr(site, "gate_dnn", [None] * len(ends))
+        gates = [[*_dnn(body), end] for body, end in zip(bodies, ends, strict=True)]
+        experts = [list(_dnn(dnn)) for dnn in site.expert_dnn]
+        return [LevelSource(Topology.mmoe(len(ends), len(experts)), experts, gates)]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        inputs = draw(max(stop for _, stop in site.feature_index.values()))
+        for column in site.dnn_feature_columns:
+            start, stop = site.feature_index[column.name]
+            if hasattr(column, "vocabulary_size"):
+                inputs[:, start:stop] = random_ids(draw, stop - start, column.vocabulary_size).to(inputs.dtype)
+            if getattr(column, "length_name", None) is not None:
+                start, stop = site.feature_index[column.length_name]
+                inputs[:, start:stop] = 1
+        return (inputs,)
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(getattr(site, "tower_dnn", site.tower_dnn_final_layer))
 
 
 def _dnn(dnn: Any) -> Iterator[nn.Module]:
@@ -229,3 +279,4 @@ def _write(levels: list[PlainLevel]) -> nn.Module:
 CONVERTER = PLEConverter()
 LIBRARY = Library(CONVERTER, lambda model: [model], _write)
 register(CONVERTER)
+register(MMOEConverter())

@@ -98,6 +98,47 @@ def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
                 optimizer.state[new] = state
 
 
+def ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups that hold a model's parameters alone, in the model's order."""
+    index = {id(p): i for i, p in enumerate(parameters)}
+    found = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            places = [index.get(id(p), -1) for p in group["params"]]
+            if -1 not in places and places == sorted(places):
+                found.append(group)
+    return found
+
+
+def settle(
+    optimizers: Sequence[Optimizer],
+    moves: Sequence[Move],
+    before: Sequence[nn.Parameter],
+    after: Sequence[nn.Parameter],
+    ordered: Sequence[dict[str, Any]],
+) -> None:
+    """After ``remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
+
+    What is no parameter of the model any more goes. What became one joins the rest where all of it is in one group. The
+    groups of ``ordered`` are in the model's order again.
+    """
+    index = {id(p): i for i, p in enumerate(after)}
+    old = {id(p) for p in before}
+    news = {id(move.new) for move in moves}
+    came = [p for p in after if id(p) not in old and id(p) not in news]
+    homes = [group for own in optimizers for group in own.param_groups if any(id(p) in news for p in group["params"])]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) in old and id(p) not in index:
+                    optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) in index or id(p) not in old]
+    if len(homes) == 1:
+        homes[0]["params"] += came
+    for group in ordered:
+        group["params"].sort(key=lambda p: index[id(p)])
+
+
 def _by_new(optimizer: Optimizer, moves: Sequence[Move]) -> list[list[Move]]:
     """The moves of parameters that the optimizer holds, those to one new parameter together.
 

@@ -82,6 +82,11 @@ class Converter(ABC):
         return {}
 
 
+def random_ids(draw: Callable[[int], Tensor], width: int, vocabulary: int) -> Tensor:
+    """Ids ``(rows, width)`` for a trial run, as ``draw`` has its device; small enough to be exact in every dtype."""
+    return (draw(width).float().abs() * 1000).long() % min(vocabulary, 256)
+
+
 _CONVERTERS: list[Converter] = []
 _REFUSED: list[tuple[str, Callable[[nn.Module], bool], str]] = []
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules.plain import Dice, Temperature, WeightOffset
+from ..modules.plain import Temperature, WeightOffset
 from ..specs import Activation, LayerSpec, parse_activation
+from .dices import dice_fault, dice_norm, is_dice, row_dice_eps
 
 PACKABLE = (
     "pack takes Linear, BatchNorm1d, LayerNorm, Dropout, Identity and the activations ReLU, LeakyReLU, PReLU, GELU, "
-    "SiLU, Tanh, Sigmoid and Dice, nested in Sequential, ModuleList or lists"
+    "SiLU, Tanh, Sigmoid, Dice and RowDice, nested in Sequential, ModuleList or lists"
 )
 ORDER = "each layer is Linear, then [norm], activation, [norm] (one norm at most), then Dropout"
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
@@ -82,7 +81,8 @@ class PlainLayer:
         if self.dice_norm is not None:
             activation = Activation("dice", self.dice_norm.eps)
         elif self.activation is not None:
-            activation = parse_activation(self.activation)
+            eps = row_dice_eps(self.activation)
+            activation = parse_activation(self.activation) if eps is None else Activation("row_dice", eps)
         return LayerSpec(
             self.linear.out_features,
             activation,
@@ -196,9 +196,8 @@ class _Reader:
             self._dropout(layer, path, module)
         elif layer is not None and type(module) in ACTIVATIONS:
             self._activation(layer, path, module)
-        elif layer is not None and dice_norm(module) is not None:
-            check_dice(path, module, layer.linear.out_features)
-            self._activation(layer, path, module)
+        elif layer is not None and is_dice(module):
+            self._dice(layer, path, module)
         elif layer is not None and self.gate and type(module) in (nn.Softmax, Temperature):
             self._end(stack, path, module)
         else:
@@ -238,6 +237,14 @@ class _Reader:
         # What an Identity seemed to say is void: the norm stands before a real activation.
         layer.norm_after = False
 
+    def _dice(self, layer: PlainLayer, path: str, dice: nn.Module) -> None:
+        for name, child in dice.named_children():
+            check_bare(f"{path}.{name}", child)
+        why = dice_fault(dice, layer.linear.out_features)
+        if why is not None:
+            refuse(path, dice, why)
+        self._activation(layer, path, dice)
+
     def _dropout(self, layer: PlainLayer, path: str, dropout: nn.Dropout) -> None:
         if layer.dropout is not None:
             refuse(path, dropout, f"{ORDER}; a Dropout stands before it")
@@ -274,46 +281,3 @@ def _refuse_unknown(path: str, module: nn.Module, gate: bool) -> NoReturn:
     if any(True for _ in module.children()):
         refuse(path, module, f"has a forward of its own, which pack cannot look into; pass the stack in it. {PACKABLE}")
     refuse(path, module, f"cannot be packed; {PACKABLE}")
-
-
-def dice_norm(module: nn.Module) -> nn.BatchNorm1d | None:
-    """The batch norm of a dice of any library: ``bn`` or ``norm`` of a class ``Dice`` that also has ``alpha``."""
-    if kind(module) != "Dice" or not isinstance(getattr(module, "alpha", None), Tensor):
-        return None
-    norm = getattr(module, "bn", getattr(module, "norm", None))
-    return norm if type(norm) is nn.BatchNorm1d else None
-
-
-def check_dice(path: str, dice: nn.Module, units: int) -> None:
-    """The dice of another library computes what ours does, which a trial run on a copy tells.
-
-    Raises:
-        ValueError: it does not, or it is of another width.
-    """
-    norm, alpha = dice_norm(dice), dice.alpha
-    assert norm is not None
-    for name, child in dice.named_children():
-        check_bare(f"{path}.{name}", child)
-    if not isinstance(alpha, nn.Parameter) or alpha.shape != (units,) or norm.num_features != units:
-        refuse(path, dice, f"expected a learned alpha and a batch norm of {units} features, the width before it")
-    if norm.affine or norm.running_mean is None:
-        refuse(path, dice, "its batch norm has weight and bias or no statistics; only affine=False can be packed")
-    if type(dice) is Dice:
-        return
-    if {id(t) for t in [*dice.parameters(), *dice.buffers()]} != {id(alpha), *map(id, norm.buffers())}:
-        refuse(path, dice, "has more tensors than alpha and the statistics of its batch norm")
-    ours = Dice(units, eps=norm.eps, momentum=norm.momentum, dtype=torch.float64)
-    theirs = copy.deepcopy(dice).to_empty(device="cpu").double()
-    steps = torch.linspace(-2.0, 2.0, 5 * units, dtype=torch.float64).view(5, units)
-    with torch.no_grad():
-        for own in (theirs, ours):
-            inner = dice_norm(own)
-            assert inner is not None and inner.running_mean is not None and inner.running_var is not None
-            assert inner.num_batches_tracked is not None
-            own.alpha.copy_(torch.linspace(-0.5, 1.5, units))  # type: ignore[operator]  # a Parameter, checked above
-            inner.running_mean.fill_(0.25)
-            inner.running_var.fill_(2.0)
-            inner.num_batches_tracked.zero_()
-        for train in (True, False):
-            if not torch.allclose(theirs.train(train)(steps), ours.train(train)(steps), rtol=1e-9, atol=1e-12):
-                refuse(path, dice, "computes something else than p z + (1 - p) alpha z with p = sigmoid(batch_norm(z))")

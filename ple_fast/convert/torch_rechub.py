@@ -1,20 +1,22 @@
-"""torch-rechub: the CGC layers of its PLE, with batch norm in experts and gates."""
+"""torch-rechub: the CGC layers of its PLE, and its MMOE, with batch norm in experts and gates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
+from ..topology import Topology
 from .pieces import LevelSource
-from .registry import Converter, register
+from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
 from .trees import Library, PlainLevel, tree
 from .wiring import ple_wiring
 
-ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu")
+ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")
 
 
 def from_torch_rechub(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -77,6 +79,44 @@ class CGCConverter(Converter):
         return ([draw(first.in_features) for _ in range(len(site.gates_specific) + 1)],)
 
 
+def _mmoe_forward(self: Any, x: Mapping[str, Tensor]) -> Tensor:
+    (level,) = self.ple_fast.levels
+    mixtures = level(self.embedding(x, self.features, squeeze_dim=True)).unbind(1)
+    ends = zip(mixtures, self.towers, self.predict_layers, strict=True)
+    return torch.cat([predict(tower(mixture)) for mixture, tower, predict in ends], dim=1)
+
+
+class MMOEConverter(Converter):
+    """``torch_rechub.models.multi_task.MMOE``: a whole model."""
+
+    library = "torch-rechub"
+    class_name = "MMOE"
+    children = ("experts", "gates")
+    methods = (("forward", _mmoe_forward),)
+
+    def recognises(self, module: nn.Module) -> bool:
+        needed = ("features", "embedding", "experts", "gates", "towers", "predict_layers")
+        return all(hasattr(module, name) for name in needed)
+
+    def read(self, site: Any) -> list[LevelSource]:
+        topology = Topology.mmoe(len(site.gates), len(site.experts))
+        return [LevelSource(topology, [expert.mlp for expert in site.experts], [gate.mlp for gate in site.gates])]
+
+    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
+        inputs = {}
+        for feature in site.features:
+            if hasattr(feature, "pooling"):
+                inputs[feature.name] = random_ids(draw, 3, feature.vocab_size)
+            elif hasattr(feature, "vocab_size"):
+                inputs[feature.name] = random_ids(draw, 1, feature.vocab_size).squeeze(1)
+            else:
+                inputs[feature.name] = draw(feature.embed_dim)
+        return (inputs,)
+
+    def probes(self, site: Any) -> Sequence[nn.Module]:
+        return list(site.towers)
+
+
 def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
     modules: list[nn.Module] = []
     for layer in layers:
@@ -91,6 +131,13 @@ def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
 
 
 def _write(levels: list[PlainLevel]) -> nn.Module:
+    makes = {
+        tuple((x.spec.units, x.spec.activation, x.spec.dropout) for x in expert)
+        for _, experts, _ in levels
+        for expert in experts
+    }
+    if len(makes) > 1:
+        LIBRARY.cannot("all its experts have the same widths, activation and dropout, at every level")
     layers = []
     for level, experts, gates in levels:
         tasks = level.topology.num_mixtures - (level is not levels[-1].level)
@@ -115,3 +162,4 @@ def _write(levels: list[PlainLevel]) -> nn.Module:
 CONVERTER = CGCConverter()
 LIBRARY = Library(CONVERTER, lambda model: getattr(model, "cgc_layers", [model]), _write)
 register(CONVERTER)
+register(MMOEConverter())

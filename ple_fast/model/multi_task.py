@@ -41,10 +41,10 @@ class MultiTaskModel(nn.Module):
     Args:
         columns: :class:`Categorical` and :class:`Numeric`; :func:`columns_from` makes them of training data.
         tasks: :class:`~ple_fast.losses.TaskLoss`, names unique.
-        trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"hard_sharing"`` or ``"single_task"``; a module, or a function that
-            takes ``in_features`` and returns one, from ``(B, in_features)`` to ``(B, T, H)``.
-        trunk_options: keywords of the named trunk (``PLE``, ``CGC``, ``MMoE``; for the last two ``expert_units`` and
-            other fields of ``MLPSpec``), of values that JSON can hold.
+        trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"ml_mmoe"``, ``"adatt"``, ``"cross_stitch"``, ``"hard_sharing"``,
+            ``"customized_sharing"``, ``"asymmetric_sharing"`` or ``"single_task"``; a module, or a function that takes
+            ``in_features`` and returns one, from ``(B, in_features)`` to ``(B, T, H)``.
+        trunk_options: keywords of the named trunk's class (``PLE``, ``CGC``, ...), of values that JSON can hold.
         tower_units: widths of each tower's hidden layers, in front of its output.
         tower_activation: one of relu, leaky_relu, prelu, gelu, silu, tanh, sigmoid.
         tower_dropout: behind each hidden layer of the towers.

@@ -8,36 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import CGC, PLE, ExtractionNetwork, MMoE
-from ..specs import GateSpec, MLPSpec
-from ..topology import Topology
+from ..modules import (
+    CGC,
+    PLE,
+    AdaTT,
+    AsymmetricSharing,
+    CrossStitch,
+    CustomizedSharing,
+    HardSharing,
+    MLMMoE,
+    MMoE,
+    SingleTask,
+)
 
 CUSTOM = "custom"
-
-
-def _static(
-    topology: Topology, in_features: int, *, expert_units: tuple[int, ...] = (256, 128), **options: Any
-) -> ExtractionNetwork:
-    return ExtractionNetwork(in_features, topology, experts=MLPSpec(expert_units, **options), gate=GateSpec())
-
-
-def _hard_sharing(in_features: int, num_tasks: int, **options: Any) -> nn.Module:
-    return _static(Topology.hard_sharing(num_tasks), in_features, **options)
-
-
-def _single_task(in_features: int, num_tasks: int, **options: Any) -> nn.Module:
-    return _static(Topology.single_task(num_tasks), in_features, **options)
-
 
 TRUNKS: dict[str, Callable[..., nn.Module]] = {
     "ple": PLE,
     "cgc": CGC,
     "mmoe": MMoE,
-    "hard_sharing": _hard_sharing,
-    "single_task": _single_task,
+    "ml_mmoe": MLMMoE,
+    "adatt": AdaTT,
+    "cross_stitch": CrossStitch,
+    "hard_sharing": HardSharing,
+    "customized_sharing": CustomizedSharing,
+    "asymmetric_sharing": AsymmetricSharing,
+    "single_task": SingleTask,
 }
-"""Called with ``in_features``, ``num_tasks`` and the options. Those of hard sharing and single task: ``expert_units``
-and the other fields of ``MLPSpec``."""
+"""Called with ``in_features``, ``num_tasks`` and the options, which are the keywords of the class."""
 
 
 def plain(name: str, value: Any) -> Any:

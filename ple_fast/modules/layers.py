@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..checks import check_more_than_one
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
+from .plain import row_dice
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -117,6 +118,34 @@ class StackedDice(nn.Module):
         return p * z + (1 - p) * self.alpha * z
 
 
+class StackedRowDice(nn.Module):
+    """The dice of torch-rechub in ``n`` stacked layers: ``alpha (n,)``; mean and scatter are those of each row."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.alpha = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Alpha 0."""
+        nn.init.zeros_(self.alpha)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, n, H)`` to the same."""
+        return row_dice(z, self.alpha.view(-1, 1), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.alpha.shape[0]}, eps={self.eps}"
+
+
 def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
     """Settings and buffers of a norm at one call; counts the call where it moves running statistics.
 
@@ -183,6 +212,8 @@ class StackedLayer(nn.Module):
             self.activation = StackedPReLU(count, init=spec.activation.value, **where)
         elif spec.activation.name == "dice":
             self.activation = StackedDice(count, spec.units, eps=spec.activation.value, **where)
+        elif spec.activation.name == "row_dice":
+            self.activation = StackedRowDice(count, eps=spec.activation.value, **where)
         self._is_bare = self.norm is None and self.activation is None
         self.reset_parameters()
 
@@ -200,7 +231,7 @@ class StackedLayer(nn.Module):
         if self.norm is not None and not isinstance(self.norm, nn.Identity):  # in its place once it has been folded
             norm_weight, norm_bias = tensor_of(self.norm, "weight"), tensor_of(self.norm, "bias")
         if self.activation is not None:
-            slope = tensor_of(self.activation, "alpha" if isinstance(self.activation, StackedDice) else "weight")
+            slope = tensor_of(self.activation, "weight" if isinstance(self.activation, StackedPReLU) else "alpha")
         return LayerTensors(weight, tensor_of(self, "bias"), norm_weight, norm_bias, slope)
 
     def state(self, batch: int) -> LayerState:
@@ -263,9 +294,22 @@ def stacked_layers(
     return modules
 
 
+class OffsetStart(NamedTuple):
+    """How the scalars that are added to weights begin: each uniform from ``low`` to ``high`` (equal: that value).
+
+    Those that are not ``learned`` are constants: a buffer instead of a parameter.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    learned: bool = True
+
+
 class Gate(nn.Module):
     """All gates of a level: hidden ``layers`` stacked over gated mixtures, one ``weight (G, K)`` and ``bias (G,)`` in
     the order of the mixtures, batch norm ``norm`` over the G logits, and ``offset``, one scalar per marked weight."""
+
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -276,7 +320,7 @@ class Gate(nn.Module):
         *,
         bias: bool,
         logits_norm: bool,
-        offsets: int,
+        offset: OffsetStart,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -287,15 +331,22 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(logits, width, **where)) if logits else None
         self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and bias else None
         self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and logits_norm else None
-        self.offset = nn.Parameter(torch.empty(offsets, **where)) if offsets else None
+        self.offset_start = offset
+        if not offset.low:
+            self.offset = None
+        elif offset.learned:
+            self.offset = nn.Parameter(torch.empty(len(offset.low), **where))
+        else:
+            self.register_buffer("offset", torch.empty(len(offset.low), **where))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the last linear layer within the bounds of ``nn.Linear``; offsets start at 0."""
+        """Initialise the last linear layer within the bounds of ``nn.Linear``, offsets as ``offset_start`` says."""
         if self.weight is not None:
             init_linear(self.weight, self.bias)
         if self.offset is not None:
-            nn.init.zeros_(self.offset)
+            for place, (low, high) in enumerate(zip(*self.offset_start[:2], strict=True)):
+                nn.init.uniform_(self.offset.detach()[place], low, high)
 
     def tensors(self) -> GateTensors:
         """The differentiable tensors of the gates' end as they are now."""

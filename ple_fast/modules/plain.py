@@ -33,6 +33,34 @@ class Dice(nn.Module):
         return p * z + (1 - p) * self.alpha * z
 
 
+def row_dice(z: Tensor, alpha: Tensor, eps: float) -> Tensor:
+    """``p z + (1 - p) alpha z``, ``p = sigmoid((z - m) / sqrt(sum((z - m)^2 + eps)))``, ``m`` and sum over a row."""
+    centred = z - z.mean(-1, keepdim=True)
+    p = torch.sigmoid(centred / (centred.square() + eps).sum(-1, keepdim=True).sqrt())
+    return p * z + (1 - p) * alpha * z
+
+
+class RowDice(nn.Module):
+    """The ``Dice`` of torch-rechub on ``(B, H)``: ``row_dice`` with one learned ``alpha (1,)``.
+
+    Unlike :class:`Dice` it has no statistics: each row is compared with its own mean.
+    """
+
+    def __init__(
+        self, *, eps: float = 1e-3, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``(B, H)`` to the same."""
+        return row_dice(z, self.alpha, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
 class Temperature(nn.Module):
     """Logits ``(B, n)`` divided by a constant, before the softmax of a gate."""
 

@@ -1,116 +1,28 @@
-"""Stacks of extraction networks: PLE, CGC (its last level alone) and MMoE."""
+"""PLE and CGC, its last level alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..functional import Input
-from ..specs import GateSpec, MLPSpec
+from ..specs import MLPSpec
 from ..topology import Topology, check_count, check_task_counts
-from .network import CheckedModule, ExtractionNetwork
-
-Units = int | Sequence[int] | Sequence[Sequence[int]]
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
+from .network import ExtractionNetwork
+from .stack import Stack, Units, build_levels, gate_spec, mlp_spec, per_level, shared_per_level
 
 
-def _per_level(name: str, value: Any, levels: int, *, depth: int) -> list[Any]:
-    """``value`` for every level: the same one, or (nested ``depth`` sequences deep) one per level."""
-    nested, inner = 0, value
-    while _is_sequence(inner):
-        nested += 1
-        inner = inner[0] if inner else None
-    if nested < depth:
-        return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"{name}: expected one per level ({levels}), got {len(value)}: {value!r}")
-    return list(value)
+def _experts(
+    topology: Topology, shared: int, units: Any, shared_units: Any, activation: Any, norm: Any, dropout: Any
+) -> tuple[MLPSpec, ...]:
+    """One spec per expert: the tasks' own, then ``shared`` shared ones."""
+    own, common = (mlp_spec(widths, activation, norm, dropout) for widths in (units, shared_units))
+    return (own,) * (topology.num_experts - shared) + (common,) * shared
 
 
-class _Stack(CheckedModule):
-    """Extraction networks, the mixtures of one being the slots of the next."""
-
-    levels: nn.ModuleList
-    num_tasks: int
-    last_shared: bool
-
-    def _set_levels(self, levels: Sequence[ExtractionNetwork], num_tasks: int, last_shared: bool) -> None:
-        self.levels = nn.ModuleList(levels)
-        self.num_tasks, self.last_shared = num_tasks, last_shared
-
-    @property
-    def num_levels(self) -> int:
-        return len(self.levels)
-
-    @property
-    def in_features(self) -> int:
-        """Input width ``D``."""
-        return self._level(0).in_features
-
-    @property
-    def out_features(self) -> int:
-        """Output width ``H`` of every task."""
-        return self._level(-1).out_features
-
-    def _level(self, index: int) -> ExtractionNetwork:
-        level = self.levels[index]
-        assert isinstance(level, ExtractionNetwork)
-        return level
-
-    def reset_parameters(self) -> None:
-        """Initialise every level anew."""
-        for level in self.levels:
-            assert isinstance(level, ExtractionNetwork)
-            level.reset_parameters()
-
-    @overload
-    def forward(self, x: Input, *, return_gates: Literal[False] = False) -> Tensor: ...
-    @overload
-    def forward(self, x: Input, *, return_gates: Literal[True]) -> tuple[Tensor, list[list[Tensor]]]: ...
-    def forward(self, x: Input, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[list[Tensor]]]:
-        """Run all levels.
-
-        Args:
-            x: ``(B, D)``, read by every slot of the first level, ``(B, S, D)``, or a list of S tensors ``(B, D)``.
-            return_gates: also return all weights.
-
-        Returns:
-            ``(B, T, H)`` (``(B, T + 1, H)`` with ``last_shared``); read it with ``unbind(1)``. On request also, per
-            level and per mixture, ``(B, |A(o)|)`` float32, differentiable.
-
-        Raises:
-            TypeError, ValueError: the input does not fit, or batch norm in train mode got one row.
-        """
-        y: Input = x
-        gates: list[list[Tensor]] = []
-        for level in self.levels:
-            gate_input = x if level.gate_spec.input == "raw" else None  # type: ignore[union-attr]  # ExtractionNetwork
-            if return_gates:
-                y, weights = level(y, gate_input, return_gates=True)
-                gates.append(weights)
-            else:
-                y = level(y, gate_input)
-        assert isinstance(y, Tensor)
-        if not self.last_shared and y.shape[1] != self.num_tasks:
-            y = y[:, : self.num_tasks]
-        return (y, gates) if return_gates else y
-
-
-def _specs(
-    units: Any, activation: Any, norm: Any, dropout: Any, gate_units: Any, gate_bias: bool
-) -> tuple[MLPSpec, GateSpec]:
-    """The dataclasses behind the flat keywords. Norm and dropout are the experts'; activation is shared."""
-    single = activation if not _is_sequence(activation) or hasattr(activation, "_fields") else activation[0]
-    return MLPSpec(units, activation, norm=norm, dropout=dropout), GateSpec(gate_units, single, bias=gate_bias)
-
-
-class PLE(_Stack):
+class PLE(Stack):
     """Progressive Layered Extraction (Tang et al., RecSys 2020, section 4.2): a trunk, ``(B, D)`` to ``(B, T, H)``.
 
     Args:
@@ -124,7 +36,7 @@ class PLE(_Stack):
         gate_units: widths of the gates' hidden layers; ``()`` is the paper's single linear layer.
         gate_bias: bias of the gates' last layer.
         activation: of experts (one, or one per layer) and of the gates' hidden layers: relu, leaky_relu, prelu, gelu,
-            gelu_tanh, silu, tanh, sigmoid, dice, identity, or a ``torch.nn`` class or instance.
+            gelu_tanh, silu, tanh, sigmoid, dice, row_dice, identity, or a ``torch.nn`` class or instance.
         norm: of the experts' layers, before the activation: None, ``"batch"`` or ``"layer"``.
         dropout: after the experts' layers.
         shared_gate_scope: the shared mixture weighs ``"all"`` experts (the paper) or the ``"shared"`` ones.
@@ -164,23 +76,18 @@ class PLE(_Stack):
         check_count("in_features", in_features)
         check_count("num_tasks", num_tasks)
         check_count("num_levels", num_levels)
-        counts = _per_level("task_experts", task_experts, num_levels, depth=2)
-        shared = _per_level("shared_experts", shared_experts, num_levels, depth=1)
-        units = _per_level("expert_units", expert_units, num_levels, depth=2)
+        counts = per_level("task_experts", task_experts, num_levels, depth=2)
+        shared = shared_per_level(shared_experts, num_levels)
+        units = per_level("expert_units", expert_units, num_levels, depth=2)
         shared_units = (
             units
             if shared_expert_units is None
-            else _per_level("shared_expert_units", shared_expert_units, num_levels, depth=2)
+            else per_level("shared_expert_units", shared_expert_units, num_levels, depth=2)
         )
         if last_shared and not all(shared):
             raise ValueError(f"last_shared: needs shared experts at every level, got shared_experts={shared_experts}")
-        levels, width = [], in_features
+        topologies, experts = [], []
         for i in range(num_levels):
-            if i and bool(shared[i]) != bool(shared[0]):
-                raise ValueError(
-                    "shared_experts: expected some at every level or none at any, because the shared mixture of a "
-                    f"level is the shared slot of the next; got {shared}"
-                )
             topology = Topology.ple(
                 num_tasks,
                 check_task_counts("task_experts", counts[i], num_tasks),
@@ -188,15 +95,10 @@ class PLE(_Stack):
                 last=i == num_levels - 1 and not last_shared,
                 shared_gate_scope=shared_gate_scope,
             )
-            own, gate = _specs(units[i], activation, norm, dropout, gate_units, gate_bias)
-            common, _ = _specs(shared_units[i], activation, norm, dropout, gate_units, gate_bias)
-            experts = (own,) * (topology.num_experts - shared[i]) + (common,) * shared[i]
-            levels.append(
-                ExtractionNetwork(
-                    width, topology, experts=experts, gate=gate, recompute=recompute, device=device, dtype=dtype
-                )
-            )
-            width = levels[-1].out_features
+            topologies.append(topology)
+            experts.append(_experts(topology, shared[i], units[i], shared_units[i], activation, norm, dropout))
+        gates = [gate_spec(gate_units, activation, gate_bias)] * num_levels
+        levels = build_levels(in_features, topologies, experts, gates, recompute=recompute, device=device, dtype=dtype)
         self._set_levels(levels, num_tasks, last_shared)
 
     @classmethod
@@ -246,15 +148,12 @@ class PLE(_Stack):
         ple._set_levels(levels, tasks, last_shared)
         return ple
 
-    def extra_repr(self) -> str:
-        shared = ", last_shared=True" if self.last_shared else ""
-        return f"in_features={self.in_features}, num_tasks={self.num_tasks}{shared}"
 
-
-class CGC(_Stack):
+class CGC(Stack):
     """Customized Gate Control (paper section 4.1): PLE's last level alone, ``(B, D)`` to ``(B, T, H)``.
 
-    Arguments are those of ``PLE``, for one level.
+    Arguments are those of ``PLE``, for one level. With ``last_shared`` it is a level that is not the last: the output
+    is ``(B, T + 1, H)``, and ``shared_gate_scope`` says what its shared mixture weighs.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -274,63 +173,26 @@ class CGC(_Stack):
         activation: Any = "relu",
         norm: Any = None,
         dropout: Any = 0.0,
+        shared_gate_scope: Literal["all", "shared"] = "all",
+        last_shared: bool = False,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        topology = Topology.ple(num_tasks, task_experts, shared_experts, last=True)
-        own, gate = _specs(expert_units, activation, norm, dropout, gate_units, gate_bias)
-        common, _ = _specs(
-            expert_units if shared_expert_units is None else shared_expert_units,
-            activation, norm, dropout, gate_units, gate_bias,
-        )  # fmt: skip
-        experts = (own,) * (topology.num_experts - shared_experts) + (common,) * shared_experts
-        level = ExtractionNetwork(
-            in_features, topology, experts=experts, gate=gate, recompute=recompute, device=device, dtype=dtype
+        topology = Topology.ple(
+            num_tasks, task_experts, shared_experts, last=not last_shared, shared_gate_scope=shared_gate_scope
         )
-        self._set_levels([level], num_tasks, False)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_tasks={self.num_tasks}"
-
-
-class MMoE(_Stack):
-    """Multi-gate Mixture-of-Experts (Ma et al., KDD 2018, eq. 6-7): ``(B, D)`` to ``(B, T, H)``.
-
-    Args:
-        in_features: input width ``D``.
-        num_tasks: ``T``: one gate each, over all experts.
-        experts: number of experts, every one shared.
-        expert_units, gate_units, gate_bias, activation, norm, dropout, recompute, device, dtype: as in ``PLE``.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_tasks: int,
-        *,
-        experts: int = 8,
-        expert_units: int | Sequence[int] = (256, 128),
-        gate_units: Sequence[int] = (),
-        gate_bias: bool = True,
-        activation: Any = "relu",
-        norm: Any = None,
-        dropout: Any = 0.0,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        spec, gate = _specs(expert_units, activation, norm, dropout, gate_units, gate_bias)
+        if last_shared and not shared_experts:
+            raise ValueError("last_shared: needs shared experts, got shared_experts=0")
+        if shared_gate_scope != "all" and not last_shared:
+            raise ValueError(
+                f"shared_gate_scope: only a shared mixture has one, got {shared_gate_scope!r}; pass last_shared=True"
+            )
+        shared_units = expert_units if shared_expert_units is None else shared_expert_units
+        experts = _experts(topology, shared_experts, expert_units, shared_units, activation, norm, dropout)
         level = ExtractionNetwork(
-            in_features, Topology.mmoe(num_tasks, experts), experts=spec, gate=gate, recompute=recompute,
-            device=device, dtype=dtype,
+            in_features, topology, experts=experts, gate=gate_spec(gate_units, activation, gate_bias),
+            recompute=recompute, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_levels([level], num_tasks, False)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_tasks={self.num_tasks}"
+        self._set_levels([level], num_tasks, last_shared)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..specs import Activation
 from .layers import ExpertBlock, Gate, StackedBatchNorm, StackedDice, StackedLayer, StackedLayerNorm
-from .plain import Dice, Temperature, WeightOffset
+from .plain import Dice, RowDice, Temperature, WeightOffset
 
 if TYPE_CHECKING:
     from .network import ExtractionNetwork
@@ -165,6 +165,8 @@ def _activation(layer: StackedLayer, activation: Activation, where: dict[str, An
         assert isinstance(layer.activation, StackedDice)
         norm = layer.activation.norm
         return Dice(layer.spec.units, eps=norm.eps, momentum=norm.momentum, **where)
+    if name == "row_dice":
+        return RowDice(eps=value, **where)
     # An identity is left out, except where only it tells that the norm stands after the activation.
     return nn.Identity() if layer.norm is not None and layer.spec.norm_position == "after" else None
 

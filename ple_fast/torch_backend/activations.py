@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..plan import NormState
 from ..specs import Activation
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward, batch_normalised
+from .row_dice import row_dice_backward, row_dice_forward
 
 aten = torch.ops.aten
 
@@ -20,7 +21,7 @@ def from_output(activation: Activation) -> bool:
 
 
 def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, *, keep_input: bool) -> Tensor:
-    """``f(z)``, every activation but dice; in place unless ``keep_input``. ``slope``: prelu's, ``(n,)``."""
+    """``f(z)``, every activation but dice; in place unless ``keep_input``. ``slope``: of prelu, row_dice, ``(n,)``."""
     name, value = activation
     if name == "identity":
         return z
@@ -38,6 +39,8 @@ def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, 
         return F.gelu(z, approximate="tanh")
     if name == "silu":
         return F.silu(z, inplace=not keep_input)
+    if name == "row_dice" and slope is not None:
+        return row_dice_forward(z, slope, value)
     assert name == "prelu" and slope is not None, name
     return torch.where(z > 0, z, z * slope.view(-1, 1))
 
@@ -70,6 +73,11 @@ def activation_backward(
             wide = torch.promote_types(d.dtype, torch.float32)
             ds = (d.to(wide) * kept).masked_fill_(~negative, 0).sum(2).sum(0).to(slope.dtype)
         d.mul_(torch.where(negative, slope.view(-1, 1), torch.ones((), dtype=d.dtype, device=d.device)))
+        return ds
+    elif name == "row_dice":
+        assert slope is not None
+        dz, ds = row_dice_backward(d, kept, slope, value, alpha_grad=slope_grad)
+        d.copy_(dz)
         return ds
     else:
         assert name == "identity", name

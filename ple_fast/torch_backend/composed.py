@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from ..specs import LayerSpec
 from . import gate_combine as gates
-from .dropout import mask
+from .dropout import keep_mask
+from .row_dice import row_dice_forward
 from .slots import Slots, groups_of
 
 
@@ -39,7 +40,16 @@ def level(
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
     weights = gates.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
-    return gates.combine(weights, h), gates.listed_weights(plan, weights)
+    return _mix(weights, h), gates.listed_weights(plan, weights)
+
+
+def _mix(weights: Tensor, h: Tensor) -> Tensor:
+    """``gate_combine.combine``, in the form that suits who reads the program."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # A sum fuses with what stands around it. A product of small matrices does not, and the template that
+        # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
+        return (weights.unsqueeze(3) * h.to(weights.dtype).unsqueeze(1)).sum(2).to(h.dtype)
+    return gates.combine(weights, h)
 
 
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,7 +112,7 @@ def _after_linear(
     spec: LayerSpec,
     tensor: LayerTensors,
     state: LayerState,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     moves_statistics: bool,
 ) -> Tensor:
@@ -117,17 +127,22 @@ def _after_linear(
     if spec.norm_position == "after":
         z = _norm(z, tensor, state, moves_statistics)
     if state.dropout:
-        # Without a seed the program is being traced, and PyTorch's own generator is what it can trace.
-        z = F.dropout(z, state.dropout) if seed is None else z * mask(seed, position, 0, z, state.dropout)
+        if seed is None:  # the program is being traced, and PyTorch's own generator is what it can trace
+            z = F.dropout(z, state.dropout)
+        else:
+            z = z * keep_mask(seed, position, 0, z, state.dropout) / (1.0 - state.dropout)
     return z
 
 
 def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
-    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's, ``(n,)``."""
+    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's or row_dice's, ``(n,)``."""
     name, value = spec.activation
     if name == "prelu":
         assert slope is not None
         return torch.where(z > 0, z, z * slope.view(-1, 1))
+    if name == "row_dice":
+        assert slope is not None
+        return row_dice_forward(z, slope, value)
     if name == "leaky_relu":
         return F.leaky_relu(z, value)
     if name in ("gelu", "gelu_tanh"):

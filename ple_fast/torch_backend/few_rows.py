@@ -1,7 +1,7 @@
 """The level for a handful of rows, where the host's time counts beside the arithmetic: forward, and backward by hand.
 
-As few operators and as little Python as possible, for the make-up that is met most: one block of experts with no norms
-or dropout, and gates of one linear layer.
+As few operators and as little Python as possible, for the make-up that is met most: one block of experts and gates of
+one linear layer. In training it has no norms or dropout.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan
+from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState
 from .activations import activation_backward, activation_forward, from_output
 from .gate_combine import gate_softmax, gate_softmax_backward
+from .norms import batch_norm_forward, layer_norm_forward
 from .products import LINEAR_WORK, by_onednn, linear
 
 MAX_ROWS = 32
@@ -28,15 +29,20 @@ WIDE_ROWS = 2
 
 
 @lru_cache(maxsize=1024)
-def serves(plan: LevelPlan, stacked: bool) -> bool:
-    """Whether this path can run the plan on one ``(B, D)`` for all slots or on a stacked ``(B, S, D)``."""
+def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
+    """Whether this path can run the plan on one ``(B, D)`` for all slots or on a stacked ``(B, S, D)``.
+
+    Unless it ``trains``, there may be norms, and dropout that is off: see ``serves_state``.
+    """
     topology = plan.topology
-    if len(plan.blocks) > 1 or plan.gate.layers or plan.gate_spec.logits_norm is not None:
+    if len(plan.blocks) > 1 or plan.gate.layers or (trains and plan.gate_spec.logits_norm is not None):
         return False
     if plan.gate_spec.temperature != 1.0 or plan.static_entry or plan.offset_entry:
         return False
     for spec in plan.blocks[0].layers:
-        if spec.norm is not None or spec.dropout or spec.activation.name in ("prelu", "dice"):
+        if spec.activation.name in ("prelu", "dice", "row_dice") or (
+            trains and (spec.norm is not None or spec.dropout)
+        ):
             return False
     if not stacked:
         return True
@@ -45,15 +51,25 @@ def serves(plan: LevelPlan, stacked: bool) -> bool:
     return len(counts) == 1 and len(sizes) == 1 and topology.mixture_slot == tuple(range(topology.num_mixtures))
 
 
-def few_rows_forward(plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor) -> Tensor:
-    """``y (B, O, H)`` of ``x (B, D)`` or ``(B, S, D)``; the plan is one that ``serves``."""
-    return few_rows_train_forward(plan, layers, gate, x)[0]
+def serves_state(state: LevelState) -> bool:
+    """Whether it can run the plan in this state: nothing is dropped, and every norm is ours."""
+    return state.seed is None and not state.has_foreign_norm
+
+
+def few_rows_forward(
+    plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor, state: LevelState | None = None
+) -> Tensor:
+    """``y (B, O, H)`` of ``x (B, D)`` or ``(B, S, D)``; the plan is one that ``serves``.
+
+    ``state``: of a level with norms or dropout.
+    """
+    return few_rows_train_forward(plan, layers, gate, x, state)[0]
 
 
 def few_rows_train_forward(
-    plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor
+    plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, x: Tensor, state: LevelState | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """``few_rows_forward``, and what backward needs.
+    """``few_rows_forward``, and what backward needs of a level without norms.
 
     That is the softmax ``(B, O, E)``, then per layer the output and, where the derivative does not follow from it, the
     input of the activation, ``(E, B, H)`` each.
@@ -62,13 +78,14 @@ def few_rows_train_forward(
     weight, bias = layers[0].weight, layers[0].bias
     count, units, width = weight.shape
     specs = plan.blocks[0].layers
+    norms = [None] * len(specs) if state is None else [layer.norm for layer in state.layers]
     applied = False  # by the product
     assert gate.weight is not None
     if x.dim() == 2:
         if rows <= WIDE_ROWS or not by_onednn(x):
             a = _products(x.expand(count, rows, width), weight, bias)
         else:
-            applied = specs[0].activation.name == "relu"
+            applied = specs[0].activation.name == "relu" and (norms[0] is None or specs[0].norm_position == "after")
             flat_bias = None if bias is None else bias.reshape(-1)
             z = linear(x, weight.reshape(count * units, width), flat_bias, relu=applied)
             a = z.view(rows, count, units).transpose(0, 1)
@@ -80,10 +97,14 @@ def few_rows_train_forward(
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
+    if state is not None and state.gate_norm is not None:
+        logits = _normed(logits.unsqueeze(0), gate.norm_weight, gate.norm_bias, state.gate_norm)[0]
     weights = gate_softmax(plan, logits)
     kept = [weights]
-    for i, spec in enumerate(specs):
+    for i, (spec, norm) in enumerate(zip(specs, norms, strict=True)):
         z = a if i == 0 else _products(a, layers[i].weight, layers[i].bias)
+        if norm is not None and spec.norm_position == "before":
+            z = _normed(z, layers[i].norm_weight, layers[i].norm_bias, norm)
         if i == 0 and applied:
             kept.append(a)
         elif from_output(spec.activation):
@@ -92,6 +113,8 @@ def few_rows_train_forward(
         else:
             a = activation_forward(z, spec.activation, None, keep_input=True)
             kept += (a, z)
+        if norm is not None and spec.norm_position == "after":
+            a = _normed(a, layers[i].norm_weight, layers[i].norm_bias, norm)
     return torch.bmm(weights, a.transpose(0, 1)), kept
 
 
@@ -170,3 +193,12 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias.reshape(weight.shape[0], 1, -1), x, weight.transpose(1, 2))
+
+
+def _normed(z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState) -> Tensor:
+    """A norm of ``(n, rows, H)``, whose batch norm has ``n H`` features."""
+    by_row = z.transpose(0, 1)
+    if norm.kind == "batch":
+        return batch_norm_forward(by_row, weight, bias, norm)[0].transpose(0, 1)
+    assert weight is not None and bias is not None
+    return layer_norm_forward(by_row, weight, bias, norm.eps)[0].transpose(0, 1)

@@ -1,29 +1,44 @@
 """A whole extraction network, forward and backward by hand, in blocks of rows that stay in cache.
 
 ``level_forward`` and ``level_backward`` see plain tensors; autograd is not involved. Between them lies a flat tuple of
-tensors, so that autograd can guard it, and nothing else.
+tensors, so that autograd can guard it, and nothing else. Row blocks are independent of each other but for batch norm,
+where each waits for the statistics of all (``barriers.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
-from .dropout import MASK_ROWS
+from .barriers import Steps, run_alone, run_blocks, together
+from .folding import fold_norms
 from .grouped_linear import slots_linear_backward, slots_linear_forward
-from .mlp import KEPT_WIDTH, LayerKept, LayerNeeds, accumulate, mlp_backward, mlp_forward, needs_of
-from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward
+from .mlp import (
+    KEPT_WIDTH,
+    LayerKept,
+    LayerNeeds,
+    Replayed,
+    accumulate,
+    is_replayed,
+    mlp_backward,
+    mlp_forward,
+    needs_of,
+    replay,
+)
+from .norms import BatchNormSaved, Shared, batch_norm_backward_steps, batch_norm_steps
 from .products import linear
 from .slots import Groups, Place, SlotGrads, Slots, rows_of
 
 BLOCK_BYTES = 13 << 20
 """Activations of a row block take about this much."""
+ROW_STEP = 512
+"""Row blocks begin at multiples of this."""
 
 
 class LevelInput(NamedTuple):
@@ -65,13 +80,13 @@ class BlockKept(NamedTuple):
 
     mlps: list[list[LayerKept]]
     h: Tensor | None
-    """Outputs of all experts."""
+    """Outputs of all experts; None where they are replayed, too."""
     gated: Tensor | None
     """Softmax of the gated mixtures."""
     weights: Tensor | None
     """All mixtures' dense weights."""
     hidden: Tensor | None
-    """Output of the gates' hidden layers."""
+    """Output of the gates' hidden layers; None where it is replayed, too."""
     logits: Tensor | None
     """Input of the norm of the logits."""
     mean: Tensor | None
@@ -126,12 +141,14 @@ def tables(plan: LevelPlan) -> Tables:
 
 
 def row_blocks(inputs: LevelInput) -> list[slice]:
-    """Blocks of rows; the whole batch where statistics, or sums in low precision, run over all of it."""
+    """Blocks of rows; the whole batch where dice's statistics, or sums in low precision, run over all of it."""
     batch, weight = inputs.x.batch, inputs.layers[0].weight
-    if batch <= MASK_ROWS or inputs.state.uses_batch or weight.dtype not in (torch.float32, torch.float64):
+    if batch <= ROW_STEP or weight.dtype not in (torch.float32, torch.float64):
+        return [slice(0, batch)]
+    if any(state.dice is not None and state.dice.batch for state in inputs.state.layers):
         return [slice(0, batch)]
     size = BLOCK_BYTES // (tables(inputs.plan).width * weight.element_size())
-    size = max(MASK_ROWS, size // MASK_ROWS * MASK_ROWS)
+    size = max(ROW_STEP, size // ROW_STEP * ROW_STEP)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
@@ -165,13 +182,22 @@ class Run:
     def __init__(self, inputs: LevelInput, needs: LevelNeeds) -> None:
         self.inputs, self.needs = inputs, needs
         plan = inputs.plan
+        self.blocks = row_blocks(inputs)
+        self.waits = len(self.blocks) > 1 and inputs.state.uses_batch
+        """Row blocks wait for each other."""
         self.groups = [inputs.x.groups(mlp.slots) for mlp in plan.blocks]
         self.groups.append(inputs.gate_x.groups(plan.gate.slots))
         self.gate_groups: Groups = (
             () if plan.gate.layers or not plan.gate.slots else _gate_groups(plan, self.groups[-1])
         )
 
-    def forward(self, rows: slice, *, again: bool = False) -> tuple[Tensor, Tensor, BlockKept]:
+    def sharing(self) -> Shared | None:
+        """For one pass over all row blocks, where they wait for each other."""
+        return Shared() if self.waits else None
+
+    def forward(
+        self, rows: slice, shared: Shared | None, *, again: bool = False
+    ) -> Steps[tuple[Tensor, Tensor, BlockKept]]:
         """``y (rows, O, H)``, dense weights ``(rows, O, E)``, and what backward needs of these rows.
 
         ``again``: this forward repeats another, and running statistics stay.
@@ -179,34 +205,57 @@ class Run:
         inputs, needs = self.inputs, self.needs
         plan, state = inputs.plan, inputs.state
         states = still(state) if again else state
-        mlps, parts = [], []
-        for block, groups, need in zip(plan.blocks, self.groups, needs.mlps, strict=False):
-            part = layers_of(inputs, block)
-            done, kept = mlp_forward(
-                block, inputs.layers[part], states.layers[part], inputs.x, groups, rows, need, state.seed
-            )
-            mlps.append(kept)
-            parts.append(done)
-        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        gated, hidden, logits, mean, var, kept = self._gate_forward(rows, states)
-        mlps.append(kept)
+        steps: list[Steps[Any]] = [
+            self._mlp_forward(mlp, states, inputs.x, groups, rows, need, shared)
+            for mlp, groups, need in zip(plan.blocks, self.groups, needs.mlps, strict=False)
+        ]
+        *parts, gate = yield from together([*steps, self._gate_forward(rows, states, shared)])
+        h = parts[0][0] if len(parts) == 1 else torch.cat([done for done, _ in parts], dim=1)
+        gated, hidden, logits, mean, var, kept = gate
         weights = gates.mixture_weights(plan, gated, inputs.gate.offset, h.shape[0], h)
         y = gates.combine(weights, h)
+        keeps_hidden = (
+            hidden is not None
+            and needs.logits
+            and needs.gate.weight
+            and not self._replays([plan.gate], needs.mlps[-1:])
+        )
         keep = BlockKept(
-            mlps,
-            h if needs.weights else None,
+            [*(kept for _, kept in parts), kept],
+            h if needs.weights and not self._replays(plan.blocks, needs.mlps[:-1]) else None,
             gated if needs.logits else None,
             weights if needs.experts else None,
-            hidden if needs.logits and needs.gate.weight else None,
+            hidden if keeps_hidden and not self._replays([plan.gate], needs.mlps[-1:]) else None,
             logits if needs.logits else None,
             mean if needs.logits else None,
             var if needs.logits else None,
         )
         return y, weights, keep
 
+    def _replays(self, mlps: Sequence[MLPPlan], needs: Sequence[list[LayerNeeds]]) -> bool:
+        """Whether the outputs of all these MLPs are computed again in backward."""
+        states = self.inputs.state.layers
+        lasts = [states[mlp.position + len(mlp.layers) - 1] for mlp in mlps]
+        return all(is_replayed(state, need[-1]) for state, need in zip(lasts, needs, strict=True))
+
+    def _mlp_forward(
+        self,
+        mlp: MLPPlan,
+        states: LevelState,
+        x: Slots,
+        groups: Groups,
+        rows: slice,
+        needs: list[LayerNeeds],
+        shared: Shared | None,
+    ) -> Steps[tuple[Tensor, list[LayerKept]]]:
+        part = layers_of(self.inputs, mlp)
+        return mlp_forward(
+            mlp, self.inputs.layers[part], states.layers[part], x, groups, rows, needs, self.inputs.state.seed, shared
+        )
+
     def _gate_forward(
-        self, rows: slice, states: LevelState
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[LayerKept]]:
+        self, rows: slice, states: LevelState, shared: Shared | None
+    ) -> Steps[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[LayerKept]]]:
         inputs, plan = self.inputs, self.inputs.plan
         gate = inputs.gate
         if gate.weight is None:
@@ -214,11 +263,9 @@ class Run:
         hidden: Tensor | None = None
         kept: list[LayerKept] = []
         if plan.gate.layers:
-            part = layers_of(inputs, plan.gate)
-            hidden, kept = mlp_forward(
-                plan.gate, inputs.layers[part], states.layers[part], inputs.gate_x, self.groups[-1], rows,
-                self.needs.mlps[-1], inputs.state.seed,
-            )  # fmt: skip
+            hidden, kept = yield from self._mlp_forward(
+                plan.gate, states, inputs.gate_x, self.groups[-1], rows, self.needs.mlps[-1], shared
+            )
             logits = torch.empty((hidden.shape[0], gate.weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
             for i, start, stop in _mixture_rows(plan):
                 bias = None if gate.bias is None else gate.bias[start:stop]
@@ -231,7 +278,9 @@ class Run:
         raw, saved = None, BatchNormSaved(None, None)
         if states.gate_norm is not None:
             raw = logits.unsqueeze(1)
-            normed, saved = batch_norm_forward(raw, gate.norm_weight, gate.norm_bias, states.gate_norm)
+            normed, saved = yield from batch_norm_steps(
+                raw, gate.norm_weight, gate.norm_bias, states.gate_norm, shared, plan.num_layers
+            )
             logits = normed.squeeze(1)
         if plan.gate_spec.temperature != 1.0:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
@@ -240,66 +289,120 @@ class Run:
     def backward(
         self,
         rows: slice,
+        shared: Shared | None,
         kept: BlockKept,
         dy: Tensor | None,
         dlisted: Tensor | None,
         grads: list[list[Tensor | None]],
         dx: SlotGrads,
         dgate_x: SlotGrads,
-    ) -> None:
+    ) -> Steps[None]:
         """Accumulate every gradient of these rows into ``grads`` (per layer, then the gates' end), dx and dgate_x."""
-        inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
-        dweights = None
-        if needs.weights:
-            if dy is not None:
-                assert kept.h is not None
-                wide = torch.promote_types(dy.dtype, torch.float32)
-                dweights = torch.bmm(rows_of(dy, rows).to(wide), kept.h.to(wide).transpose(1, 2))
-            if dlisted is not None:
-                listed = gates.listed_weights_backward(plan, rows_of(dlisted, rows))
-                dweights = listed if dweights is None else dweights.add_(listed)
+        needs, plan = self.needs, self.inputs.plan
+        dweights, last = self._weights_grad(rows, kept, dy, dlisted)
+        steps: list[Steps[None]] = []
         if dy is not None and needs.experts:
-            assert kept.weights is not None
-            dh = torch.bmm(kept.weights.transpose(1, 2), rows_of(dy, rows).to(kept.weights.dtype)).to(dy.dtype)
-            for block, groups, need, keep in zip(plan.blocks, self.groups, needs.mlps, kept.mlps, strict=False):
-                part = layers_of(inputs, block)
-                d = dh
-                if len(plan.blocks) > 1:
-                    d = dh[:, block.start : block.start + len(block.slots)].contiguous()
-                mlp_backward(
-                    block, inputs.layers[part], inputs.state.layers[part], inputs.x, groups, rows, need,
-                    inputs.state.seed, keep, d, grads[part], dx,
-                )  # fmt: skip
-        if dweights is None:
-            return
-        if needs.gate.offset:
-            assert inputs.gate.offset is not None
-            doffset = gates.offset_grad(plan, dweights, inputs.gate.offset.dtype)
+            steps += self._experts_backward(rows, shared, kept, last, dy, grads, dx)
+        last.clear()  # nothing that is large outlives a barrier
+        if dweights is not None and needs.gate.offset:
+            assert self.inputs.gate.offset is not None
+            doffset = gates.offset_grad(plan, dweights, self.inputs.gate.offset.dtype)
             accumulate(grads[-1], 4, doffset)
-        if needs.logits:
+        if dweights is not None and needs.logits:
             assert kept.gated is not None
             dlogits = gates.gate_softmax_backward(plan, gates.gated_part(plan, dweights), kept.gated)
             if plan.gate_spec.temperature != 1.0:
                 dlogits = dlogits / plan.gate_spec.temperature
-            dlogits = dlogits.to(inputs.gate_x.tensors[0].dtype)
-            self._gate_backward(rows, kept, dlogits, grads, dgate_x)
+            dlogits = dlogits.to(self.inputs.gate_x.tensors[0].dtype)
+            steps.append(self._gate_backward(rows, shared, kept, dlogits, grads, dgate_x))
+        yield from together(steps)
+
+    def _weights_grad(
+        self, rows: slice, kept: BlockKept, dy: Tensor | None, dlisted: Tensor | None
+    ) -> tuple[Tensor | None, list[Replayed | None]]:
+        """Gradient of the dense weights ``(rows, O, E)`` if wanted, and what was replayed for it, per block."""
+        plan = self.inputs.plan
+        last: list[Replayed | None] = [None] * len(plan.blocks)
+        dweights = None
+        if self.needs.weights and dy is not None:
+            h = kept.h
+            if h is None:
+                lasts = [self._replay_last(mlp, keep) for mlp, keep in zip(plan.blocks, kept.mlps, strict=False)]
+                last = [*lasts]
+                parts = [replayed.output for replayed in lasts]
+                h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            dweights = torch.bmm(rows_of(dy, rows).to(wide), h.to(wide).transpose(1, 2))
+        if self.needs.weights and dlisted is not None:
+            listed = gates.listed_weights_backward(plan, rows_of(dlisted, rows))
+            dweights = listed if dweights is None else dweights.add_(listed)
+        return dweights, last
+
+    def _experts_backward(
+        self,
+        rows: slice,
+        shared: Shared | None,
+        kept: BlockKept,
+        last: Sequence[Replayed | None],
+        dy: Tensor,
+        grads: list[list[Tensor | None]],
+        dx: SlotGrads,
+    ) -> list[Steps[None]]:
+        inputs, blocks = self.inputs, self.inputs.plan.blocks
+        assert kept.weights is not None
+        dh = torch.bmm(kept.weights.transpose(1, 2), rows_of(dy, rows).to(kept.weights.dtype)).to(dy.dtype)
+        steps = []
+        for j, mlp in enumerate(blocks):
+            d = dh if len(blocks) == 1 else dh[:, mlp.start : mlp.start + len(mlp.slots)].contiguous()
+            steps.append(
+                self._mlp_backward(
+                    mlp, inputs.x, self.groups[j], rows, self.needs.mlps[j], kept.mlps[j], last[j], d, grads, dx, shared
+                )
+            )
+        return steps
+
+    def _replay_last(self, mlp: MLPPlan, kept: list[LayerKept]) -> Replayed:
+        last = mlp.position + len(mlp.layers) - 1
+        return replay(mlp.layers[-1], self.inputs.layers[last], self.inputs.state.layers[last], kept[-1])
+
+    def _mlp_backward(
+        self,
+        mlp: MLPPlan,
+        x: Slots,
+        groups: Groups,
+        rows: slice,
+        needs: list[LayerNeeds],
+        kept: list[LayerKept],
+        last: Replayed | None,
+        d: Tensor,
+        grads: list[list[Tensor | None]],
+        dx: SlotGrads,
+        shared: Shared | None,
+    ) -> Steps[None]:
+        part, inputs = layers_of(self.inputs, mlp), self.inputs
+        return mlp_backward(
+            mlp, inputs.layers[part], inputs.state.layers[part], x, groups, rows, needs, inputs.state.seed, kept, last,
+            d, grads[part], dx, shared,
+        )  # fmt: skip
 
     def _gate_backward(
         self,
         rows: slice,
+        shared: Shared | None,
         kept: BlockKept,
         d: Tensor,
         grads: list[list[Tensor | None]],
         dgate_x: SlotGrads,
-    ) -> None:
+    ) -> Steps[None]:
         inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
         gate, own = inputs.gate, grads[-1]
         assert gate.weight is not None
         if inputs.state.gate_norm is not None:
             assert kept.logits is not None
-            normed, dw, db = batch_norm_backward(
+            normed, dw, db = yield from batch_norm_backward_steps(
                 d.unsqueeze(1), kept.logits, gate.norm_weight, inputs.state.gate_norm,
-                BatchNormSaved(kept.mean, kept.var), affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
+                BatchNormSaved(kept.mean, kept.var), shared, plan.num_layers,
+                affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
             )  # fmt: skip
             d = normed.squeeze(1)
             accumulate(own, 2, dw)
@@ -315,20 +418,23 @@ class Run:
             accumulate(own, 0, None if dweight is None else dweight.squeeze(1))
             return
         below = needs.mlps[-1][-1].output
+        hidden, last = kept.hidden, None
+        if wanted and hidden is None:
+            last = self._replay_last(plan.gate, kept.mlps[-1])
+            hidden = last.output
         dweight = torch.empty_like(gate.weight, memory_format=torch.contiguous_format) if wanted else None
         dhidden = torch.empty((d.shape[0], len(plan.gate.slots), gate.weight.shape[1]), dtype=d.dtype, device=d.device)
         for i, start, stop in _mixture_rows(plan):
             if dweight is not None:
-                assert kept.hidden is not None
-                torch.mm(d[:, start:stop].t(), kept.hidden[:, i], out=dweight[start:stop])
+                assert hidden is not None
+                torch.mm(d[:, start:stop].t(), hidden[:, i], out=dweight[start:stop])
             if below:
                 torch.mm(d[:, start:stop], gate.weight[start:stop], out=dhidden[:, i])
         accumulate(own, 0, dweight)
         if below:
-            part = layers_of(inputs, plan.gate)
-            mlp_backward(
-                plan.gate, inputs.layers[part], inputs.state.layers[part], inputs.gate_x, self.groups[-1], rows,
-                needs.mlps[-1], inputs.state.seed, kept.mlps[-1], dhidden, grads[part], dgate_x,
+            yield from self._mlp_backward(
+                plan.gate, inputs.gate_x, self.groups[-1], rows, needs.mlps[-1], kept.mlps[-1], last, dhidden, grads,
+                dgate_x, shared,
             )  # fmt: skip
 
 
@@ -347,10 +453,13 @@ def level_forward(
 ) -> tuple[Tensor, Tensor | None, list[BlockKept]]:
     """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward needs.
 
-    Without ``needs`` nothing is kept.
+    Without ``needs`` nothing is kept, and norms that can be folded are.
     """
+    if needs is None:
+        layers, gate, state = fold_norms(inputs.plan, inputs.layers, inputs.gate, inputs.state, inputs.x.batch)
+        inputs = inputs._replace(layers=layers, gate=gate, state=state)
     run = Run(inputs, tables(inputs.plan).no_needs if needs is None else needs)
-    blocks = row_blocks(inputs)
+    blocks = run.blocks
     plan = inputs.plan
     weight = inputs.layers[0].weight
     units = plan.blocks[0].layers[-1].units
@@ -360,9 +469,11 @@ def level_forward(
         wide = torch.promote_types(weight.dtype, torch.float32)
         if listed:
             all_weights = torch.empty((inputs.x.batch, plan.topology.num_weights), dtype=wide, device=weight.device)
+    shared = run.sharing()
+    steps = [run.forward(rows, shared) for rows in blocks]
+    done = run_blocks(steps) if run.waits else map(run_alone, steps)
     kept = []
-    for rows in blocks:
-        part, weights, keep = run.forward(rows)
+    for rows, (part, weights, keep) in zip(blocks, done, strict=True):
         if needs is not None:
             kept.append(keep)
         if listed:
@@ -384,13 +495,22 @@ def level_backward(
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
     run = Run(inputs, needs)
-    blocks = row_blocks(inputs)
+    blocks = run.blocks
     grads: list[list[Tensor | None]] = [[None] * 5 for _ in range(inputs.plan.num_layers + 1)]
     dx = SlotGrads(inputs.x, needs.x)
     dgate_x = dx if inputs.gate_x is inputs.x else SlotGrads(inputs.gate_x, needs.gate_x)
+    if run.waits and not kept:
+        shared = run.sharing()
+        kept = [keep for _, _, keep in run_blocks([run.forward(rows, shared, again=True) for rows in blocks])]
+    shared, steps = run.sharing(), []
     for i, rows in enumerate(blocks):
-        keep = kept[i] if kept else run.forward(rows, again=True)[2]
-        run.backward(rows, keep, dy, dlisted, grads, dx, dgate_x)
+        keep = kept[i] if kept else run_alone(run.forward(rows, None, again=True))[2]
+        step = run.backward(rows, shared, keep, dy, dlisted, grads, dx, dgate_x)
+        if run.waits:
+            steps.append(step)
+        else:
+            run_alone(step)
+    run_blocks(steps)
     dgate = [] if dgate_x is dx else dgate_x.finish(blocks)
     # A product may leave its result transposed.
     flat = [None if grad is None else grad.contiguous() for row in grads for grad in row]

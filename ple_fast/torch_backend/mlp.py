@@ -1,4 +1,8 @@
-"""Stacked MLPs on a block of rows, forward and backward by hand: experts of a block, or all gates' hidden layers."""
+"""Stacked MLPs on a block of rows, forward and backward by hand: experts of a block, or all gates' hidden layers.
+
+After a norm without dropout only the norm's input is kept: backward computes the layer's output again, which costs less
+than to write and read it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ from torch import Tensor
 from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
-from .dropout import mask
+from .barriers import Steps, run_alone
+from .dropout import keep_mask
 from .grouped_linear import slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
     BatchNormSaved,
-    batch_norm_backward,
-    batch_norm_forward,
+    Shared,
+    batch_norm_again,
+    batch_norm_backward_steps,
+    batch_norm_steps,
+    layer_norm_affine,
     layer_norm_backward,
     layer_norm_forward,
+    layer_normalised,
 )
 from .products import grouped
 from .slots import Groups, SlotGrads, Slots
@@ -66,6 +75,39 @@ def needs_of(
     return needs
 
 
+class Replayed(NamedTuple):
+    """A layer's output, computed again in backward, and what it passed through."""
+
+    output: Tensor
+    act: Tensor | None
+    """What ``LayerKept.act`` would hold."""
+    normed: Tensor | None
+    """Layer norm: its result before weight and bias."""
+
+
+def is_replayed(state: LayerState, need: LayerNeeds) -> bool:
+    """Whether backward computes the layer's output again out of the norm's input."""
+    return need.output and state.norm is not None and state.dice is None and not state.dropout
+
+
+def replay(spec: LayerSpec, tensor: LayerTensors, state: LayerState, keep: LayerKept) -> Replayed:
+    """The output of a layer that ``is_replayed``, of what has been kept of it."""
+    norm, z = state.norm, keep.normed
+    assert norm is not None and z is not None
+    normed = None
+    if norm.kind == "batch":
+        y = batch_norm_again(z, tensor.norm_weight, tensor.norm_bias, norm, BatchNormSaved(keep.mean, keep.var))
+    else:
+        assert tensor.norm_weight is not None and tensor.norm_bias is not None
+        normed = layer_normalised(z, norm.eps)
+        y = layer_norm_affine(normed, tensor.norm_weight, tensor.norm_bias, z.dtype)
+    if spec.norm_position == "after":
+        return Replayed(y, keep.act, normed)
+    by_output = from_output(spec.activation)
+    out = activation_forward(y, spec.activation, tensor.slope, keep_input=not by_output)
+    return Replayed(out, out if by_output else y, normed)
+
+
 def mlp_forward(
     plan: MLPPlan,
     tensors: Sequence[LayerTensors],
@@ -74,9 +116,13 @@ def mlp_forward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
-) -> tuple[Tensor, list[LayerKept]]:
-    """Run the layers on ``rows``; returns ``(rows, n, H)`` and what backward needs."""
+    seed: int | Tensor | None,
+    shared: Shared | None,
+) -> Steps[tuple[Tensor, list[LayerKept]]]:
+    """Run the layers on ``rows``; returns ``(rows, n, H)`` and what backward needs.
+
+    ``shared``: for batch norm over several row blocks; None where there is one.
+    """
     kept: list[LayerKept] = []
     a: Tensor | None = None
     for i, (spec, tensor, state, need) in enumerate(zip(plan.layers, tensors, states, needs, strict=True)):
@@ -86,11 +132,13 @@ def mlp_forward(
             z = slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, relu=relu)
         else:
             z = grouped(a, tensor.weight, tensor.bias, relu=relu)
-        z, keep = after_linear(z, spec, tensor, state, need, seed, plan.position + i, rows.start, activated=relu)
-        if need.output and need.tensors.weight and a is not None:
-            keep = keep._replace(a=a)
-        kept.append(keep)
-        a = z
+        keeps_a = a is not None and need.output and need.tensors.weight
+        kept_a = a if keeps_a and not is_replayed(states[i - 1], needs[i - 1]) else None
+        a = None  # a barrier may follow
+        a, keep = yield from after_linear_steps(
+            z, spec, tensor, state, need, seed, plan.position + i, rows.start, shared, activated=relu, replays=True
+        )
+        kept.append(keep if kept_a is None else keep._replace(a=kept_a))
     assert a is not None
     return a, kept
 
@@ -101,16 +149,42 @@ def after_linear(
     tensor: LayerTensors,
     state: LayerState,
     need: LayerNeeds,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
     *,
     activated: bool,
 ) -> tuple[Tensor, LayerKept]:
-    """Norm, activation (unless it is done) and dropout of one layer; ``z`` may be overwritten."""
+    """Norm, activation (unless it is done) and dropout of one layer on the whole batch; ``z`` may be overwritten.
+
+    Whatever backward reads is kept, nothing is replayed.
+    """
+    return run_alone(
+        after_linear_steps(
+            z, spec, tensor, state, need, seed, position, start, None, activated=activated, replays=False
+        )
+    )
+
+
+def after_linear_steps(
+    z: Tensor,
+    spec: LayerSpec,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    seed: int | Tensor | None,
+    position: int,
+    start: int,
+    shared: Shared | None,
+    *,
+    activated: bool,
+    replays: bool,
+) -> Steps[tuple[Tensor, LayerKept]]:
+    """``after_linear`` of one row block; ``replays``: less is kept of a layer that ``is_replayed``."""
     keep = NOTHING_KEPT
+    replays = replays and is_replayed(state, need)
     if state.norm is not None and spec.norm_position == "before":
-        z, keep = _norm(z, tensor, state, need, keep)
+        z, keep = yield from _norm(z, tensor, state, need, keep, shared, position)
     if state.dice is not None:
         assert tensor.slope is not None
         y, saved = dice_forward(z, tensor.slope, state.dice)
@@ -119,27 +193,48 @@ def after_linear(
         z = y
     else:
         by_output = from_output(spec.activation)
-        keeps_input = need.output and not by_output
-        y = z if activated else activation_forward(z, spec.activation, tensor.slope, keep_input=keeps_input)
-        if need.output and spec.activation.name != "identity":
+        keeps = need.output and not (replays and spec.norm_position == "before")
+        y = z
+        if not activated:
+            y = activation_forward(z, spec.activation, tensor.slope, keep_input=keeps and not by_output)
+        if keeps and spec.activation.name != "identity":
             keep = keep._replace(act=y if by_output else z)
         z = y
     if state.norm is not None and spec.norm_position == "after":
-        z, keep = _norm(z, tensor, state, need, keep)
+        z, keep = yield from _norm(z, tensor, state, need, keep, shared, position)
     if state.dropout:
         assert seed is not None
-        z = z * mask(seed, position, start, z, state.dropout)
+        kept = keep_mask(seed, position, start, z, state.dropout)
+        if z is not keep.act:
+            z.mul_(kept).div_(1.0 - state.dropout)
+        elif _relu_drops(spec, state):
+            keep = keep._replace(act=z.mul_(kept).div_(1.0 - state.dropout))
+        else:
+            z = (z * kept).div_(1.0 - state.dropout)
     return z, keep
 
 
+def _relu_drops(spec: LayerSpec, state: LayerState) -> bool:
+    """Whether ReLU comes right before dropout: what they let through is then what is above 0 after both."""
+    between = state.norm is not None and spec.norm_position == "after"
+    return bool(state.dropout) and spec.activation.name == "relu" and not between
+
+
 def _norm(
-    z: Tensor, tensor: LayerTensors, state: LayerState, need: LayerNeeds, keep: LayerKept
-) -> tuple[Tensor, LayerKept]:
+    z: Tensor,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    keep: LayerKept,
+    shared: Shared | None,
+    number: int,
+) -> Steps[tuple[Tensor, LayerKept]]:
     norm = state.norm
     assert norm is not None
+    mean: Tensor | None
+    var: Tensor | None
     if norm.kind == "batch":
-        y, saved = batch_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm)
-        mean, var = saved
+        y, (mean, var) = yield from batch_norm_steps(z, tensor.norm_weight, tensor.norm_bias, norm, shared, number)
     else:
         assert tensor.norm_weight is not None and tensor.norm_bias is not None
         y, mean, var = layer_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm.eps)
@@ -149,17 +244,29 @@ def _norm(
 
 
 def _norm_backward(
-    d: Tensor, tensor: LayerTensors, state: LayerState, need: LayerNeeds, keep: LayerKept, grads: list[Tensor | None]
-) -> Tensor:
+    d: Tensor,
+    normed: Tensor | None,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    keep: LayerKept,
+    grads: list[Tensor | None],
+    shared: Shared | None,
+    number: int,
+) -> Steps[Tensor]:
     norm = state.norm
     assert norm is not None and keep.normed is not None
     affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
     if norm.kind == "batch":
         saved = BatchNormSaved(keep.mean, keep.var)
-        d, dw, db = batch_norm_backward(d, keep.normed, tensor.norm_weight, norm, saved, affine=affine)
+        d, dw, db = yield from batch_norm_backward_steps(
+            d, keep.normed, tensor.norm_weight, norm, saved, shared, number, affine=affine
+        )
     else:
         assert tensor.norm_weight is not None and keep.mean is not None and keep.var is not None
-        d, dw, db = layer_norm_backward(d, keep.normed, tensor.norm_weight, keep.mean, keep.var, affine=affine)
+        d, dw, db = layer_norm_backward(
+            d, keep.normed, normed, tensor.norm_weight, keep.mean, keep.var, affine=affine
+        )  # fmt: skip
     accumulate(grads, 2, dw)
     accumulate(grads, 3, db)
     return d
@@ -180,7 +287,7 @@ def after_linear_backward(
     need: LayerNeeds,
     keep: LayerKept,
     own: list[Tensor | None],
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     start: int,
 ) -> Tensor:
@@ -188,11 +295,35 @@ def after_linear_backward(
 
     ``own``: the layer's gradients in the order of ``LayerTensors``, those of norm and slope are accumulated.
     """
+    return run_alone(
+        after_linear_backward_steps(d, spec, tensor, state, need, keep, own, seed, position, start, None, None)
+    )
+
+
+def after_linear_backward_steps(
+    d: Tensor,
+    spec: LayerSpec,
+    tensor: LayerTensors,
+    state: LayerState,
+    need: LayerNeeds,
+    keep: LayerKept,
+    own: list[Tensor | None],
+    seed: int | Tensor | None,
+    position: int,
+    start: int,
+    replayed: Replayed | None,
+    shared: Shared | None,
+) -> Steps[Tensor]:
+    """``after_linear_backward`` of one row block; ``replayed``: the layer, if it is one to be replayed."""
+    _, act, normed = replayed or (None, keep.act, None)
+    replayed = None  # nothing that is large outlives a barrier
     if state.dropout:
         assert seed is not None
-        d = d * mask(seed, position, start, d, state.dropout)
+        if not _relu_drops(spec, state):
+            d.mul_(keep_mask(seed, position, start, d, state.dropout))
+        d.div_(1.0 - state.dropout)
     if state.norm is not None and spec.norm_position == "after":
-        d = _norm_backward(d, tensor, state, need, keep, own)
+        d = yield from _norm_backward(d, normed, tensor, state, need, keep, own, shared, position)
     if state.dice is not None:
         assert keep.act is not None and tensor.slope is not None
         saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
@@ -200,12 +331,13 @@ def after_linear_backward(
         d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
         accumulate(own, 4, ds)
     elif spec.activation.name != "identity":
-        assert keep.act is not None
+        assert act is not None
         wanted = bool(need.tensors.slope)
-        ds = activation_backward(d, keep.act, spec.activation, tensor.slope, slope_grad=wanted)
+        ds = activation_backward(d, act, spec.activation, tensor.slope, slope_grad=wanted)
         accumulate(own, 4, ds)
+    act = None
     if state.norm is not None and spec.norm_position == "before":
-        d = _norm_backward(d, tensor, state, need, keep, own)
+        d = yield from _norm_backward(d, normed, tensor, state, need, keep, own, shared, position)
     return d
 
 
@@ -217,22 +349,31 @@ def mlp_backward(
     groups: Groups,
     rows: slice,
     needs: Sequence[LayerNeeds],
-    seed: int | None,
+    seed: int | Tensor | None,
     kept: Sequence[LayerKept],
+    last: Replayed | None,
     d: Tensor,
     grads: Sequence[list[Tensor | None]],
     dslots: SlotGrads,
-) -> None:
+    shared: Shared | None,
+) -> Steps[None]:
     """Backward of ``mlp_forward``: ``d``, ``(rows, n, H)``, is overwritten.
 
-    ``grads``: per layer a list in the order of ``LayerTensors``, filled in and accumulated over row blocks.
+    ``last``: the last layer, where it has been replayed already. ``grads``: per layer a list in the order of
+    ``LayerTensors``, filled in and accumulated over row blocks.
     """
     for i in range(len(plan.layers) - 1, -1, -1):
         spec, tensor, state, need, keep = plan.layers[i], tensors[i], states[i], needs[i], kept[i]
         if not need.output:
             return
         own = grads[i]
-        d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, plan.position + i, rows.start)
+        if last is None and is_replayed(state, need):
+            last = replay(spec, tensor, state, keep)
+        steps = after_linear_backward_steps(
+            d, spec, tensor, state, need, keep, own, seed, plan.position + i, rows.start, last, shared
+        )
+        last = None
+        d = yield from steps
         if tensor.bias is not None and need.tensors.bias:
             accumulate(own, 1, d.view(d.shape[0], -1).sum(0).view(tensor.bias.shape))
         wanted = bool(need.tensors.weight)
@@ -240,7 +381,11 @@ def mlp_backward(
             dweight = slots_linear_backward(slots, rows, groups, d, tensor.weight, dslots, weight_grad=wanted)
             accumulate(own, 0, dweight)
             return
-        da, dweight = stacked_linear_backward(keep.a, d, tensor.weight, weight_grad=wanted, below=need.below)
+        a = keep.a
+        if wanted and a is None:
+            last = replay(plan.layers[i - 1], tensors[i - 1], states[i - 1], kept[i - 1])
+            a = last.output
+        da, dweight = stacked_linear_backward(a, d, tensor.weight, weight_grad=wanted, below=need.below)
         accumulate(own, 0, dweight)
         if da is None:
             return

@@ -1,7 +1,8 @@
 """Batch norm and layer norm of stacked layers, ``(rows, n, H)``, forward and backward.
 
-Batch norm is PyTorch's own kernel, which takes low precision with float32 parameters; layer norm, whose parameters
-differ from expert to expert, is that kernel without parameters, in float32.
+Batch norm of one row block is PyTorch's own kernel, which takes low precision with float32 parameters; of several, it
+is their merged statistics and two passes over each. Layer norm, whose parameters differ from expert to expert, is
+PyTorch's kernel without parameters, in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import NormState
+from .barriers import Steps
 
 aten = torch.ops.aten
 
@@ -22,6 +24,41 @@ class BatchNormSaved(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     """Batch statistics: ``1 / sqrt(var + eps)``; running ones: the variance itself."""
+
+
+class Shared:
+    """What the row blocks of one pass tell each other: per norm, its number in the level, the sums over all rows."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._moments: dict[int, BatchNormSaved] = {}
+        self._sums: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def add(self, number: int, rows: int, first: Tensor, second: Tensor) -> None:
+        """Report one block's mean and variance or, in backward, its gradients of weight and bias."""
+        self._parts.setdefault(number, []).append((rows, first, second))
+
+    def moments(self, number: int, norm: NormState) -> BatchNormSaved:
+        """Statistics of the batch, merged as in Chan, Golub and LeVeque (1979); running ones move once."""
+        if number not in self._moments:
+            rows, means, variances = zip(*self._parts.pop(number), strict=True)
+            total = sum(rows)
+            every = torch.stack(means)
+            share = torch.tensor(rows, dtype=every.dtype, device=every.device).div_(total).unsqueeze(1)
+            mean = (every * share).sum(0)
+            var = (torch.stack(variances).add_((every - mean).square_()) * share).sum(0)
+            if norm.factor > 0.0 and norm.running_mean is not None and norm.running_var is not None:
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.factor)
+                norm.running_var.lerp_((var * (total / (total - 1))).to(norm.running_var.dtype), norm.factor)
+            self._moments[number] = BatchNormSaved(mean, var.add_(norm.eps).rsqrt_())
+        return self._moments[number]
+
+    def sums(self, number: int) -> tuple[int, Tensor, Tensor]:
+        """Rows of the batch, and the gradients of weight and bias over all of them."""
+        if number not in self._sums:
+            rows, dws, dbs = zip(*self._parts.pop(number), strict=True)
+            self._sums[number] = (sum(rows), torch.stack(dws).sum(0), torch.stack(dbs).sum(0))
+        return self._sums[number]
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -41,18 +78,88 @@ def batch_norm_forward(
     return out.view(z.shape), BatchNormSaved(batch_mean, inverse) if norm.batch else BatchNormSaved(mean, var)
 
 
+def batch_norm_steps(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState, shared: Shared | None, number: int
+) -> Steps[tuple[Tensor, BatchNormSaved]]:
+    """``batch_norm_forward`` of one row block of several, which meet in ``shared``; None: of the only one."""
+    if shared is None or not norm.batch:
+        return batch_norm_forward(z, weight, bias, norm)
+    shared.add(number, z.shape[0], *torch.batch_norm_update_stats(z.flatten(1), None, None, 0.0))
+    yield
+    saved = shared.moments(number, norm)
+    return batch_norm_again(z, weight, bias, norm, saved), saved
+
+
+def batch_norm_coefficients(
+    weight: Tensor | None, bias: Tensor | None, norm: NormState, saved: BatchNormSaved
+) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``shift`` with ``batch_norm(z) = scale z + shift``, at least in float32."""
+    assert saved.mean is not None and saved.var is not None
+    var = _wide(saved.var)
+    scale = var if norm.batch else (var + norm.eps).rsqrt_()
+    if weight is not None:
+        scale = scale * weight
+    return scale, torch.mul(saved.mean, scale).neg_() if bias is None else torch.addcmul(
+        bias.to(scale.dtype), saved.mean.to(scale.dtype), scale, value=-1
+    )
+
+
+def batch_norm_again(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState, saved: BatchNormSaved
+) -> Tensor:
+    """The result of a forward pass that has been; no statistics move."""
+    scale, shift = batch_norm_coefficients(weight, bias, norm, saved)
+    shape = z.shape[1:]
+    return torch.addcmul(shift.view(shape), _wide(z), scale.view(shape)).to(z.dtype)
+
+
 def batch_norm_backward(
     d: Tensor, z: Tensor, weight: Tensor | None, norm: NormState, saved: BatchNormSaved, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the input, the weight and the bias (None unless ``affine``)."""
+    dx, dw, db = _batch_norm_backward(d, z, weight, norm, saved, [True, affine, affine])
+    return dx.view(z.shape), dw if affine else None, db if affine else None
+
+
+def _batch_norm_backward(
+    d: Tensor, z: Tensor, weight: Tensor | None, norm: NormState, saved: BatchNormSaved, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     # PyTorch's kernel reads these as if they had no gaps.
     given = [None if t is None else t.contiguous() for t in saved]
     weight = None if weight is None else weight.contiguous()
     running, batch = ((None, None), given) if norm.batch else (given, (None, None))
-    dx, dw, db = aten.native_batch_norm_backward(
-        d.flatten(1), z.flatten(1), weight, *running, *batch, norm.batch, norm.eps, [True, affine, affine]
+    grads: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(
+        d.flatten(1), z.flatten(1), weight, *running, *batch, norm.batch, norm.eps, wanted
     )
-    return dx.view(z.shape), dw if affine else None, db if affine else None
+    return grads
+
+
+def batch_norm_backward_steps(
+    d: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    norm: NormState,
+    saved: BatchNormSaved,
+    shared: Shared | None,
+    number: int,
+    *,
+    affine: bool,
+) -> Steps[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """``batch_norm_backward`` of one row block of several, with its own part of the gradients of weight and bias."""
+    if shared is None or not norm.batch:
+        return batch_norm_backward(d, z, weight, norm, saved, affine=affine)
+    _, dw, db = _batch_norm_backward(d, z, weight, norm, saved, [False, True, True])
+    shared.add(number, z.shape[0], dw, db)
+    yield
+    rows, dw_sum, db_sum = shared.sums(number)
+    assert saved.mean is not None and saved.var is not None
+    # scale (d - mean(d) - normed mean(d normed)), with normed = (z - mean) / deviation.
+    scale = saved.var if weight is None else saved.var * weight
+    slope = (scale * saved.var * dw_sum).div_(-rows)
+    constant = torch.addcmul(db_sum * scale / -rows, slope, saved.mean, value=-1)
+    shape = z.shape[1:]
+    dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).addcmul_(d, scale.view(shape))
+    return dx, dw if affine else None, db if affine else None
 
 
 def batch_normalised(z: Tensor, norm: NormState, saved: BatchNormSaved) -> Tensor:
@@ -66,19 +173,35 @@ def batch_normalised(z: Tensor, norm: NormState, saved: BatchNormSaved) -> Tenso
 
 def layer_norm_forward(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over the last axis, then ``weight`` and ``bias``, ``(n, H)``; also mean and 1 / deviation."""
-    out, mean, rstd = torch.native_layer_norm(_wide(z), [z.shape[-1]], None, None, eps)
-    return torch.addcmul(bias.to(out.dtype), out, weight.to(out.dtype)).to(z.dtype), mean, rstd
+    normed, mean, rstd = torch.native_layer_norm(_wide(z), [z.shape[-1]], None, None, eps)
+    return layer_norm_affine(normed, weight, bias, z.dtype), mean, rstd
+
+
+def layer_norm_affine(normed: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` and ``bias``, ``(n, H)``, on what has been normalised."""
+    return torch.addcmul(bias.to(normed.dtype), normed, weight.to(normed.dtype)).to(dtype)
+
+
+def layer_normalised(z: Tensor, eps: float) -> Tensor:
+    """The normalised ``z``, in float32 (or float64)."""
+    normed, _, _ = torch.native_layer_norm(_wide(z), [z.shape[-1]], None, None, eps)
+    return normed
 
 
 def layer_norm_backward(
-    d: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, *, affine: bool
+    d: Tensor, z: Tensor, normed: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the input, the weight and the bias (None unless ``affine``)."""
+    """Gradients of the input, the weight and the bias (None unless ``affine``); ``normed``: if it is at hand."""
     x, g = _wide(z), _wide(d)
     dw = db = None
     if affine:
-        normed = (x - mean).mul_(rstd)
-        dw, db = (g * normed).sum(0).to(weight.dtype), g.sum(0).to(weight.dtype)
+        normed = (x - mean).mul_(rstd) if normed is None else normed
+        # Sums of d normed and of d over the rows are what the kernel of batch norm takes in one pass.
+        zero, one = torch.zeros_like(normed[0]).flatten(), torch.ones_like(normed[0]).flatten()
+        sums = aten.native_batch_norm_backward(
+            g.flatten(1), normed.flatten(1), None, None, None, zero, one, True, 0.0, [False, True, True]
+        )
+        dw, db = (total.view(weight.shape).to(weight.dtype) for total in sums[1:])
     dx, _, _ = aten.native_layer_norm_backward(
         g * weight.to(g.dtype), x, [z.shape[-1]], mean, rstd, None, None, [True, False, False]
     )

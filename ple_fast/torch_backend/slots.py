@@ -134,14 +134,15 @@ class SlotGrads:
         """Gradient of ``slot`` += ``d @ weight``: ``(rows, N) @ (N, D)``."""
         place = self.slots.places[slot]
         target = self._rows_of(place, rows)
-        if (place, rows.start) in self._written:
-            target.addmm_(d, weight)
-            return
+        is_new = (place, rows.start) not in self._written
         self._written.add((place, rows.start))
         if by_onednn(d) and d.shape[0] * weight.numel() >= LINEAR_WORK:
-            target.copy_(linear(d, weight.t()))
-        else:
+            product = linear(d, weight.t())
+            target.copy_(product) if is_new else target.add_(product)
+        elif is_new:
             torch.mm(d, weight, out=target)
+        else:
+            target.addmm_(d, weight)
 
     def add_even(self, first: int, rows: slice, d: Tensor, weight: Tensor) -> None:
         """Gradients of n slots from ``first`` += ``d @ weight``: ``(rows, n, N)`` and ``(n, N, D)``."""
@@ -150,13 +151,15 @@ class SlotGrads:
         target = rows_of(self._stacked, rows)[:, first:last]
         places = self.slots.places[first:last]
         missing = [place for place in places if (place, rows.start) not in self._written]
-        if len(missing) == len(places) and d.shape[0] >= GROUPED_ROWS and by_onednn(d):
-            target.copy_(grouped(d, weight.transpose(1, 2)))
-        elif len(missing) == len(places):
+        is_new = len(missing) == len(places)
+        for place in () if is_new else missing:
+            self._rows_of(place, rows).zero_()
+        if d.shape[0] >= GROUPED_ROWS and by_onednn(d):
+            product = grouped(d, weight.transpose(1, 2))
+            target.copy_(product) if is_new else target.add_(product)
+        elif is_new:
             torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
         else:
-            for place in missing:
-                self._rows_of(place, rows).zero_()
             target.transpose(0, 1).baddbmm_(d.transpose(0, 1), weight)
         self._written.update((place, rows.start) for place in missing)
 

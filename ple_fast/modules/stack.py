@@ -1,0 +1,203 @@
+"""A stack of extraction networks, and what its families share: options per level, specs, the building of levels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import Input
+from ..specs import GateSpec, MLPSpec
+from ..topology import Topology
+from .layers import OffsetStart
+from .network import CheckedModule, ExtractionNetwork
+from .symbolic import fixed, is_symbolic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Units = int | Sequence[int] | Sequence[Sequence[int]]
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def per_level(name: str, value: Any, levels: int, *, depth: int) -> list[Any]:
+    """``value`` for every level: the same one, or (nested ``depth`` sequences deep) one per level."""
+    nested, inner = 0, value
+    while _is_sequence(inner):
+        nested += 1
+        inner = inner[0] if inner else None
+    if nested < depth:
+        return [value] * levels
+    if len(value) != levels:
+        raise ValueError(f"{name}: expected one per level ({levels}), got {len(value)}: {value!r}")
+    return list(value)
+
+
+def shared_per_level(shared_experts: int | Sequence[int], levels: int) -> list[int]:
+    """Shared experts of every level.
+
+    Raises:
+        ValueError: there are some at one level and none at another.
+    """
+    shared = per_level("shared_experts", shared_experts, levels, depth=1)
+    if len({bool(count) for count in shared}) > 1:
+        raise ValueError(
+            "shared_experts: expected some at every level or none at any, because the shared mixture of a "
+            f"level is the shared slot of the next; got {shared}"
+        )
+    return shared
+
+
+def mlp_spec(units: Any, activation: Any, norm: Any, dropout: Any) -> MLPSpec:
+    """An expert behind the flat keywords."""
+    return MLPSpec(units, activation, norm=norm, dropout=dropout)
+
+
+def gate_spec(units: Any, activation: Any, bias: bool, **options: Any) -> GateSpec:
+    """The gate behind the flat keywords; its hidden layers have the (first) activation of the experts."""
+    single = activation if not _is_sequence(activation) or hasattr(activation, "_fields") else activation[0]
+    return GateSpec(units, single, bias=bias, **options)
+
+
+class Stack(CheckedModule):
+    """Extraction networks, the mixtures of one being the slots of the next.
+
+    The first ``num_tasks * parts`` mixtures of the last level are the tasks', ``parts`` for each, side by side in the
+    output; with ``last_shared`` the others follow.
+    """
+
+    levels: nn.ModuleList
+    num_tasks: int
+    last_shared: bool
+    parts: int
+
+    def _set_levels(
+        self, levels: Sequence[ExtractionNetwork], num_tasks: int, last_shared: bool = False, parts: int = 1
+    ) -> None:
+        self.levels = nn.ModuleList(levels)
+        self.num_tasks, self.last_shared, self.parts = num_tasks, last_shared, parts
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels)
+
+    @property
+    def in_features(self) -> int:
+        """Input width ``D``."""
+        return self._level(0).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Output width ``H`` of every task."""
+        return self._level(-1).out_features * self.parts
+
+    def _level(self, index: int) -> ExtractionNetwork:
+        level = self.levels[index]
+        assert isinstance(level, ExtractionNetwork)
+        return level
+
+    def for_inference(self, *, plain: bool = False) -> Self:
+        """A copy for deployment, in eval mode, with every level as ``ExtractionNetwork.for_inference`` makes it.
+
+        Args:
+            plain: run, trace and export PyTorch's own operators, on a GPU too, whatever ``use_backend`` says.
+
+        Raises:
+            TypeError, ValueError: a norm cannot be served; the message names it.
+        """
+        levels: dict[int, Any] = {
+            id(level): self._level(i).for_inference(plain=plain) for i, level in enumerate(self.levels)
+        }
+        return copy.deepcopy(self, levels).requires_grad_(False).eval()
+
+    def reset_parameters(self) -> None:
+        """Initialise every level anew."""
+        for level in self.levels:
+            assert isinstance(level, ExtractionNetwork)
+            level.reset_parameters()
+
+    @overload
+    def forward(self, x: Input, *, return_gates: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Input, *, return_gates: Literal[True]) -> tuple[Tensor, list[list[Tensor]]]: ...
+    def forward(self, x: Input, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[list[Tensor]]]:
+        """Run all levels.
+
+        Args:
+            x: ``(B, D)``, read by every slot of the first level, ``(B, S, D)``, or a list of S tensors ``(B, D)``.
+            return_gates: also return all weights.
+
+        Returns:
+            ``(B, T, H)`` (``(B, T + 1, H)`` with ``last_shared``); read it with ``unbind(1)``. On request also, per
+            level and per mixture, ``(B, |A(o)|)`` float32, differentiable.
+
+        Raises:
+            TypeError, ValueError: the input does not fit, or batch norm in train mode got one row.
+        """
+        y: Any = x
+        gates: list[list[Tensor]] = []
+        return_gates = fixed("return_gates", return_gates, False)
+        for i in range(self.num_levels):
+            level = self._level(i)
+            gate_input = self._raw(x) if level.gate_spec.input == "raw" else None
+            if return_gates:
+                y, weights = level(y, gate_input, return_gates=True)
+                gates.append(weights)
+            else:
+                y = level(y, gate_input)
+        out: Tensor = y
+        mixtures = self.num_tasks * self.parts
+        if not self.last_shared and self._level(-1).topology.num_mixtures != mixtures:
+            out = out[:, :mixtures]
+        if self.parts > 1:
+            out = out.reshape(-1, self.num_tasks, self.out_features)
+        return (out, gates) if return_gates else out
+
+    def _raw(self, x: Input) -> Input:
+        """What gates on the raw input read. The only slot of a first level serves levels of any number of slots."""
+        if self._level(0).topology.num_slots != 1 or is_symbolic(x):  # a trace is of one form of the input
+            return x
+        if isinstance(x, Tensor):
+            return x[:, 0] if x.dim() == 3 else x
+        return x[0] if len(x) == 1 else x
+
+    def extra_repr(self) -> str:
+        shared = ", last_shared=True" if self.last_shared else ""
+        return f"in_features={self.in_features}, num_tasks={self.num_tasks}{shared}"
+
+
+def build_levels(
+    in_features: int,
+    topologies: Sequence[Topology],
+    experts: Sequence[MLPSpec | Sequence[MLPSpec]],
+    gates: Sequence[GateSpec],
+    offsets: Sequence[OffsetStart | None] | None = None,
+    *,
+    recompute: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> list[ExtractionNetwork]:
+    """One level per topology, each as wide as the one below it puts out; raw gates read ``in_features``."""
+    levels, width = [], in_features
+    starts = [None] * len(topologies) if offsets is None else offsets
+    for topology, spec, gate, start in zip(topologies, experts, gates, starts, strict=True):
+        level = ExtractionNetwork(
+            width,
+            topology,
+            experts=spec,
+            gate=gate,
+            gate_features=in_features if gate.input == "raw" else None,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
+            _offset=start,
+        )
+        levels.append(level)
+        width = level.out_features
+    return levels
