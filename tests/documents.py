@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,25 +30,23 @@ STAND_INS = {
 }
 
 
-@contextmanager
-def stand_ins() -> Iterator[None]:
-    """``STAND_INS`` can be imported, each with the packages around it."""
+def _modules() -> dict[str, ModuleType]:
+    """``STAND_INS``, with the packages around them."""
     parents = {name.rsplit(".", up)[0] for name in STAND_INS for up in range(1, name.count(".") + 1)}
-    added = {name: ModuleType(name) for name in parents} | STAND_INS
-    assert not added.keys() & sys.modules.keys()
-    sys.modules.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
+    return {**{name: ModuleType(name) for name in parents}, **STAND_INS}
 
 
 def run_document(name: str) -> tuple[dict[str, Any], list[str]]:
     """What the snippets of a document leave behind, and the lines that they print."""
     torch.manual_seed(0)
     scope: dict[str, Any] = {"__name__": "__snippets__"}
-    with redirect_stdout(io.StringIO()) as out, stand_ins():
-        for snippet in SNIPPET.findall((ROOT / name).read_text(encoding="utf-8")):
-            exec(compile(snippet, name, "exec"), scope)
+    stand_ins = _modules()
+    sys.modules.update(stand_ins)
+    try:
+        with redirect_stdout(io.StringIO()) as out:
+            for snippet in SNIPPET.findall((ROOT / name).read_text(encoding="utf-8")):
+                exec(compile(snippet, name, "exec"), scope)
+    finally:  # these alone: what a snippet imports besides stays imported
+        for module in stand_ins:
+            del sys.modules[module]
     return scope, out.getvalue().splitlines()
