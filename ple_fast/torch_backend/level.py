@@ -225,7 +225,7 @@ class Run:
             h if needs.weights and not self._replays(plan.blocks, needs.mlps[:-1]) else None,
             gated if needs.logits else None,
             weights if needs.experts else None,
-            hidden if keeps_hidden and not self._replays([plan.gate], needs.mlps[-1:]) else None,
+            hidden if keeps_hidden else None,
             logits if needs.logits else None,
             mean if needs.logits else None,
             var if needs.logits else None,
