@@ -154,7 +154,9 @@ class SlotGrads:
         is_new = len(missing) == len(places)
         for place in () if is_new else missing:
             self._rows_of(place, rows).zero_()
-        if d.shape[0] >= GROUPED_ROWS and by_onednn(d):
+        # Added to what is there, its result is one more pass: less than it saves only where there is work.
+        pays = is_new or d.shape[0] * weight.numel() >= LINEAR_WORK
+        if pays and d.shape[0] >= GROUPED_ROWS and by_onednn(d):
             product = grouped(d, weight.transpose(1, 2))
             target.copy_(product) if is_new else target.add_(product)
         elif is_new:

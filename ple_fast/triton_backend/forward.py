@@ -26,7 +26,7 @@ from ple_fast_kernels import (
 
 from ..plan import LayerState, LayerTensors, LevelState, MLPPlan
 from ..torch_backend.activations import from_output
-from ..torch_backend.barriers import run_alone
+from ..torch_backend.barriers import run_steps
 from ..torch_backend.gate_combine import index_of
 from ..torch_backend.level import BlockKept, layers_of, still
 from ..torch_backend.mlp import NOTHING_KEPT, LayerKept, LayerNeeds, after_linear
@@ -137,7 +137,7 @@ class ForwardRun(Run):
             else:
                 product, _, found = self._product(a, tensor, columns, with_gates=with_gate)
                 assert product is not None
-                y, keep = run_alone(
+                y, keep = run_steps(
                     after_linear(product, spec, tensor, state, need, self.inputs.state.seed, mlp.position + i, 0)
                 )
                 y = y.contiguous()
