@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,9 @@ from .torch_backend import composed
 from .torch_backend import level as by_hand
 from .torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward
 from .torch_backend.slots import Place, Slots
+
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[[Tensor | None, Tensor | None], Gradients]
 
 
 class LevelCall(NamedTuple):
@@ -110,27 +114,67 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     needed = ctx.needs_input_grad[1:]
     saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
     tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
-    if torch.is_grad_enabled() or _is_batched(dy) or _is_batched(dlisted):
+    functorch = torch._C._functorch
+    given = [d for d in (dy, dlisted) if d is not None]
+    if torch.is_grad_enabled() or any(map(functorch.is_legacy_batchedtensor, given)):  # grad(is_grads_batched=True)
         return None, *_composed_backward(call, tensors, needed, dy, dlisted)
+
+    backward = partial(_by_hand_backward, call, tensors, flat, needed)
+    if any(map(functorch.is_batchedtensor, given)):
+        return None, *_OneByOne.apply(backward, dy, dlisted)  # type: ignore[no-untyped-call]  # untyped in torch
+    return None, *backward(dy, dlisted)
+
+
+def _by_hand_backward(
+    call: LevelCall,
+    tensors: tuple[Any, ...],
+    flat: tuple[Any, ...],
+    needed: tuple[bool, ...],
+    dy: Tensor | None,
+    dlisted: Tensor | None,
+) -> Gradients:
+    """Gradients that are not differentiable, from the tensors of the level and what forward saved besides: ``flat``."""
     if call.few_rows:
         assert dy is not None
         layers, gate = unflatten(tensors[1:])
         dfirst, dflat = few_rows_train_backward(
             call.plan, layers, gate, tensors[0], flat, dy, want_x=needed[0], want_tensors=any(needed[1:])
         )
-        return None, dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
+        return dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
     inputs = call.inputs(tensors)
     needs = call.needs(needed)
     kept = by_hand.unflatten_kept(call.plan, flat)
     dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, needs, kept, dy, dlisted)
     grads = (*dx, *dgate_x, *dtensors)
-    return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
-def _is_batched(d: Tensor | None) -> bool:
-    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` or vmap sent this gradient."""
-    functorch = torch._C._functorch
-    return d is not None and (functorch.is_batchedtensor(d) or functorch.is_legacy_batchedtensor(d))
+class _OneByOne(torch.autograd.Function):
+    """``(backward, dy, dlisted)`` to gradients; under ``torch.vmap`` a backward by hand for each row of its batch.
+
+    Jacobians have one row per task. A batched backward would need all that forward did not save, for every row.
+    """
+
+    @staticmethod
+    def forward(backward: Backward, dy: Tensor | None, dlisted: Tensor | None) -> Gradients:
+        return backward(dy, dlisted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """It is called where nothing records."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], backward: Backward, *given: Tensor | None
+    ) -> tuple[Gradients, tuple[int | None, ...]]:
+        rows = []
+        for i in range(info.batch_size):
+            row = (
+                d if d is None or dim is None else d.select(dim, i) for d, dim in zip(given, in_dims[1:], strict=True)
+            )
+            rows.append(_OneByOne.apply(backward, *row))  # type: ignore[no-untyped-call]  # untyped in torch
+        grads = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
 
 
 def _composed_backward(

@@ -90,6 +90,17 @@ def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_fresh_memory(monkeypatch)
 
 
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends in turn, in use; on a CPU the kernels are interpreted, so keep the tensors tiny."""
+    from ple_fast import use_backend  # after TRITON_INTERPRET is set
+
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    with use_backend(request.param):
+        yield request.param
+
+
 BAND = 64
 
 
