@@ -12,6 +12,7 @@ from ..checks import check_more_than_one
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
 from .plain import row_dice
+from .uncalled import Uncalled, computed_tensor
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -19,19 +20,18 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameters = module._parameters
     if name in parameters:
         return parameters[name]
-    # Pruning and the older weight norm compute the attribute in a hook before the forward, which a layer has not.
     for hook in module._forward_pre_hooks.values():
-        if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+        if computed_tensor(hook) == name:
             hook(module, ())
     tensor: Tensor | None = getattr(module, name)
     return tensor
 
 
-class StackedBatchNorm(nn.BatchNorm1d):
+class StackedBatchNorm(Uncalled, nn.BatchNorm1d):
     """Batch norm of ``n`` stacked layers, over ``n * H`` features; layer ``e`` has ``e H`` to ``(e + 1) H``."""
 
 
-class StackedLayerNorm(nn.Module):
+class StackedLayerNorm(Uncalled):
     """Layer norm of ``n`` stacked layers: ``(B, n, H)``, normalised over H, with weight and bias ``(n, H)``."""
 
     def __init__(
@@ -62,7 +62,7 @@ class StackedLayerNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-class StackedPReLU(nn.Module):
+class StackedPReLU(Uncalled):
     """PReLU of ``n`` stacked layers, one slope each: ``weight (n,)``."""
 
     def __init__(
@@ -90,7 +90,7 @@ class StackedPReLU(nn.Module):
         return f"{self.weight.shape[0]}, init={self.init}"
 
 
-class StackedDice(nn.Module):
+class StackedDice(Uncalled):
     """Dice of ``n`` stacked layers (Zhou et al., KDD 2018, eq. 3): ``alpha (n, H)`` and a batch norm without weight."""
 
     def __init__(
@@ -118,7 +118,7 @@ class StackedDice(nn.Module):
         return p * z + (1 - p) * self.alpha * z
 
 
-class StackedRowDice(nn.Module):
+class StackedRowDice(Uncalled):
     """The dice of torch-rechub in ``n`` stacked layers: ``alpha (n,)``; mean and scatter are those of each row."""
 
     def __init__(
@@ -181,7 +181,7 @@ def init_linear(weight: Tensor, bias: Tensor | None) -> None:
         bias.uniform_(-bound, bound)
 
 
-class StackedLayer(nn.Module):
+class StackedLayer(Uncalled):
     """One layer of ``n`` stacked MLPs: ``weight (n, H_out, H_in)``, ``bias (n, H_out)``, ``norm``, ``activation``.
 
     ``norm`` and ``activation`` are modules where they have parameters or buffers, else None. There is no forward: a
@@ -258,7 +258,7 @@ class StackedLayer(nn.Module):
         return ", ".join(parts)
 
 
-class ExpertBlock(nn.Module):
+class ExpertBlock(Uncalled):
     """A run of experts of equal make-up, stacked: ``layers``. ``experts`` is their range ``(start, stop)``."""
 
     def __init__(
@@ -305,7 +305,7 @@ class OffsetStart(NamedTuple):
     learned: bool = True
 
 
-class Gate(nn.Module):
+class Gate(Uncalled):
     """All gates of a level: hidden ``layers`` stacked over gated mixtures, one ``weight (G, K)`` and ``bias (G,)`` in
     the order of the mixtures, batch norm ``norm`` over the G logits, and ``offset``, one scalar per marked weight."""
 

@@ -26,9 +26,14 @@ class CheckedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, but nothing is loaded where anything does not fit.
 
+        Hooks of loading may rename entries or forgive missing ones: with such hooks PyTorch's own check is the only
+        one, an error after what fits has been loaded.
+
         Raises:
             ValueError: entries of other shapes or, if ``strict``, missing or unexpected ones; every one is named.
         """
+        if any(m._load_state_dict_pre_hooks or m._load_state_dict_post_hooks for m in self.modules()):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         own = self.state_dict()
         differences = [
             f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
