@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Pinned here alone, because the newest torch may pull gigabytes; the package itself takes any torch >= 2.10.
 TORCH_VERSION ?= 2.13.0
 OLDEST_TRITON ?= 3.6.0
+# TorchRec asks for fbgemm-gpu, whose wheel on PyPI needs CUDA to load. The CPU's is built for this torch alone.
+TORCHREC := torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
 KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py tests/test_tune.py
 ARGS ?=
 
@@ -57,6 +59,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==$(TORCH_VERSION)
 	$(PIP) --editable ".[dev,viz,examples,peers]"
+	test "$$(uname -sm)" != "Linux x86_64" || $(PIP) --no-deps $(TORCHREC)
 	@touch $@
 
 $(OLDEST_READY): pyproject.toml

@@ -9,10 +9,12 @@ import pytest
 from tests.documents import DOCUMENTS, run_document
 
 SLOW = {"docs/serving.md"}  # compiles C++
+ON_RANKS = {"docs/torchrec.md"}  # run by tests/test_torchrec.py
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in DOCUMENTS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in DOCUMENTS if name not in ON_RANKS],
 )
 def test_the_snippets_of_a_document_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
