@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchjd.aggregation import MGDA, AlignedMTL
+from torchjd.autogram import Engine
 from torchjd.autojac import backward as jacobian_backward
 from torchjd.autojac import jac_to_grad, mtl_backward
 
@@ -216,3 +217,22 @@ def test_batched_gradients_that_are_derived_again(backend: str) -> None:
     assert_close("gradients", together, alone, 1e-12)
     second, expected = (torch.autograd.grad(g.square().sum(), x, retain_graph=True)[0] for g in (together, alone))
     assert_close("second derivatives", second, expected, 1e-11)
+
+
+def test_jacobians_through_a_compiled_trunk_come_one_by_one() -> None:
+    """PyTorch refuses a batch of gradients there, and says so; several passes it wants to be told of."""
+    module = trunk("torch", **CASES["layer norm"])
+    expected = jacobians(module, None, features=True)
+    for parameter in module.parameters():
+        del parameter.jac  # type: ignore[attr-defined]  # torchjd has added it
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch._functorch.config.patch(donated_buffer=False):
+        with pytest.raises(RuntimeError, match="compiled backward function within vmap"):
+            jacobians(compiled, None, features=True)
+        for a, b in zip(jacobians(compiled, 1, features=True), expected, strict=True):
+            assert_close("jacobian", a, b, 1e-12)
+
+
+def test_autogram_of_torchjd_is_told_that_its_hooks_never_run() -> None:
+    with pytest.warns(UserWarning, match="forward hook on StackedLayer: .* never runs"):
+        Engine(trunk("torch"), batch_dim=0)

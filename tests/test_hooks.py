@@ -176,19 +176,21 @@ def test_hooks_on_trunks_levels_and_parameters(recompute: bool, rows: int, backe
     "path", ["blocks.0", "blocks.0.layers.0", "blocks.0.layers.0.norm", "blocks.0.layers.0.activation", "gate"]
 )
 @pytest.mark.parametrize(
-    "register",
+    ("register", "kind"),
     [
-        "register_forward_hook",
-        "register_forward_pre_hook",
-        "register_full_backward_hook",
-        "register_full_backward_pre_hook",
+        ("register_forward_hook", "forward "),
+        ("register_forward_pre_hook", "forward pre-"),
+        ("register_full_backward_hook", "backward "),
+        ("register_full_backward_pre_hook", "backward pre-"),
     ],
 )
-def test_a_hook_inside_a_level_says_that_it_never_runs(path: str, register: str) -> None:
+def test_a_hook_inside_a_level_says_that_it_never_runs(path: str, register: str, kind: str) -> None:
     for norm, activation in (("layer", "prelu"), ("batch", "dice")):
         module = trunk(norm=norm, activation=activation)
         inside = module.levels[0].get_submodule(path)
-        with pytest.warns(UserWarning, match=rf"hook on {type(inside).__name__}: .* never runs. Hook the level"):
+        with pytest.warns(
+            UserWarning, match=rf"^{kind}hook on {type(inside).__name__}: .* never runs\. Hook the level"
+        ):
             getattr(inside, register)(lambda *_: pytest.fail("it has run"))
         module(batch()).sum().backward()
 

@@ -183,3 +183,8 @@ def test_flat_vectors_of_parameters(backend: str) -> None:
     for model in (module, apart):
         train(model, OPTIMIZERS["Adam"](model.parameters(), fused=True))
     assert_close("vector", vector, parameters_to_vector(apart.parameters()), 1e-12)
+
+
+def test_an_optimizer_of_matrices_refuses_stacks_of_them() -> None:
+    with pytest.raises(ValueError, match="2D parameters"):
+        torch.optim.Muon(trunk().parameters())

@@ -16,7 +16,7 @@ def computed_tensor(hook: Any) -> str | None:
 
 def _warn(module: nn.Module, kind: str) -> None:
     warnings.warn(
-        f"{kind} hook on {type(module).__name__}: a level of ple_fast runs as a whole and calls no module inside it, "
+        f"{kind}hook on {type(module).__name__}: a level of ple_fast runs as a whole and calls no module inside it, "
         "so this hook never runs. Hook the level (ExtractionNetwork) or the trunk; level.unpack() gives modules that "
         "are called one by one",
         stacklevel=3,
