@@ -13,13 +13,17 @@ BENCH_READY := .venv/.ready-bench
 OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
 
-.PHONY: help example test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
+.PHONY: help example example-swap test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
 	$(BIN)/python examples/census_income.py $(ARGS)
+
+example-swap: $(READY)  ## train models of torch-rechub and DeepCTR-Torch before and after accelerate (ARGS="--rows 20000")
+	$(BIN)/python examples/accelerate_torch_rechub.py $(ARGS)
+	$(BIN)/python examples/accelerate_deepctr_torch.py $(ARGS)
 
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -33,11 +33,15 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that one block may ask for."""
-KERNEL_MODULES = ("grouped_linear", "gate_combine", "input_grad", "weight_grad", "fused_level")
+KERNEL_MODULES = (
+    "grouped_linear", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
+    "layer_end", "layer_norm",
+)  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
 FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma")
 POINTER = {
+    torch.int64: "*i64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -83,15 +87,41 @@ class _Recorder:
             elif isinstance(value, torch.Tensor):
                 signature.append((parameter.name, POINTER[value.dtype]))
             else:
-                signature.append((parameter.name, "i32"))
+                signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
         name = kernel.fn.__name__
         request = Request(name, tuple(signature), tuple(constants), tile.warps, tile.stages)
         self.requests[request] = None
 
 
+def _trunk(config: TrunkConfig) -> torch.nn.Module:
+    """The trunk; with a norm of the logits its levels, one by one."""
+    from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
+
+    if config.logits_norm is None and not config.gate_units:
+        return PLE(
+            config.in_features,
+            config.num_tasks,
+            num_levels=config.num_levels,
+            task_experts=config.task_experts,
+            shared_experts=config.shared_experts,
+            expert_units=config.level_units(),
+            norm=config.norm,
+            dropout=config.dropout,
+            dtype=config.torch_dtype,
+        )
+    assert config.num_levels == 1
+    return ExtractionNetwork(
+        config.in_features,
+        Topology.ple(config.num_tasks, config.task_experts, config.shared_experts, last=True),
+        experts=MLPSpec(config.units, norm=config.norm, dropout=config.dropout),
+        gate=GateSpec(config.gate_units, norm=config.norm, dropout=config.dropout, logits_norm=config.logits_norm),
+        dtype=config.torch_dtype,
+    )
+
+
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
     """What training steps and inference of a trunk would launch on an architecture."""
-    from ple_fast import PLE, backend, use_backend
+    from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
@@ -99,15 +129,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
     modules = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
     with torch.random.fork_rng(devices=[]):
-        ple = PLE(
-            config.in_features,
-            config.num_tasks,
-            num_levels=config.num_levels,
-            task_experts=config.task_experts,
-            shared_experts=config.shared_experts,
-            expert_units=config.level_units(),
-            dtype=config.torch_dtype,
-        )
+        ple = _trunk(config)
     patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]
     patches += [
         mock.patch.object(tiles, "table_of", return_value=table),
@@ -123,7 +145,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
             y = ple(x)
             y.backward(torch.empty_like(y))
             with torch.inference_mode():
-                ple(x)
+                ple.eval()(x)
     finally:
         for patch in patches:
             patch.stop()

@@ -39,6 +39,11 @@ class TrunkConfig:
     num_levels: int = 2
     dtype: str = "float32"
     later_units: tuple[int, ...] = ()
+    norm: Literal["batch", "layer"] | None = None
+    """Of the experts' layers, and of the gates' one hidden layer (``gate_units``): for the compiler, never timed."""
+    dropout: float = 0.0
+    gate_units: tuple[int, ...] = ()
+    logits_norm: Literal["batch"] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -94,6 +99,13 @@ SIZES: dict[str, TrunkConfig] = {
         # For the compiler: 36 experts and 9 mixtures; widths that no tile divides.
         TrunkConfig("many_tasks", 4096, 256, 8, task_experts=4, shared_experts=4, units=(128, 64)),
         TrunkConfig("odd", 1000, 100, 3, units=(72, 200)),
+        # Norms and dropout: hidden layers of the gates, a norm of the logits; layers that no tile of a product covers.
+        TrunkConfig("batch_norm", 16384, 512, 3, norm="batch", dropout=0.1, logits_norm="batch", num_levels=1),
+        TrunkConfig("batch_norm_small", 4096, 256, 2, units=(128, 64), norm="batch", logits_norm="batch", num_levels=1),
+        TrunkConfig(
+            "layer_norm", 16384, 512, 3, units=(300, 128), norm="layer", dropout=0.1, gate_units=(64,), num_levels=1
+        ),
+        TrunkConfig("dropout", 16384, 512, 3, dropout=0.1, num_levels=1),
     )
 }
 
@@ -119,7 +131,10 @@ def suite_config(name: str) -> TrunkConfig:
     return SIZES[base].at(int(batch)) if batch else SIZES[base]
 
 
-AOT_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd")
+AOT_SIZES: tuple[str, ...] = (
+    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd",
+    "batch_norm", "batch_norm_small", "layer_norm", "dropout",
+)  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
     "medium": ("bfloat16", "float32/tf32"),
@@ -128,6 +143,10 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "paper_gpu": ("bfloat16", "float32/tf32"),
     "many_tasks": ("bfloat16", "float32/tf32"),
     "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "batch_norm": ("bfloat16", "float32/tf32"),
+    "batch_norm_small": ("bfloat16", "float32/ieee", "float64"),
+    "layer_norm": ("bfloat16", "float32/tf32"),
+    "dropout": ("bfloat16", "float32/tf32"),
 }
 """What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
 
@@ -191,3 +210,43 @@ GRID: tuple[TrunkConfig, ...] = tuple(
 )
 GRID_MODES: tuple[Mode, ...] = ("train", "inference")
 QUICK_GRID: tuple[str, ...] = ("b1-t2-l1", "b128-t3-l2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: embeddings of one width for every categorical field, a PLE trunk, a tower per task."""
+
+    fields: tuple[tuple[str, int], ...]
+    """Name and vocabulary."""
+    width: int
+    num_tasks: int
+    task_experts: int
+    shared_experts: int
+    units: tuple[int, ...]
+    num_levels: int
+    tower_units: tuple[int, ...]
+
+
+# The fields of KuaiRand-Pure's log (Gao et al., CIKM 2022) with about as many values as it has; ids are random.
+KUAIRAND = ModelConfig(
+    fields=(
+        *(("user_id", 25_200), ("video_id", 6_400), ("author_id", 5_700), ("music_id", 6_100), ("tag", 110)),
+        *(("tab", 15), ("hour", 24), ("upload_type", 12), ("video_type", 3), ("music_type", 6)),
+        *(("user_active_degree", 9), ("follow_range", 8), ("fans_range", 9), ("friend_range", 7)),
+        *(("register_range", 8), ("is_live_streamer", 2), ("is_video_author", 2)),
+        *(
+            (f"onehot_feat{i}", size)
+            for i, size in enumerate((2, 7, 49, 1421, 16, 34, 3, 115, 449, 7, 5, 5, 3, 3, 3, 3, 3, 3))
+        ),
+    ),
+    width=16,
+    num_tasks=3,
+    task_experts=2,
+    shared_experts=2,
+    units=(256, 128),
+    num_levels=2,
+    tower_units=(64,),
+)
+WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 4096), ("train", 256), ("inference", 512))
+"""(mode, batch) of the whole models."""
+QUICK_WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 256),)

@@ -183,6 +183,22 @@ def grid_table(content: Result) -> str:
     return "\n".join(lines)
 
 
+def whole_model_table(content: Result) -> str:
+    """Whole models: milliseconds of the original and the accelerated one, eager and compiled, and the speed-up."""
+    variants = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
+    lines = [
+        _row(["library", "what, at batch", *(f"{name}, ms" for name in variants), "speed-up"]),
+        _row(["---", "---", *["---:"] * (len(variants) + 1)]),
+    ]
+    for case in content["results"]:
+        times = case["contestants"]
+        what = {"train": "training step with optimizer"}.get(case["mode"], MODE_NAMES[case["mode"]])
+        cells = [_number(times[name]["median_ms"]) if name in times else "" for name in variants]
+        speed_up = f"{times['original']['ratio_to_accelerated']:.2f} x"
+        lines.append(_row([case["library"], f"{what}, {case['batch']:,}", *cells, speed_up]))
+    return "\n".join(lines)
+
+
 def suite_table(content: Result) -> str:
     """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
     cells: dict[tuple[str, str], dict[str, Result]] = {}
@@ -363,6 +379,9 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
         parts += ["## Norms and dropout", norms_block(machine, files["norms"])]
     if "grid" in files:
         parts += ["## Grid: the loop's time over ours", grid_table(files["grid"])]
+    if "whole_model" in files:
+        content = files["whole_model"]
+        parts += ["## Whole models", whole_model_table(content), _environment(content["environment"])]
     if "gpu" in files:
         parts += ["## Targets", "\n".join(f"- {line}" for line in gpu_targets(files["gpu"]))]
         parts += ["## Times", gpu_table(files["gpu"]), _gpu_environment(files["gpu"]["environment"])]

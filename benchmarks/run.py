@@ -1,6 +1,6 @@
-"""Measure and report: ``python benchmarks/run.py [--quick] [--only head_to_head,norms,grid,suite] [--write-readme]``.
+"""Measure and report: ``python benchmarks/run.py [--quick] [--only PART,PART] [--write-readme]``.
 
-Writes ``<results>/<machine>/{head_to_head,norms,grid,suite}.json``, small files of medians, then renders ``report.py``.
+Writes ``<results>/<machine>/PART.json`` for each part, small files of medians, then renders ``report.py``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.environment import ROOT, environment, machine_name
 from benchmarks.paired import Paired, time_paired
 from benchmarks.saved_bytes import cost
 from benchmarks.steps import make_step
+from benchmarks.whole_model import LIBRARIES, QUICK_VARIANTS, VARIANTS, make_steps
 
 SCHEMA = 1
 HEAD_TO_HEAD = (
@@ -184,6 +185,30 @@ def grid(quick: bool) -> list[dict[str, Any]]:
     return results
 
 
+def whole_model(quick: bool) -> list[dict[str, Any]]:
+    """Whole models of the libraries against their accelerated copies, eager and compiled."""
+    missing = [whole.requires for whole in LIBRARIES.values() if not whole.available()]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)}: not installed; pip install 'ple-fast[peers]'")
+    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
+    results = []
+    for library in LIBRARIES:
+        for mode, batch in configs.QUICK_WHOLE_MODEL if quick else configs.WHOLE_MODEL:
+            torch._dynamo.reset()
+            say(f"whole model: {library}, {mode} at {batch}")
+            paired = time_paired(make_steps(library, mode, batch, QUICK_VARIANTS if quick else VARIANTS), rounds=rounds)
+            times: dict[str, dict[str, float]] = _times(paired)
+            for name, entry in times.items():
+                entry["ratio_to_accelerated"] = round(paired.ratio(name, "accelerated"), 4)
+                say(f"  {name:22s} {entry['median_ms']:10.4g} ms   {entry['ratio_to_accelerated']:.3f} x accelerated")
+            load = [round(value, 2) for value in paired.load]
+            results.append(
+                {"library": library, "mode": mode, "batch": batch, "rounds": rounds, "load": load, "contestants": times}
+            )
+            gc.collect()
+    return results
+
+
 def suite(quick: bool) -> list[dict[str, Any]]:
     """The pytest-benchmark suite in a process of its own, stripped to medians and ``extra_info``."""
     sizes = configs.QUICK_SUITE_SIZES if quick else configs.SUITE_SIZES
@@ -223,6 +248,7 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "head_to_head": lambda quick: {"results": head_to_head(quick), "saved": saved(quick)},
     "norms": norms,
     "grid": lambda quick: {"results": grid(quick)},
+    "whole_model": lambda quick: {"results": whole_model(quick)},
     "suite": lambda quick: {"results": suite(quick)},
 }
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .autocast import end_step
 from .plan import LevelPlan, LevelState, unflatten
 from .torch_backend import composed
 from .torch_backend import level as by_hand
@@ -96,6 +97,7 @@ class ExtractionLevelFunction(torch.autograd.Function):
         some = dlisted if dy is None else dy
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
+        end_step()
         kind = some.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):  # backward() was called within the region
             with torch.autocast(kind, enabled=False):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .autocast import autocast_dtype, cast_once
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
 from .backend import Choice, note, resolve
 from .checks import check_input, shape_of
@@ -40,28 +41,20 @@ def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]
     return tuple(tensors), tuple(places)
 
 
-def _autocast_dtype(like: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the device of ``like``; None where it does not apply."""
-    kind = like.device.type
-    # The meta device has no autocast, and asking for it raises.
-    if like.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
 def _cast_layers(
-    layers: Sequence[LayerTensors], gate: GateTensors, dtype: torch.dtype
+    layers: Sequence[LayerTensors], gate: GateTensors, dtype: torch.dtype, *, once: bool
 ) -> tuple[list[LayerTensors], GateTensors]:
     """What autocast casts: linear layers and slopes. Norms keep their dtype, as in PyTorch."""
-    rows = [
-        row._replace(weight=row.weight.to(dtype), bias=_cast(row.bias, dtype), slope=_cast(row.slope, dtype))
-        for row in layers
-    ]
-    return rows, gate._replace(weight=_cast(gate.weight, dtype), bias=_cast(gate.bias, dtype))
+
+    def cast(tensor: Tensor | None) -> Any:
+        return cast_once(tensor, dtype) if once and tensor is not None else _cast(tensor, dtype)
+
+    rows = [row._replace(weight=cast(row.weight), bias=cast(row.bias), slope=cast(row.slope)) for row in layers]
+    return rows, gate._replace(weight=cast(gate.weight), bias=cast(gate.bias))
 
 
 def must_compose(weight: Tensor) -> bool:
@@ -114,7 +107,7 @@ def extraction_level(
     plan: LevelPlan,
     layers: Sequence[LayerTensors],
     gate: GateTensors,
-    state: Callable[[int], LevelState],
+    state: Callable[[int, str], LevelState],
     *,
     in_features: int,
     gate_features: int,
@@ -128,7 +121,7 @@ def extraction_level(
         x: ``(B, D)``, ``(B, S, D)`` or S tensors ``(B, D)``.
         gate_input: what the gates read, in the same forms; None: ``x``.
         plan, layers, gate: the level, see ``plan.py``.
-        state: gives the level's state for a number of rows; called once, after the checks of the input.
+        state: gives the level's state for a number of rows on a backend; called once, after the checks of the input.
         in_features, gate_features: widths of ``x`` and of what the gates read.
         return_gates: also return the weights of every mixture.
         recompute: save inputs only, and run the forward again in backward.
@@ -144,7 +137,7 @@ def extraction_level(
     slots = topology.num_slots
     assert slots is not None
     weight = layers[0].weight
-    autocast = _autocast_dtype(weight)
+    autocast = autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
     composes = must_compose(weight)
     choice = resolve(weight.device, backend)
@@ -164,7 +157,7 @@ def extraction_level(
         and serves(plan, x.dim() == 3, trains=records)
     ):
         if not records:
-            now = None if serves(plan, x.dim() == 3) else state(x.shape[0])
+            now = None if serves(plan, x.dim() == 3) else state(x.shape[0], choice.name)
             if now is None or serves_state(now):
                 note(choice)
                 return few_rows_forward(plan, layers, gate, x, now), None
@@ -186,7 +179,7 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    now = state(batch) if now is None else now
+    now = state(batch, choice.name) if now is None else now
     way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
     if way == "composed" and choice.name == "triton":
         if composes and _is_compiled_alone(weight) and is_plain(now):
@@ -195,7 +188,7 @@ def extraction_level(
             choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
     note(choice)
     if autocast is not None:
-        layers, gate = _cast_layers(layers, gate, autocast)
+        layers, gate = _cast_layers(layers, gate, autocast, once=way == "hand")
         tensors = tuple(t.to(autocast) for t in tensors)
         gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
     call = LevelCall(
@@ -230,7 +223,7 @@ def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tens
     count, units, width = weight.shape
     if bias is not None and tuple(bias.shape) != (count, units):
         raise ValueError(f"bias: expected shape {(count, units)}, got {shape_of(bias)}")
-    autocast = _autocast_dtype(weight)
+    autocast = autocast_dtype(weight)
     check_input("x", x, width, count, weight, autocast)
     tensors, places = _place(x, count)
     if autocast is not None:

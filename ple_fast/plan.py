@@ -76,8 +76,8 @@ class LevelState(NamedTuple):
 
     layers: tuple[LayerState, ...]
     gate_norm: NormState | None
-    seed: int | None
-    """Seed of the dropout masks; None where nothing is dropped."""
+    seed: int | Tensor | None
+    """Seed of the dropout masks; None where nothing is dropped. A tensor: one int64 on the device of kernels."""
 
     @property
     def uses_batch(self) -> bool:

@@ -146,6 +146,9 @@ def _recording(calls: list[_Call]) -> Iterator[None]:
 
     def keeping(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         def keep(*arguments: Any, **options: Any) -> Any:
+            tile = options.pop("tile", None)
+            if tile is not None:  # what it writes into was cut for this tile
+                return launcher(*arguments, **options, tile=tile)
             if name == "grouped_weight_grads":
                 layers, *rest = arguments
                 calls.extend(_Call(launcher, name, ([layer], *rest), options) for layer in layers)

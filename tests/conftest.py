@@ -7,13 +7,15 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import register_random, settings
+
+from tests.poison import poison_fresh_memory
 
 # No deadline: the first example of a test pays for warm-up. The rest is hypothesis' own choice (in CI: a fixed seed).
 settings.register_profile("ple_fast", parent=settings.get_profile(settings.get_current_profile_name()), deadline=None)
@@ -35,8 +37,6 @@ class _TorchGenerator:
 
 TORCH_GENERATOR = _TorchGenerator()  # hypothesis holds it weakly
 register_random(TORCH_GENERATOR)
-
-OURS = ("ple_fast", "ple_fast_kernels")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():
@@ -85,34 +85,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``allocate``, but what our own modules get from it is filled with NaN (floating and complex dtypes)."""
-
-    @functools.wraps(allocate)
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a traced program has no caller, and keeps no fill of ours
-            return tensor
-        caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
-        if caller in OURS and (tensor.is_floating_point() or tensor.is_complex()):
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return poisoned
-
-
 @pytest.fixture(autouse=True)
 def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that a backend forgets to write then shows as NaN, and not as whatever lay in memory before."""
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ):
-        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+    poison_fresh_memory(monkeypatch)
 
 
 BAND = 64

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -139,6 +140,8 @@ def prove_checkpoints(case: Case) -> None:
     empty.load_state_dict(fused.state_dict())
     assert_same_state(empty, original)
     assert_same_state(pickle.loads(pickle.dumps(fused)), original)
+    saved = safetensors.torch.load(safetensors.torch.save(fused.state_dict()))
+    assert all(torch.equal(saved[name], value) for name, value in original.state_dict().items())
     ours = copy.deepcopy(fused)
     restore(ours)
     assert_same_state(ours, original)

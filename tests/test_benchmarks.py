@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,21 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report, run
+import ple_fast
+from benchmarks import report, run, whole_model
 from benchmarks.analytic import work
-from benchmarks.configs import GRID, HEAD_TO_HEAD, MODES, ROUNDS, SIZES, Mode, TrunkConfig, suite_config
+from benchmarks.configs import (
+    GRID,
+    HEAD_TO_HEAD,
+    KUAIRAND,
+    MODES,
+    ROUNDS,
+    SIZES,
+    WHOLE_MODEL,
+    Mode,
+    TrunkConfig,
+    suite_config,
+)
 from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
 from benchmarks.environment import ROOT
 from benchmarks.paired import Paired, time_paired
@@ -348,8 +361,41 @@ def test_committed_results_are_complete_and_not_quick() -> None:
     assert {entry["contestant"] for entry in head["saved"]} >= {*OURS, "loop"}
 
 
+def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    results = report.load(ROOT / "benchmarks" / "results" / machine)["whole_model"]["results"]
+    page = (ROOT / "docs" / "accelerate.md").read_text(encoding="utf-8").partition("## What it brings")[2]
+    assert [(entry["library"], entry["mode"], entry["batch"]) for entry in results] == [
+        (library, *case) for library in whole_model.LIBRARIES for case in WHOLE_MODEL
+    ]
+    for entry in results:
+        assert set(entry["contestants"]) == set(whole_model.VARIANTS)
+        assert entry["rounds"] >= ROUNDS
+        assert f"{entry['contestants']['original']['ratio_to_accelerated']:.2f} x" in page
+        assert f"| {entry['library']} |" in report.whole_model_table({"results": results})
+
+
 def test_the_loop_is_seeded() -> None:
     first, second = (baseline(TINY) for _ in range(2))
     assert isinstance(first, LoopPLE)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("library", whole_model.LIBRARIES)
+def test_whole_models_agree_before_they_are_timed(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(KUAIRAND, fields=(("user", 7), ("item", 9)), width=4, units=(6, 5), tower_units=(3,))
+    for mode in ("train", "inference"):
+        steps = whole_model.make_steps(library, mode, 8, whole_model.QUICK_VARIANTS, config)
+        results = {name: step() for name, step in steps.items()}
+        torch.testing.assert_close(results["accelerated"], results["original"], rtol=1e-4, atol=1e-6)
+    accelerate = ple_fast.accelerate
+
+    def wrong(model: nn.Module, **options: Any) -> None:
+        accelerate(model, **options)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if name.endswith("bias") and "tower" in name).add_(1)
+
+    monkeypatch.setattr(ple_fast, "accelerate", wrong)
+    with pytest.raises(WrongResultError, match="accelerated, inference at 8"):
+        whole_model.make_steps(library, "inference", 8, whole_model.QUICK_VARIANTS, config)

@@ -23,7 +23,7 @@ KERNELS = ROOT / "kernels"
 # The layers of ple_fast, lowest first. A module imports only from rows below its own; a sub-package is one module here.
 LAYERS = (
     ("topology", "specs"),
-    ("reference", "checks", "backend", "plan"),
+    ("reference", "checks", "backend", "autocast", "plan"),
     ("torch_backend",),
     ("triton_backend",),
     ("autograd",),

@@ -90,3 +90,22 @@ def test_reduce_overhead(gpu: torch.device) -> None:
     for _ in range(3):
         with torch.no_grad():
             torch.testing.assert_close(run(x), ple(x))
+
+
+def test_a_replayed_step_drops_other_elements_and_moves_running_statistics(gpu: torch.device) -> None:
+    torch.manual_seed(0)
+    ple = PLE(64, 2, expert_units=(64, 32), norm="batch", dropout=0.5, device=gpu)
+    x = torch.randn(300, 64, device=gpu)
+    warm_up(lambda: ple(x).sum().backward())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ple(x)
+        y.sum().backward()
+    seen = []
+    for _ in range(2):
+        before = [buffer.clone() for name, buffer in ple.named_buffers() if name.endswith("running_mean")]
+        graph.replay()
+        after = [buffer for name, buffer in ple.named_buffers() if name.endswith("running_mean")]
+        assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        seen.append(y.clone())
+    assert not torch.equal(seen[0], seen[1])

@@ -35,6 +35,12 @@ def test_bits_are_those_of_the_generator(seed: int, shape: tuple[int, ...]) -> N
         assert mask[row].tolist() == [int(lane >= 32768 - round(0.7 * 65536)) for lane in lanes]
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_a_seed_in_memory_draws_the_same_mask(seed: int) -> None:
+    like = torch.empty(9, 3, 5)
+    assert torch.equal(keep_mask(torch.tensor(seed), 3, 2, like, 0.4), keep_mask(seed, 3, 2, like, 0.4))
+
+
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 1 - 1e-9])
 def test_rate(p: float) -> None:
     dropped = 1 - keep_mask(7, 1, 0, torch.empty(1500, 1000), p).double()

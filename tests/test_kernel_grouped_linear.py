@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from ple_fast_kernels import FUSED, MAX_RUN, NO_GATES, GateRuns, Tile, grouped_data_grad, grouped_linear_fwd
+from ple_fast_kernels import FUSED, MAX_RUN, NO_GATES, GateRuns, LayerEnd, Tile, grouped_data_grad, grouped_linear_fwd
 from tests.kernel_helpers import (
     ACTIVATIONS,
     DTYPES,
@@ -153,7 +153,7 @@ def test_large_inputs_of_an_activation(activation: tuple[str, float], device: to
     y, _, _ = grouped_linear_fwd(a, w, None, (0,), activation=activation)
     torch.testing.assert_close(y, apply(a, activation))
     kept = kept_of(a, activation)
-    d = grouped_data_grad(torch.ones_like(a), w, kept=kept, activation=activation)
+    d, _ = grouped_data_grad(torch.ones_like(a), w, kept=kept, end=LayerEnd(activation))
     torch.testing.assert_close(d, chain(torch.ones_like(a), kept, activation))
 
 
@@ -186,7 +186,8 @@ def test_data_grad_of_activations(activation: tuple[str, float], device: torch.d
     z[0, 0, 0] = 0.0
     kept = kept_of(z, activation)
     kept = None if kept is None else guarded(kept, 2)
-    ours = grouped_data_grad(guarded(d, 3), guarded(w), kept=kept, activation=activation)
+    ours, parts = grouped_data_grad(guarded(d, 3), guarded(w), kept=kept, end=LayerEnd(activation))
+    assert parts is None
     leaf = z.clone().requires_grad_()
     y = torch.einsum("bmk,mhk->bmh", apply(leaf, activation), w)
     hold("d", ours, lambda: torch.autograd.grad(y, leaf, d)[0])
@@ -197,7 +198,7 @@ def test_data_grad_of_activations(activation: tuple[str, float], device: torch.d
 def test_data_grad_of_sizes(rows: int, depth: int, units: int, tile: Tile | None, device: torch.device) -> None:
     d, w = values(rows, 2, depth, device=device), values(2, depth, units, device=device)
     kept = values(rows, 2, units, device=device)
-    ours = grouped_data_grad(guarded(d, 3), guarded(w), kept=guarded(kept), activation=("silu", 0.0), tile=tile)
+    ours, _ = grouped_data_grad(guarded(d, 3), guarded(w), kept=guarded(kept), end=LayerEnd(("silu", 0.0)), tile=tile)
     hold("d", ours, data_grad, d, w, kept, ("silu", 0.0))
 
 
@@ -206,7 +207,7 @@ def test_data_grad_of_sizes(rows: int, depth: int, units: int, tile: Tile | None
 def test_data_grad_of_dtypes(dtype: torch.dtype, activation: tuple[str, float], device: torch.device) -> None:
     d, w = values(37, 2, 40, dtype=dtype, device=device), values(2, 40, 35, device=device).mul(0.2).to(dtype)
     kept = kept_of(values(37, 2, 35, dtype=dtype, device=device), activation)
-    ours = grouped_data_grad(guarded(d, 8), w, kept=kept, activation=activation)
+    ours, _ = grouped_data_grad(guarded(d, 8), w, kept=kept, end=LayerEnd(activation))
     assert ours.dtype == dtype
     hold("d", ours, data_grad, d, w, kept, activation)
 

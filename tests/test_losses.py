@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
-from ple_fast.losses import JointLoss, TaskLoss, entire_space
+from ple_fast.losses import JointLoss, JointLossResult, TaskLoss, entire_space
+from tests.ranks import run_ranks
 
 NAN = float("nan")
 MIXED = (
@@ -448,28 +447,19 @@ def shards() -> tuple[Tensor, Batch]:
     return x, {"rare": rare, "common": common}
 
 
-def run_rank(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    try:
-        model = nn.parallel.DistributedDataParallel(two_heads())
-        loss = JointLoss(
-            [TaskLoss("rare", weight=0.3), TaskLoss("common", "regression")], process_group=dist.group.WORLD
-        )
-        x, labels = shards()
-        mine = slice(rank * BATCH, (rank + 1) * BATCH)
-        rare, common = model(x[mine]).unbind(1)
-        result = loss({"rare": rare, "common": common}, {name: label[mine] for name, label in labels.items()})
-        result.total.backward()
-        gradient = model.module.weight.grad
-        torch.save((result, gradient), Path(results) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run_rank() -> tuple[JointLossResult, Tensor]:
+    model = nn.parallel.DistributedDataParallel(two_heads())
+    loss = JointLoss([TaskLoss("rare", weight=0.3), TaskLoss("common", "regression")], process_group=dist.group.WORLD)
+    x, labels = shards()
+    mine = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
+    rare, common = model(x[mine]).unbind(1)
+    result = loss({"rare": rare, "common": common}, {name: label[mine] for name, label in labels.items()})
+    result.total.backward()
+    return result, model.module.weight.grad
 
 
-def test_two_ranks_average_over_the_sample_spaces_of_both(tmp_path: Path) -> None:
-    spawn(run_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def test_two_ranks_average_over_the_sample_spaces_of_both() -> None:
+    ranks = run_ranks(RANKS, run_rank)
     model = two_heads()
     x, labels = shards()
     rare, common = model(x).unbind(1)

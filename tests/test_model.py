@@ -35,7 +35,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "ple": {"num_levels": 2, "task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
     "cgc": {"task_experts": 1, "shared_experts": 2, "expert_units": (8, 6)},
     "mmoe": {"experts": 3, "expert_units": (8, 6)},
+    "ml_mmoe": {"experts": 3, "expert_units": (8, 6)},
+    "adatt": {"task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
+    "cross_stitch": {"expert_units": ((8,), (6,))},
     "hard_sharing": {"expert_units": (8, 6)},
+    "customized_sharing": {"expert_units": (8, 3)},
+    "asymmetric_sharing": {"expert_units": (8, 6)},
     "single_task": {"expert_units": (8, 6), "activation": "tanh"},
 }
 
@@ -60,6 +65,8 @@ def model(
 ) -> MultiTaskModel:
     torch.manual_seed(seed)
     options = SMALL.get(trunk) if isinstance(trunk, str) else None
+    if trunk == "asymmetric_sharing":
+        options = SMALL[trunk] | {"sources": tuple((0, k)[not k :] for k in range(len(tasks)))}
     return MultiTaskModel(columns, tasks, trunk=trunk, **{"trunk_options": options, "tower_units": (5,), **kwargs})
 
 
@@ -441,12 +448,16 @@ def test_gate_weights_go_into_the_picture(trunk: str) -> None:
     net = model(trunk)
     data, _ = table(20)
     gates = net.gate_weights(data, batch_size=8)
-    assert len(gates) == (2 if trunk == "ple" else 1)
+    assert len(gates) == (2 if trunk in ("ple", "ml_mmoe", "adatt", "cross_stitch") else 1)
     for level, topology in zip(gates, net.topologies, strict=True):
         assert [tuple(g.shape) for g in level] == [(20, len(experts)) for experts in topology.mixture_experts]
-        assert all(torch.allclose(g.sum(1), torch.ones(20), atol=1e-5) for g in level)
+        for o, weights in enumerate(level):
+            if o in topology.gated_mixtures and not topology.has_offsets:
+                assert torch.allclose(weights.sum(1), torch.ones(20), atol=1e-5)
     uses = viz.gate_use(gates, net.topologies, net.task_names, model=trunk)
-    assert {use.gate for use in uses} >= {"click", "watch", "rating"}
+    assert len(uses) == sum(topology.num_mixtures for topology in net.topologies)
+    if trunk != "customized_sharing":  # two mixtures per task
+        assert {use.gate for use in uses} >= {"click", "watch", "rating"}
 
 
 def test_low_precision_parameters_work() -> None:

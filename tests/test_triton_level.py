@@ -209,15 +209,27 @@ def test_low_precision(activation: str, topology: str, dtype: torch.dtype, devic
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("gate", ["hidden", "logits-norm"])
-@pytest.mark.parametrize("norm", ["batch", None])
-def test_low_precision_beside_operators_of_pytorch(
+@pytest.mark.parametrize("norm", ["batch", "layer", None])
+def test_low_precision_with_norms(
     norm: Any, gate: str, dtype: torch.dtype, autocast: bool, device: torch.device
 ) -> None:
-    """Norms between the kernels, several blocks, gradients of the input in several parts."""
+    """Norms of experts and of logits, several blocks, gradients of the input in several parts."""
     specs = (MLPSpec((48, 32), "silu", norm=norm),) * 2 + (MLPSpec((24, 32)),) * 4
     module = level(TOPOLOGIES["ple-even"], specs, GATES[gate], in_features=40).to(device)
     leaves = [leaf.to(device) for leaf in draw("one", 64, 1, 40)]
     compare_low_precision(module, leaves, dtype=dtype, autocast=autocast, slots=3)
+    assert_in_kernels()
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_low_precision_of_a_batch_norm_that_the_mixtures_do(
+    dtype: torch.dtype, position: Any, device: torch.device
+) -> None:
+    spec = MLPSpec((24, 32), "silu", norm="batch", norm_position=position)
+    module = level(TOPOLOGIES["no-own-expert"], spec, in_features=20).to(device)
+    leaves = [leaf.to(device) for leaf in draw("one", 64, 1, 20)]
+    compare_low_precision(module, leaves, dtype=dtype, slots=3)
     assert_in_kernels()
 
 

@@ -4,30 +4,41 @@
 """
 
 from ._activations import FUSED
-from ._launch import launches
+from ._dropout import Dropout
+from ._launch import launches, wide_of
+from ._layer_end import Norm
 from ._tile_files import Class, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
+from .batch_norm import batch_norm_merge, batch_norm_sums, norm_sums_merge
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
-from .grouped_linear import grouped_data_grad, grouped_linear_fwd
+from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_rows, linear_tile
 from .input_grad import grouped_input_grad
+from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
+from .layer_norm import layer_norm_grad
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
 __all__ = [
     "FUSED",
     "MAX_RUN",
+    "NO_END",
     "NO_GATES",
     "TABLES",
     "Class",
+    "Dropout",
     "GateRuns",
+    "LayerEnd",
     "Mixtures",
+    "Norm",
     "Readers",
     "Table",
     "Tile",
     "WeightGrad",
     "WeightGradResult",
     "architecture",
+    "batch_norm_merge",
+    "batch_norm_sums",
     "fused_level_fwd",
     "fused_tile",
     "fused_two_layers_fwd",
@@ -38,7 +49,14 @@ __all__ = [
     "grouped_input_grad",
     "grouped_linear_fwd",
     "grouped_weight_grads",
+    "has_whole_rows",
     "launches",
+    "layer_end_fwd",
+    "layer_end_grad",
+    "layer_norm_grad",
+    "linear_tile",
+    "norm_sums_merge",
     "reload_tables",
     "set_table",
+    "wide_of",
 ]

@@ -56,7 +56,7 @@ _SM90: Table = {
     "fused/ieee": _preferred(*_FUSED_IEEE),
     "two_layers/half": _preferred(*_FUSED_HALF[:2]),
     "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
-    "two_layers/ieee": _preferred(_FUSED_FLOAT[0]),
+    "two_layers/ieee": _preferred(_FUSED_IEEE[0]),
     "combine": _preferred(Tile(8, 128, 0, 8, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
@@ -297,6 +297,30 @@ def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) 
     while elements > 256 and mixtures * elements * (1 + double) > MIXED_ELEMENTS * 32 * tile.warps:
         elements //= 2
     return tile._replace(rows=max(4, elements // columns), columns=columns)
+
+
+END_ELEMENTS = 4096
+"""Of a tile of norm, activation and dropout alone: passes over memory, with a few registers for each element."""
+WHOLE_ROW = 1024
+"""Units that layer norm's backward holds in one tile; more come in chunks."""
+
+
+def end_tile(like: Tensor, units: int) -> Tile:
+    """Tile of norm, activation and dropout of one layer."""
+    return _end(table_of(like.device)[0] == "interpreter", like.dtype == torch.float64, units, 64)
+
+
+def whole_row_tile(like: Tensor, units: int) -> Tile:
+    """The same with all units of a row in one tile, as far as they fit."""
+    return _end(table_of(like.device)[0] == "interpreter", like.dtype == torch.float64, units, WHOLE_ROW)
+
+
+@lru_cache(maxsize=1024)
+def _end(interpreted: bool, double: bool, units: int, widest: int) -> Tile:
+    columns = min(max(16, 1 << (units - 1).bit_length()), widest)
+    if interpreted:
+        return Tile(32, min(columns, 32), 0, 4, 1)
+    return Tile(max(4, END_ELEMENTS // columns // (1 + double)), columns, 0, 8, 1)
 
 
 def gate_width(gates: GateRuns) -> int:

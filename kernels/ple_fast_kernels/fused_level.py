@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._activations import activate
 from ._launch import cdiv, launch, next_power, wide_of
+from ._layer_end import Norm, finish_running, norm_pointers, running_constants
 from ._matmul import accumulate, pick_wide, swizzle
 from ._tiles import Tile, fused_tile
 from .tables import Mixtures
@@ -28,10 +28,11 @@ def _row_of(TABLE: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr, o_e
 
 @triton.jit
 def _dense_weights(
-    X, GateW, GateBias, Logits, Offset, P, o_m, m_m, save, gate_depth,
+    X, GateW, GateBias, Logits, GateMean, GateVar, GateNormW, GateNormBias, Offset, P, o_m, m_m, save, gate_depth,
     MIXTURE: tl.constexpr, WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, IS_STATIC: tl.constexpr,
     HAS_OFFSET: tl.constexpr, EXPERTS: tl.constexpr, WEIGHTS: tl.constexpr, LOGITS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr,
+    HAS_LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GATE_PLACE: tl.constexpr, GATE_EPS: tl.constexpr,
+    GATE_AFFINE: tl.constexpr, GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr,
     X_AT: tl.constexpr, TEMPERATURE: tl.constexpr, SAVE_P: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +57,8 @@ def _dense_weights(
             )
             if HAS_GATE_BIAS:
                 logit += tl.load(GateBias + o_l, mask=m_e, other=0.0).to(WIDE)[None, :]
+            logit = finish_running(logit, GateMean, GateVar, GateNormW, GateNormBias, o_l, m_e, GATE_PLACE, GATE_EPS,
+                                   GATE_AFFINE, "identity", 0.0, WIDE)  # fmt: skip
         logit = tl.where(m_e[None, :], logit / TEMPERATURE, float("-inf"))
         weight = tl.exp(logit - tl.max(logit, 1)[:, None])
         weight = weight / tl.sum(weight, 1)[:, None]
@@ -83,12 +86,15 @@ def _mix(ys, weights, h, e, WEIGHT: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: 
 
 @triton.jit(do_not_specialize=["B", "experts", "depth", "gate_depth"])
 def _fused_level_fwd_kernel(
-    A, W, Bias, X, GateW, GateBias, Logits, Offset, H, Z, P, Y, B, experts, depth, gate_depth,
+    A, W, Bias, Mean, Var, NormW, NormBias, X, GateW, GateBias, Logits, GateMean, GateVar, GateNormW, GateNormBias,
+    Offset, H, Z, P, Y, B, experts, depth, gate_depth,
     DEPTH: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr, A_SLOT: tl.constexpr,
     GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr, X_SLOT: tl.constexpr, MIXTURE_SLOT: tl.constexpr,
     WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, STATIC: tl.constexpr, WEIGHTS: tl.constexpr,
     LOGITS: tl.constexpr, TEMPERATURE: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr, GATE_PLACE: tl.constexpr, GATE_EPS: tl.constexpr, GATE_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     SAVE_H: tl.constexpr, SAVE_Z: tl.constexpr, SAVE_P: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +114,10 @@ def _fused_level_fwd_kernel(
     ys = ()
     for o in tl.static_range(len(STATIC)):
         weight = _dense_weights(
-            X, GateW, GateBias, Logits, Offset, P, o_m, m_m, i_n == 0, gate_depth,
+            X, GateW, GateBias, Logits, GateMean, GateVar, GateNormW, GateNormBias, Offset, P, o_m, m_m, i_n == 0,
+            gate_depth,
             o, WEIGHT, LOGIT, OFFSET, STATIC[o], HAS_OFFSET, EXPERTS, WEIGHTS, LOGITS, HAS_LOGITS, HAS_GATE_BIAS,
+            GATE_PLACE, GATE_EPS, GATE_AFFINE,
             GATE_DEPTH, X_ROW, MIXTURE_SLOT[o] * X_SLOT, TEMPERATURE, SAVE_P, wide, PRECISION, BLOCK_M, WIDTH, BLOCK_K,
         )  # fmt: skip
         weights = weights + (weight,)
@@ -126,7 +134,7 @@ def _fused_level_fwd_kernel(
         o_h = o_m[:, None] * (EXPERTS * UNITS) + (e * UNITS + o_n)[None, :]
         if SAVE_Z:
             tl.store(Z + o_h, h.to(Z.dtype.element_ty), mask=m_mn)
-        h = activate(h, NAME, VALUE)
+        h = finish_running(h, Mean, Var, NormW, NormBias, e * UNITS + o_n, m_n, PLACE, EPS, AFFINE, NAME, VALUE, wide)
         if SAVE_H:
             tl.store(H + o_h, h.to(H.dtype.element_ty), mask=m_mn)
         ys = _mix(ys, weights, h, e, WEIGHT, EXPERTS, WIDTH)
@@ -137,13 +145,17 @@ def _fused_level_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B", "experts", "depth", "gate_depth"])
 def _fused_two_layers_fwd_kernel(
-    A, W1, Bias1, W2, Bias2, X, GateW, GateBias, Offset, P, Y, B, experts, depth, gate_depth,
+    A, W1, Bias1, Mean1, Var1, NormW1, NormBias1, W2, Bias2, Mean2, Var2, NormW2, NormBias2,
+    X, GateW, GateBias, GateMean, GateVar, GateNormW, GateNormBias, Offset, P, Y, B, experts, depth, gate_depth,
     DEPTH: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr,
     A_SLOT: tl.constexpr, GATE_DEPTH: tl.constexpr, X_ROW: tl.constexpr, X_SLOT: tl.constexpr,
     MIXTURE_SLOT: tl.constexpr, WEIGHT: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr, STATIC: tl.constexpr,
     WEIGHTS: tl.constexpr, LOGITS: tl.constexpr, TEMPERATURE: tl.constexpr, NAME1: tl.constexpr, VALUE1: tl.constexpr,
     NAME2: tl.constexpr, VALUE2: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
-    HAS_GATE_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr, SAVE_P: tl.constexpr, WIDTH: tl.constexpr,
+    PLACE1: tl.constexpr, EPS1: tl.constexpr, AFFINE1: tl.constexpr,
+    PLACE2: tl.constexpr, EPS2: tl.constexpr, AFFINE2: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr, GATE_PLACE: tl.constexpr, GATE_EPS: tl.constexpr, GATE_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, SAVE_P: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Experts of two layers, gates and mixtures: a program is a tile of rows with all units, ``BLOCK_N >= UNITS``.
@@ -161,8 +173,9 @@ def _fused_two_layers_fwd_kernel(
     ys = ()
     for o in tl.static_range(len(STATIC)):
         weight = _dense_weights(
-            X, GateW, GateBias, A, Offset, P, o_m, m_m, True, gate_depth,
+            X, GateW, GateBias, A, GateMean, GateVar, GateNormW, GateNormBias, Offset, P, o_m, m_m, True, gate_depth,
             o, WEIGHT, LOGIT, OFFSET, STATIC[o], HAS_OFFSET, EXPERTS, WEIGHTS, LOGITS, False, HAS_GATE_BIAS,
+            GATE_PLACE, GATE_EPS, GATE_AFFINE,
             GATE_DEPTH, X_ROW, MIXTURE_SLOT[o] * X_SLOT, TEMPERATURE, SAVE_P, wide, PRECISION, BLOCK_M, WIDTH, BLOCK_K,
         )  # fmt: skip
         weights = weights + (weight,)
@@ -180,7 +193,8 @@ def _fused_two_layers_fwd_kernel(
             a = accumulate(a, p_a, p_w, depth, BLOCK_K, BLOCK_K, m_c, DEPTH, False, PRECISION, BLOCK_K)
             if HAS_BIAS1:
                 a += tl.load(Bias1 + e * HIDDEN + o_c, mask=m_c, other=0.0).to(wide)[None, :]
-            a = activate(a, NAME1, VALUE1).to(A.dtype.element_ty)
+            a = finish_running(a, Mean1, Var1, NormW1, NormBias1, e * HIDDEN + o_c, m_c, PLACE1, EPS1, AFFINE1, NAME1,
+                               VALUE1, wide).to(A.dtype.element_ty)  # fmt: skip
             p_w = W2 + tl.cast(e * UNITS + column, tl.int64)[None, :] * HIDDEN + o_c[:, None]
             if HIDDEN % BLOCK_C == 0:
                 w = tl.load(p_w)
@@ -190,7 +204,8 @@ def _fused_two_layers_fwd_kernel(
             h = tl.dot(a, w, h, input_precision=PRECISION, out_dtype=h.dtype)
         if HAS_BIAS2:
             h += tl.load(Bias2 + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
-        h = activate(h, NAME2, VALUE2)
+        h = finish_running(h, Mean2, Var2, NormW2, NormBias2, e * UNITS + o_n, m_n, PLACE2, EPS2, AFFINE2, NAME2,
+                           VALUE2, wide)  # fmt: skip
         ys = _mix(ys, weights, h, e, WEIGHT, EXPERTS, WIDTH)
     for o in tl.static_range(len(STATIC)):
         p_y = Y + o_m[:, None] * (len(STATIC) * UNITS) + (o * UNITS + o_n)[None, :]
@@ -216,10 +231,12 @@ def fused_level_fwd(
     mixtures: Mixtures,
     *,
     activation: tuple[str, float] = ("identity", 0.0),
+    norm: Norm | None = None,
     logits: Tensor | None = None,
     x: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    logits_norm: Norm | None = None,
     mixture_slots: tuple[int, ...] = (),
     offset: Tensor | None = None,
     temperature: float = 1.0,
@@ -233,6 +250,7 @@ def fused_level_fwd(
 
     Args:
         a, weight, bias, slots, activation: as in ``grouped_linear_fwd``.
+        norm, logits_norm: of the layer and of logits that are computed here, by running statistics (``"batch"``).
         logits: ``(B, G)`` in float32 (float64); or None, and the gates are computed from
         x, gate_weight, gate_bias: ``(B, S, K)``, ``(G, K)``, ``(G,)``, contiguous in K; ``mixture_slots``: the slot
             that each mixture's gate reads.
@@ -255,11 +273,13 @@ def fused_level_fwd(
         assert tile is not None, "the caller asks fused_tile first"
     launch(
         _fused_level_fwd_kernel, (cdiv(rows, tile.rows) * cdiv(units, tile.columns),), tile, a.device,
-        a, weight, bias, x, gate_weight, gate_bias, logits, offset, h, z, p, y, rows, experts, depth, gate_depth,
+        a, weight, bias, *norm_pointers(norm), x, gate_weight, gate_bias, logits, *norm_pointers(logits_norm),
+        offset, h, z, p, y, rows, experts, depth, gate_depth,
         depth, units, slots, a.stride(0), a.stride(1),
         gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
         mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature), *activation,
-        bias is not None, logits is not None, gate_bias is not None, offset is not None,
+        bias is not None, *running_constants(norm), logits is not None, gate_bias is not None,
+        *running_constants(logits_norm), offset is not None,
         keep_output, keep_input, keep_weights, fused_width(mixtures),
         precision, tile.rows, tile.columns, tile.depth, tile.group,
     )  # fmt: skip
@@ -274,9 +294,11 @@ def fused_two_layers_fwd(
     mixtures: Mixtures,
     *,
     activations: tuple[tuple[str, float], tuple[str, float]],
+    norms: tuple[Norm | None, Norm | None] = (None, None),
     x: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    logits_norm: Norm | None = None,
     mixture_slots: tuple[int, ...] = (),
     offset: Tensor | None = None,
     temperature: float = 1.0,
@@ -300,13 +322,15 @@ def fused_two_layers_fwd(
         assert tile is not None, "the caller asks fused_tile first"
     launch(
         _fused_two_layers_fwd_kernel, (cdiv(rows, tile.rows),), tile, a.device,
-        a, weights[0], biases[0], weights[1], biases[1], x, gate_weight, gate_bias, offset, p, y,
+        a, weights[0], biases[0], *norm_pointers(norms[0]), weights[1], biases[1], *norm_pointers(norms[1]),
+        x, gate_weight, gate_bias, *norm_pointers(logits_norm), offset, p, y,
         rows, experts, depth, gate_depth,
         depth, hidden, units, slots, a.stride(0), a.stride(1),
         gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
         mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature),
-        *activations[0], *activations[1], biases[0] is not None, biases[1] is not None, gate_bias is not None,
-        offset is not None, keep_weights, fused_width(mixtures),
+        *activations[0], *activations[1], biases[0] is not None, biases[1] is not None,
+        *running_constants(norms[0]), *running_constants(norms[1]), gate_bias is not None,
+        *running_constants(logits_norm), offset is not None, keep_weights, fused_width(mixtures),
         precision, tile.rows, tile.depth, tile.columns, tile.depth,
     )  # fmt: skip
     return y, p

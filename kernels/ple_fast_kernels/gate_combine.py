@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import derive
+from ._dropout import Dropout, drop, dropout_constants, undropped
 from ._launch import cdiv, launch, next_power, wide_of
 from ._matmul import add_at
 from ._tiles import Tile, combine_tile
+from .layer_end import NO_END, LayerEnd, end_of
 from .tables import Mixtures
 
 
@@ -29,11 +31,13 @@ def _weight(Logits, Offset, top, total, o_m, m_m, LOGITS: tl.constexpr, LOGIT: t
 
 @triton.jit(do_not_specialize=["B"])
 def _gate_combine_fwd_kernel(
-    Logits, H, Offset, P, Y, B,
+    Logits, H, Mean, Spread, NormW, NormBias, Seed, Offset, P, Y, B,
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_LOGIT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    SAVE_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVE_P: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``P[:, o] = softmax(Logits[:, o] / T)``, ``Y[:, o] = sum_e (P_oe + Offset_oe) H[:, e]``; H is read once."""
     wide: tl.constexpr = tl.float64 if H.dtype.element_ty == tl.float64 else tl.float32
@@ -68,6 +72,9 @@ def _gate_combine_fwd_kernel(
         ys = ys + (tl.zeros((BLOCK_M, BLOCK_N), wide),)
     for e in tl.static_range(len(EXPERT_FIRST) - 1):
         h = tl.load(H + o_m[:, None] * H_ROW + (e * UNITS + o_n)[None, :], mask=m_mn, other=0.0).to(wide)
+        h = end_of(h, Mean, Spread, NormW, NormBias, Seed, o_m, e, tl.program_id(1) * BLOCK_N, m_n,
+                   len(EXPERT_FIRST) - 1, UNITS, PLACE, EPS, AFFINE, IS_VARIANCE, NAME, VALUE, LAYER, KEEPS,
+                   SCALE)  # fmt: skip
         for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
             weight = _weight(Logits, Offset, tops[ENTRY_MIXTURE[i]], totals[ENTRY_MIXTURE[i]], o_m, m_m, LOGITS,
                              ENTRY_LOGIT[i], ENTRY_OFFSET[i], TEMPERATURE)  # fmt: skip
@@ -79,12 +86,15 @@ def _gate_combine_fwd_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _gate_combine_bwd_kernel(
-    DY, DListed, H, Kept, Offset, P, DH, DP, DL, B,
+    DY, DListed, H, Mean, Spread, NormW, NormBias, Seed, Kept, KeptSeed, Offset, P, DH, DP, DL, B,
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    NAME: tl.constexpr, VALUE: tl.constexpr, HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
+    PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
+    H_NAME: tl.constexpr, H_VALUE: tl.constexpr, H_LAYER: tl.constexpr, H_KEEPS: tl.constexpr, H_SCALE: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
     SAVE_DP: tl.constexpr, SAVE_DL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]``, ``DP_oe = <DY[:, o], H[:, e]>``, and the softmax's
@@ -111,6 +121,9 @@ def _gate_combine_bwd_kernel(
                 if SAVE_DP:
                     p_h = H + o_m[:, None] * H_ROW + (e * UNITS + o_n)[None, :]
                     h = tl.load(p_h, mask=m_mn, other=0.0).to(wide)
+                    h = end_of(h, Mean, Spread, NormW, NormBias, Seed, o_m, e, c * BLOCK_N, o_n < UNITS,
+                               len(EXPERT_FIRST) - 1, UNITS, PLACE, EPS, AFFINE, IS_VARIANCE, H_NAME, H_VALUE, H_LAYER,
+                               H_KEEPS, H_SCALE)  # fmt: skip
                 d = tl.zeros((BLOCK_M, BLOCK_N), wide)
                 for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
                     if CHUNKS == 1:
@@ -126,9 +139,13 @@ def _gate_combine_bwd_kernel(
                     if SAVE_DP:
                         dps = add_at(dps, i - EXPERT_FIRST[e], tl.sum(dy * h, 1))
                 if SAVE_DH:
+                    if KEEPS > 0:
+                        d = drop(d, KeptSeed, o_m, e * UNITS + c * BLOCK_N, UNITS * (len(EXPERT_FIRST) - 1), UNITS,
+                                 LAYER, KEEPS, SCALE)  # fmt: skip
                     if NAME != "identity":
                         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-                        d = derive(d, tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, VALUE)
+                        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE)
+                        d = derive(d, kept, NAME, VALUE)
                     p_dh = DH + o_m[:, None] * ((len(EXPERT_FIRST) - 1) * UNITS) + (e * UNITS + o_n)[None, :]
                     tl.store(p_dh, d.to(DH.dtype.element_ty), mask=m_mn)
             if SAVE_DP:
@@ -162,6 +179,7 @@ def gate_combine_fwd(
     logits: Tensor | None,
     mixtures: Mixtures,
     *,
+    end: LayerEnd = NO_END,
     offset: Tensor | None = None,
     temperature: float = 1.0,
     keep_weights: bool = True,
@@ -171,6 +189,7 @@ def gate_combine_fwd(
 
     Args:
         h: ``(B, E, H)``, its last two axes contiguous. B at least 1.
+        end: with batch norm ``h`` is the last layer's product, and what follows it is done as it is loaded.
         logits: ``(B, G)`` in float32 (float64 for float64), contiguous; None where every mixture is static.
         offset: learned scalars, those of the tables.
         temperature: positive.
@@ -185,11 +204,11 @@ def gate_combine_fwd(
     tile = combine_tile(h, rows, units, len(mixtures.sizes)) if tile is None else tile
     launch(
         _gate_combine_fwd_kernel, (cdiv(rows, tile.rows), cdiv(units, tile.columns)), tile, h.device,
-        logits, h, offset, p, y, rows,
+        logits, h, *end.pointers, offset, p, y, rows,
         units, mixtures.logits, mixtures.weights, h.stride(0), temperature,
         mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
         mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_logit, mixtures.entry_offset,
-        keep_weights, tile.rows, tile.columns,
+        keep_weights, *end.constants, tile.rows, tile.columns,
     )  # fmt: skip
     return y, p
 
@@ -203,8 +222,10 @@ def gate_combine_bwd(
     units: int,
     dtype: torch.dtype,
     *,
+    end: LayerEnd = NO_END,
     kept: Tensor | None = None,
     activation: tuple[str, float] = ("identity", 0.0),
+    dropout: Dropout | None = None,
     offset: Tensor | None = None,
     temperature: float = 1.0,
     experts_grad: bool = True,
@@ -212,20 +233,21 @@ def gate_combine_bwd(
     logits_grad: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of ``gate_combine_fwd`` and of the activation that made ``h``.
+    """Backward of ``gate_combine_fwd``, and of the activation and the dropout that made ``h``.
 
     Args:
         dy: ``(B, O, H)``, contiguous, or None.
         dlisted: gradient of the weights ``(B, W)``, contiguous, or None.
-        h: as in forward; read where ``weights_grad``.
+        h, end: as in forward; read where ``weights_grad``.
         p: the weights that forward returned.
         dtype: of the gradients.
         kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        dropout: of the experts' last layer, as in ``grouped_data_grad``.
         experts_grad, weights_grad, logits_grad: which results are asked for.
 
     Returns:
-        Gradient of ``h`` before its activation ``(B, E, H)``; ``<dy_o, h_e>`` ``(B, W)`` in float32 (float64), without
-        ``dlisted``; gradient of the logits ``(B, G)``.
+        Gradient of the experts' outputs, before activation and dropout if they are given, ``(B, E, H)``;
+        ``<dy_o, h_e>`` ``(B, W)`` in float32 (float64), without ``dlisted``; gradient of the logits ``(B, G)``.
     """
     rows, wide = p.shape[0], p.dtype
     weights_grad = weights_grad or logits_grad
@@ -239,12 +261,13 @@ def gate_combine_bwd(
     tile = combine_tile(p, rows, units, len(mixtures.sizes), backward=True) if tile is None else tile
     launch(
         _gate_combine_bwd_kernel, (cdiv(rows, tile.rows),), tile, p.device,
-        dy, dlisted, h, kept, offset, p, dh, dp, dl, rows,
+        dy, dlisted, h, *end.pointers, kept, None if dropout is None else dropout.seed, offset, p, dh, dp, dl, rows,
         units, mixtures.logits, mixtures.weights, 0 if h is None else h.stride(0),
         0 if kept is None else kept.stride(0), temperature,
         mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
         mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_weight, mixtures.entry_offset,
-        *activation, dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
+        *end.constants, *activation, *dropout_constants(dropout),
+        dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
         tile.rows, tile.columns,
     )  # fmt: skip
     return dh, dp, dl

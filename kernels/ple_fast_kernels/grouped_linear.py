@@ -8,18 +8,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
+from ._dropout import Dropout, drop, dropout_constants, undropped
 from ._launch import cdiv, launch, wide_of
+from ._layer_end import (
+    Norm,
+    affine,
+    column_statistics,
+    finish_running,
+    norm_constants,
+    norm_pointers,
+    normalise,
+    row_moments,
+    store_column_moments,
+    to_norm,
+)
 from ._matmul import accumulate, pick, pick_wide, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
+from .layer_end import NO_END, LayerEnd
 from .tables import NO_GATES, GateRuns
 
 
 @triton.jit(do_not_specialize=["B", "depth"])
 def _grouped_linear_fwd_kernel(
-    A, W, Bias, Y, Z, GateW, GateBias, Logits, B, depth,
+    A, W, Bias, Y, Z, First, Second, NormW, NormBias, Seed,
+    GateW, GateBias, Logits, GateFirst, GateSecond, GateNormW, GateNormBias, B, depth,
     DEPTH: tl.constexpr, UNITS: tl.constexpr, SLOT: tl.constexpr, A_ROW: tl.constexpr, A_SLOT: tl.constexpr,
     Y_ROW: tl.constexpr, Z_ROW: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
     HAS_MEMBERS: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_Z: tl.constexpr,
+    KIND: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
+    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    GATE_KIND: tl.constexpr, GATE_PLACE: tl.constexpr, GATE_EPS: tl.constexpr, GATE_AFFINE: tl.constexpr,
     HAS_GATES: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GATE_SLOT: tl.constexpr, GATE_FIRST: tl.constexpr,
     GATE_SIZE: tl.constexpr, GATE_WIDTH: tl.constexpr, LOGITS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -54,8 +72,39 @@ def _grouped_linear_fwd_kernel(
             if SAVE_Z:
                 p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
                 tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
-            p_y = Y + o_m[:, None] * Y_ROW + (e * UNITS + o_n)[None, :]
-            tl.store(p_y, activate(acc, NAME, VALUE).to(Y.dtype.element_ty), mask=m_mn)
+            o_c = e * UNITS + o_n
+            if KIND == "moments":
+                value = activate(acc, NAME, VALUE) if PLACE == "after" else acc
+                rows = tl.minimum(B - i_m * BLOCK_M, BLOCK_M)
+                store_column_moments(value, m_m, rows, i_m, First, o_c, m_n, UNITS * len(SLOT))
+            elif KIND == "row_moments":
+                value = activate(acc, NAME, VALUE) if PLACE == "after" else acc
+                mean, squares = row_moments(
+                    value, m_n, tl.minimum(UNITS - (i_n % TILES) * BLOCK_N, BLOCK_N), UNITS % BLOCK_N == 0
+                )
+                p_r = First + (o_m * MEMBER_TILES + i_n) * 2
+                tl.store(p_r, mean, mask=m_m)
+                tl.store(p_r + 1, squares, mask=m_m)
+            else:
+                if KIND == "row":  # the tile has all units
+                    value = activate(acc, NAME, VALUE) if PLACE == "after" else acc
+                    mean, squares = row_moments(value, m_n, UNITS, UNITS == BLOCK_N)
+                    rstd = 1.0 / tl.sqrt(squares / UNITS + EPS)
+                    if SAVE_Z:
+                        tl.store(First + o_m * len(SLOT) + e, mean, mask=m_m)
+                        tl.store(Second + o_m * len(SLOT) + e, rstd, mask=m_m)
+                    norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
+                    acc = normalise(value, mean[:, None], rstd[:, None], norm_w, norm_b)
+                    if PLACE == "before":
+                        acc = activate(acc, NAME, VALUE)
+                else:
+                    acc = finish_running(acc, First, Second, NormW, NormBias, o_c, m_n, PLACE, EPS, AFFINE, NAME,
+                                         VALUE, wide)  # fmt: skip
+                if KEEPS > 0:
+                    at = e * UNITS + (i_n % TILES) * BLOCK_N
+                    acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                p_y = Y + o_m[:, None] * Y_ROW + o_c[None, :]
+                tl.store(p_y, acc.to(Y.dtype.element_ty), mask=m_mn)
     else:
         if HAS_GATES:
             r = i_n - MEMBER_TILES
@@ -68,18 +117,30 @@ def _grouped_linear_fwd_kernel(
                                False, PRECISION, BLOCK_K)  # fmt: skip
             if HAS_GATE_BIAS:
                 logit += tl.load(GateBias + o_l, mask=m_g, other=0.0).to(wide)[None, :]
-            p_l = Logits + o_m[:, None] * LOGITS + (pick(GATE_FIRST, r) + o_g)[None, :]
+            o_l = pick(GATE_FIRST, r) + o_g
+            if GATE_KIND == "moments":
+                gate_rows = tl.minimum(B - i_m * BLOCK_M, BLOCK_M)
+                store_column_moments(logit, m_m, gate_rows, i_m, GateFirst, o_l, m_g, LOGITS)
+            elif GATE_KIND == "batch":
+                logit = finish_running(logit, GateFirst, GateSecond, GateNormW, GateNormBias, o_l, m_g, GATE_PLACE,
+                                       GATE_EPS, GATE_AFFINE, "identity", 0.0, wide)  # fmt: skip
+            p_l = Logits + o_m[:, None] * LOGITS + o_l[None, :]
             tl.store(p_l, logit, mask=m_m[:, None] & m_g[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "depth"])
 def _grouped_data_grad_kernel(
-    D, W, Kept, Out, B, depth,
+    D, W, Kept, Mean, Spread, NormW, NormBias, Seed, Out, Parts, B, depth,
     DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
-    OUT_ROW: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr,
+    OUT_ROW: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
+    NAME: tl.constexpr, VALUE: tl.constexpr,
+    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below."""
+    """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
+
+    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows.
+    """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * MEMBERS, GROUP)
@@ -94,10 +155,49 @@ def _grouped_data_grad_kernel(
     acc = accumulate(acc, p_d, p_w, depth, BLOCK_K, BLOCK_K * UNITS, m_n, DEPTH, UNITS % BLOCK_N != 0, PRECISION,
                      BLOCK_K)  # fmt: skip
     m_mn = m_m[:, None] & m_n[None, :]
-    if NAME != "identity":
+    if KEEPS > 0:
+        acc = drop(acc, Seed, o_m, e * UNITS + (i_n % TILES) * BLOCK_N, UNITS * MEMBERS, UNITS, LAYER, KEEPS, SCALE)
+    if PLACE != "none":
+        o_c = e * UNITS + o_n
+        z = tl.load(Kept + o_m[:, None] * KEPT_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
+        mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
+        norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
+        acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
+        acc = tl.where(m_m[:, None], acc, 0.0)
+        p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
+        tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
+        tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
+    elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-        acc = derive(acc, tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, VALUE)
+        acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
     tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
+
+
+END_BYTES = 256
+"""Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
+
+
+WHOLE_ROWS = 64
+"""Rows at most of a tile that does layer norm."""
+
+
+def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool, by_row: bool = False) -> Tile:
+    """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
+
+    ``has_end``: a norm or dropout follows; ``by_row``: layer norm.
+    """
+    tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
+    tile = _with_end(tile, a) if has_end else tile
+    return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
+
+
+def _with_end(tile: Tile, like: Tensor) -> Tile:
+    return tile._replace(columns=min(tile.columns, END_BYTES // like.element_size()))
+
+
+def has_whole_rows(tile: Tile, units: int) -> bool:
+    """Whether one tile has all units of a member, so that layer norm is done where they are computed."""
+    return tile.columns >= units
 
 
 def grouped_linear_fwd(
@@ -109,9 +209,12 @@ def grouped_linear_fwd(
     activation: tuple[str, float] = ("identity", 0.0),
     keep_input: bool = False,
     out: Tensor | None = None,
+    norm: Norm | None = None,
+    dropout: Dropout | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     gates: GateRuns = NO_GATES,
+    logits_norm: Norm | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -121,35 +224,50 @@ def grouped_linear_fwd(
         a: ``(B, S, K)``, rows and slots at any stride, K contiguous. B at least 1.
         weight, bias: ``(n, H, K)`` and ``(n, H)``, contiguous; weight None: no members.
         activation: name and constant, one of ``FUSED``.
-        keep_input: also return the input of the activation.
+        keep_input: also return the product itself, which norm and activation read.
         out: ``(B, n, H)``, a view into wider rows, say; default new.
+        norm: before or after the activation. With moments the product is the result, the first one, as it is. ``"row"``
+            needs a tile with all units (``has_whole_rows``), and writes its statistics where ``keep_input``.
+        dropout: after all of that.
         gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
+        logits_norm: ``"batch"`` or ``"moments"`` of the logits, ``(G,)``.
 
     Returns:
-        ``(B, n, H)``, the activation's input ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
+        ``(B, n, H)``, the product ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
         asked for.
     """
     rows, depth = a.shape[0], a.shape[2]
     y = z = logits = None
     units = members = 0
+    is_whole = norm is None or norm.kind in ("batch", "row")
+    keep_input = keep_input or not is_whole
     if weight is not None:
         members, units = weight.shape[0], weight.shape[1]
-        y = torch.empty((rows, members, units), dtype=a.dtype, device=a.device) if out is None else out
+        if is_whole:
+            y = torch.empty((rows, members, units), dtype=a.dtype, device=a.device) if out is None else out
         z = torch.empty((rows, members, units), dtype=a.dtype, device=a.device) if keep_input else None
     total = 0
     if gate_weight is not None:
         total = gate_weight.shape[0]
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
-    tile = matmul_tile("linear", a, rows, max(units, 1), max(members, 1), precision) if tile is None else tile
+    if tile is None:
+        by_row = norm is not None and norm.kind.startswith("row")
+        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
+    assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     launch(
         _grouped_linear_fwd_kernel, (programs,), tile, a.device,
-        a, weight, bias, y, z, gate_weight, gate_bias, logits, rows, depth,
+        a, weight, bias, y, z, *norm_pointers(norm), None if dropout is None else dropout.seed,
+        gate_weight, gate_bias, logits, *norm_pointers(logits_norm), rows, depth,
         depth, max(units, 1), slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0), members * units,
-        *activation, weight is not None, bias is not None, keep_input, gate_weight is not None, gate_bias is not None,
+        *activation, weight is not None, bias is not None, keep_input,
+        *norm_constants(norm), *dropout_constants(dropout), *norm_constants(logits_norm),
+        gate_weight is not None, gate_bias is not None,
         gates.slot, gates.first, gates.sizes, gate_width(gates), total,
         precision, tile.rows, tile.columns, tile.depth, tile.group,
     )  # fmt: skip
+    if not is_whole:
+        return z, None, logits
     return y, z, logits
 
 
@@ -158,27 +276,35 @@ def grouped_data_grad(
     weight: Tensor,
     *,
     kept: Tensor | None = None,
-    activation: tuple[str, float] = ("identity", 0.0),
+    end: LayerEnd = NO_END,
     precision: str = "ieee",
     tile: Tile | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """``out[:, m] = (d[:, m] @ weight[m]) f'(kept[:, m])``: gradient of the linear layer below, before its activation.
 
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads, None for identity.
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+            None for identity; with a norm the product of the layer below.
+        end: what the layer below ends in: no norm, or batch norm.
 
     Returns:
-        ``(B, n, K)``.
+        ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
+        ``batch_norm_sums``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
-    tile = matmul_tile("data_grad", d, rows, units, members, precision) if tile is None else tile
+    if tile is None:
+        tile = matmul_tile("data_grad", d, rows, units, members, precision)
+        tile = _with_end(tile, d) if end.mean is not None or end.dropout is not None else tile
+    parts = None
+    if end.mean is not None:
+        parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
     launch(
         _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
-        d, weight, kept, out, rows, depth,
-        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *activation,
+        d, weight, kept, *end.pointers, out, parts, rows, depth,
+        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *end.constants,
         precision, tile.rows, tile.columns, tile.depth, tile.group,
     )  # fmt: skip
-    return out
+    return out, parts

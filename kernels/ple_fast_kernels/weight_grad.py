@@ -166,6 +166,10 @@ class WeightGradResult(NamedTuple):
     gate_bias: Tensor | None
 
 
+GATES_ALONE = 64
+"""Units that the tile of a launch for gates alone is chosen for."""
+
+
 class _Region(NamedTuple):
     bias_at: int
     gate_at: int
@@ -189,7 +193,8 @@ def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
     gate_bias_at = gate_at + (_aligned(logits * depth) if layer.gate_weight else 0)
     size = gate_bias_at + (_aligned(logits) if layer.gate_bias else 0)
     if tile is None:
-        tile = weight_grad_tile(layer.a, rows, max(units, 1), depth, max(members, 1), precision)
+        # Gates alone have no units; with 16 rows to a tile the sums of their bias would spill.
+        tile = weight_grad_tile(layer.a, rows, units or GATES_ALONE, depth, max(members, 1), precision)
     tiles = (
         members * cdiv(units, tile.rows) * cdiv(depth, tile.columns) * layer.weight
         + len(layer.gates.slot) * cdiv(depth, tile.columns) * layer.gate_weight

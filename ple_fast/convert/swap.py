@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -329,14 +330,17 @@ def _to_original(trunk: FusedTrunk, state: dict[str, Any], prefix: str) -> None:
     record, own = _record(trunk), f"{prefix}{CHILD}."
     section = {name: state.pop(name) for name in [*state] if name.startswith(prefix)}
     parts = _by_original(record)
+    whole = Counter(piece.fused for piece in _all_pieces(record) if piece.place is ...)
     for name in record.names:
         if name in parts:
             first = parts[name][0]
-            state[prefix + name] = (
+            value = (
                 _part(section[own + first.fused], first.place)
                 if first.inside is ...
                 else _assembled(record, trunk, name, parts[name])
             )
+            # A counter that several layers share: each entry has memory of its own, or safetensors would refuse them.
+            state[prefix + name] = value.clone() if whole[first.fused] > 1 else value
         elif prefix + name in section:
             state[prefix + name] = section.pop(prefix + name)
     state.update({name: value for name, value in section.items() if not name.startswith(own)})

@@ -13,7 +13,10 @@ from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology, check_count
+from ..torch_backend.dropout import draw_seed
+from .inference import for_inference
 from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
+from .symbolic import call_module, is_symbolic
 from .unpack import unpack
 
 
@@ -129,6 +132,7 @@ class ExtractionNetwork(CheckedModule):
         self._plan = LevelPlan.build(
             topology, [(start, stop, self.expert_specs[start]) for start, stop in ranges], gate
         )
+        self._backend: Literal["torch"] | None = None
         self._drops = any(any(spec.dropout) for spec in self.expert_specs) or any(gate.dropout)
 
     @property
@@ -155,15 +159,15 @@ class ExtractionNetwork(CheckedModule):
     def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
         return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()
 
-    def _state(self, batch: int) -> LevelState:
-        """What one call on ``batch`` rows reads besides parameters; draws the dropout seed."""
+    def _state(self, batch: int, backend: str) -> LevelState:
+        """What one call on ``batch`` rows reads besides parameters; draws the dropout seed, for ``backend``."""
         stacked = self._stacked_layers()
         layers = tuple(layer.state(batch) for layer in stacked)
-        seed = None
+        seed: int | Tensor | None = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
         if drops and not must_compose(stacked[0].weight):
-            seed = int(torch.randint(2**31 - 1, (), device="cpu"))  # wherever the default device is
+            seed = draw_seed(stacked[0].weight.device, backend)
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload
@@ -188,6 +192,9 @@ class ExtractionNetwork(CheckedModule):
         Raises:
             TypeError, ValueError: an input does not fit, or batch norm in train mode got one row.
         """
+        if is_symbolic(x) or is_symbolic(gate_input):
+            traced: Tensor = call_module(self, x, gate_input, return_gates)
+            return traced
         layers, gate = self._tensors()
         y, gates = extraction_level(
             x,
@@ -200,10 +207,41 @@ class ExtractionNetwork(CheckedModule):
             gate_features=self.gate_features,
             return_gates=return_gates,
             recompute=self.recompute,
+            backend=self._backend,
         )
         if gates is None:
             return y
         return y, gates
+
+    def for_inference(self, *, plain: bool = False) -> ExtractionNetwork:
+        """A new level for deployment, in eval mode: same results as this one in eval mode, up to rounding.
+
+        Batch norm becomes part of a linear layer: of its own where it stands before the activation, of the following
+        one where it stands after. Behind the last activation of an expert, and inside dice, it stays. Nothing requires
+        a gradient, drops or recomputes, and experts that only differed in such things are one block again. Tensors are
+        copies.
+
+        Args:
+            plain: run, trace and export PyTorch's own operators, on a GPU too, whatever ``use_backend`` says.
+
+        Raises:
+            TypeError: somebody put a norm that is no batch norm in the place of ours.
+            ValueError: a batch norm keeps no running statistics.
+        """
+        made = for_inference(self)
+        fill = made.pop("fill")
+        weight = self._stacked_layers()[0].tensors().weight
+        level = ExtractionNetwork(
+            self.in_features,
+            self.topology,
+            gate_features=self.gate_features,
+            device="meta",  # nothing is drawn from the random stream; every element is written below
+            dtype=weight.dtype,
+            **made,
+        ).to_empty(device=weight.device)
+        fill(level)
+        level._backend = "torch" if plain else self._backend
+        return level.requires_grad_(False).eval()
 
     def unpack(self) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
         """Ordinary modules that compute what this level computes: the experts, and the gate of every mixture.
@@ -227,4 +265,6 @@ class ExtractionNetwork(CheckedModule):
             parts.append(f"gate_features={self.gate_features}")
         if self.recompute:
             parts.append("recompute=True")
+        if self._backend is not None:
+            parts.append("plain=True")
         return ", ".join(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
 from .layers import OffsetStart
 from .network import CheckedModule, ExtractionNetwork
+from .symbolic import fixed, is_symbolic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Units = int | Sequence[int] | Sequence[Sequence[int]]
 
@@ -97,6 +102,20 @@ class Stack(CheckedModule):
         assert isinstance(level, ExtractionNetwork)
         return level
 
+    def for_inference(self, *, plain: bool = False) -> Self:
+        """A copy for deployment, in eval mode, with every level as ``ExtractionNetwork.for_inference`` makes it.
+
+        Args:
+            plain: run, trace and export PyTorch's own operators, on a GPU too, whatever ``use_backend`` says.
+
+        Raises:
+            TypeError, ValueError: a norm cannot be served; the message names it.
+        """
+        levels: dict[int, Any] = {
+            id(level): self._level(i).for_inference(plain=plain) for i, level in enumerate(self.levels)
+        }
+        return copy.deepcopy(self, levels).requires_grad_(False).eval()
+
     def reset_parameters(self) -> None:
         """Initialise every level anew."""
         for level in self.levels:
@@ -121,27 +140,28 @@ class Stack(CheckedModule):
         Raises:
             TypeError, ValueError: the input does not fit, or batch norm in train mode got one row.
         """
-        y: Input = x
+        y: Any = x
         gates: list[list[Tensor]] = []
-        for level in self.levels:
-            assert isinstance(level, ExtractionNetwork)
+        return_gates = fixed("return_gates", return_gates, False)
+        for i in range(self.num_levels):
+            level = self._level(i)
             gate_input = self._raw(x) if level.gate_spec.input == "raw" else None
             if return_gates:
                 y, weights = level(y, gate_input, return_gates=True)
                 gates.append(weights)
             else:
                 y = level(y, gate_input)
-        assert isinstance(y, Tensor)
         out: Tensor = y
-        if not self.last_shared and out.shape[1] != self.num_tasks * self.parts:
-            out = out[:, : self.num_tasks * self.parts]
+        mixtures = self.num_tasks * self.parts
+        if not self.last_shared and self._level(-1).topology.num_mixtures != mixtures:
+            out = out[:, :mixtures]
         if self.parts > 1:
             out = out.reshape(-1, self.num_tasks, self.out_features)
         return (out, gates) if return_gates else out
 
     def _raw(self, x: Input) -> Input:
         """What gates on the raw input read. The only slot of a first level serves levels of any number of slots."""
-        if self._level(0).topology.num_slots != 1:
+        if self._level(0).topology.num_slots != 1 or is_symbolic(x):  # a trace is of one form of the input
             return x
         if isinstance(x, Tensor):
             return x[:, 0] if x.dim() == 3 else x

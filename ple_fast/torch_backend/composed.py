@@ -40,7 +40,16 @@ def level(
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
     weights = gates.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
-    return gates.combine(weights, h), gates.listed_weights(plan, weights)
+    return _mix(weights, h), gates.listed_weights(plan, weights)
+
+
+def _mix(weights: Tensor, h: Tensor) -> Tensor:
+    """``gate_combine.combine``, in the form that suits who reads the program."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # A sum fuses with what stands around it. A product of small matrices does not, and the template that
+        # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
+        return (weights.unsqueeze(3) * h.to(weights.dtype).unsqueeze(1)).sum(2).to(h.dtype)
+    return gates.combine(weights, h)
 
 
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +112,7 @@ def _after_linear(
     spec: LayerSpec,
     tensor: LayerTensors,
     state: LayerState,
-    seed: int | None,
+    seed: int | Tensor | None,
     position: int,
     moves_statistics: bool,
 ) -> Tensor:

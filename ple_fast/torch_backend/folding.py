@@ -1,4 +1,4 @@
-"""Inference: batch norm on running statistics goes into weight and bias of the linear layer beside it."""
+"""Batch norm in eval mode is ``scale z + shift`` per feature: here it becomes part of a linear layer beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from torch import Tensor
 
 from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, NormState
 from .norms import BatchNormSaved, batch_norm_coefficients
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The factor and the summand of a batch norm with running statistics ``mean`` and ``var``, all ``(features,)``."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def fold_output(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``scale (weight x + bias) + shift``: ``(..., H, K)``, the others ``(..., H)``."""
+    return weight * scale.unsqueeze(-1), shift if bias is None else bias * scale + shift
+
+
+def fold_input(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``weight (scale x + shift) + bias``: ``(..., H, K)``, ``(..., H)``, ``(..., K)`` others."""
+    constant = (weight @ shift.unsqueeze(-1)).squeeze(-1)
+    return weight * scale.unsqueeze(-2), constant if bias is None else bias + constant
 
 
 def fold_norms(
@@ -33,13 +55,15 @@ def fold_norms(
                 continue
             scale, shift = _coefficients(folded[i].norm_weight, folded[i].norm_bias, norm)
             shape = folded[i].weight.shape[:2]
-            fold = _fold_into_next if after else _fold
+            fold = fold_input if after else fold_output
             weight, bias = fold(target.weight, target.bias, scale.view(shape), shift.view(shape))
             folded[i + after] = target._replace(weight=weight, bias=bias)
             states[i] = LayerState(None, states[i].dice, states[i].dropout)
     if gate.weight is not None and _is_affine(state.gate_norm) and _pays(gate.weight, rows):
         assert state.gate_norm is not None
-        weight, bias = _fold(gate.weight, gate.bias, *_coefficients(gate.norm_weight, gate.norm_bias, state.gate_norm))
+        weight, bias = fold_output(
+            gate.weight, gate.bias, *_coefficients(gate.norm_weight, gate.norm_bias, state.gate_norm)
+        )
         gate, state = gate._replace(weight=weight, bias=bias), state._replace(gate_norm=None)
     return folded, gate, state._replace(layers=tuple(states))
 
@@ -56,14 +80,3 @@ def _pays(weight: Tensor, rows: int) -> bool:
 
 def _coefficients(weight: Tensor | None, bias: Tensor | None, norm: NormState) -> tuple[Tensor, Tensor]:
     return batch_norm_coefficients(weight, bias, norm, BatchNormSaved(norm.running_mean, norm.running_var))
-
-
-def _fold(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """``scale (x weight^T + bias) + shift`` as one layer: scale and shift ``(..., H)``, weight ``(..., H, K)``."""
-    return weight * scale.unsqueeze(-1), shift if bias is None else torch.addcmul(shift, bias, scale)
-
-
-def _fold_into_next(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """``(scale x + shift) weight^T + bias`` as one layer: scale and shift ``(n, K)``, weight ``(n, H, K)``."""
-    constant = torch.bmm(weight, shift.unsqueeze(-1)).squeeze(-1)
-    return weight * scale.unsqueeze(1), constant if bias is None else constant.add_(bias)

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ple_fast_kernels import gate_combine_bwd, grouped_data_grad, grouped_input_grad
+from ple_fast_kernels import NO_END, LayerEnd, gate_combine_bwd, grouped_data_grad, grouped_input_grad
 
 from ..plan import MLPPlan
-from ..torch_backend.activations import activation_backward
 from ..torch_backend.gate_combine import index_of
 from ..torch_backend.level import BlockKept, layers_of
-from ..torch_backend.mlp import LayerKept, LayerNeeds, accumulate, after_linear_backward
-from ..torch_backend.norms import BatchNormSaved, batch_norm_backward
+from ..torch_backend.mlp import LayerKept, LayerNeeds, after_linear_backward
 from .gradients import InputGrads, WeightGrads
-from .run import IDENTITY, Run, in_epilogue
+from .norms import at_norm, dropout_of, end_backward, end_of, from_sums, logits_norm_of, norm_of
+from .run import IDENTITY, Run, in_epilogue, in_kernels
 from .wiring import Source, columns_of, offset_columns, readers_of
 
 
@@ -32,11 +31,10 @@ class BackwardRun(Run):
         out = InputGrads(self)
         weights = WeightGrads(self, grads)
         last = plan.blocks[0].layers[-1]
-        in_combine = (
-            len(plan.blocks) == 1
-            and last.activation.name != "identity"
-            and in_epilogue(last, inputs.state.layers[plan.blocks[0].position + len(plan.blocks[0].layers) - 1])
-        )
+        number = plan.blocks[0].position + len(plan.blocks[0].layers) - 1
+        last_state = inputs.state.layers[number]
+        in_combine = len(plan.blocks) == 1 and in_epilogue(last, last_state) and last_state.norm is None
+        goes_on = in_combine and needs.experts
         p = kept.gated
         dh = dl = None
         if p is not None:
@@ -48,8 +46,10 @@ class BackwardRun(Run):
                 self.mixtures,
                 last.units,
                 inputs.layers[0].weight.dtype,
-                kept=kept.mlps[0][-1].act if in_combine and needs.experts else None,
-                activation=(last.activation[0], last.activation[1]) if in_combine and needs.experts else IDENTITY,
+                end=self._deferred_end(kept),
+                kept=kept.mlps[0][-1].act if goes_on else None,
+                activation=(last.activation[0], last.activation[1]) if goes_on else IDENTITY,
+                dropout=dropout_of(last_state, inputs.state.seed, number) if goes_on else None,
                 offset=self.offset,
                 temperature=plan.gate_spec.temperature,
                 experts_grad=needs.experts,
@@ -87,6 +87,25 @@ class BackwardRun(Run):
         dx, dgate_x = out.finish()
         return dx, dgate_x, [grad for row in grads for grad in row]
 
+    def _deferred_end(self, kept: BlockKept) -> LayerEnd:
+        """What the mixtures did of the experts' last layer."""
+        block = self.plan.blocks[0]
+        if not self.defers_end(block):
+            return NO_END
+        return self._end(block, len(block.layers) - 1, kept.mlps[0][-1])
+
+    def _end(self, mlp: MLPPlan, i: int, keep: LayerKept) -> LayerEnd:
+        """What layer ``i`` ends in."""
+        number = mlp.position + i
+        spec, state = mlp.layers[i], self.inputs.state.layers[number]
+        return end_of(
+            norm_of(spec, self.inputs.layers[number], state),
+            (spec.activation[0], spec.activation[1]),
+            dropout_of(state, self.inputs.state.seed, number),
+            keep.mean,
+            keep.var,
+        )
+
     def _offset_grad_alone(self, kept: BlockKept, dy: Tensor | None, dlisted: Tensor | None) -> Tensor:
         """Gradient of the learned scalars where neither experts nor gates take part."""
         assert self.inputs.gate.offset is not None
@@ -99,7 +118,8 @@ class BackwardRun(Run):
                 device=dy.device,
             )
             _, dp, _ = gate_combine_bwd(
-                dy.contiguous(), None, kept.h, ones, self.mixtures, dy.shape[2], dy.dtype, offset=self.offset,
+                dy.contiguous(), None, kept.h, ones, self.mixtures, dy.shape[2], dy.dtype,
+                end=self._deferred_end(kept), offset=self.offset,
                 experts_grad=False, weights_grad=True, logits_grad=False,
             )  # fmt: skip
             assert dp is not None
@@ -110,17 +130,15 @@ class BackwardRun(Run):
 
     def _logits_backward(self, kept: BlockKept, dl: Tensor, own: list[Tensor | None]) -> Tensor:
         """Backward of the norm of the logits."""
-        norm, gate, needs = self.inputs.state.gate_norm, self.inputs.gate, self.needs
+        norm, needs = logits_norm_of(self.inputs.gate, self.inputs.state.gate_norm), self.needs
         if norm is None:
             return dl
         assert kept.logits is not None
-        d, dw, db = batch_norm_backward(
-            dl.unsqueeze(1), kept.logits, gate.norm_weight, norm, BatchNormSaved(kept.mean, kept.var),
+        d = end_backward(
+            dl.unsqueeze(1), kept.logits.unsqueeze(1), norm, end_of(norm, IDENTITY, None, kept.mean, kept.var), own,
             affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
         )  # fmt: skip
-        accumulate(own, 2, dw)
-        accumulate(own, 3, db)
-        return d.squeeze(1).contiguous()
+        return d.squeeze(1)
 
     def _gate_backward(
         self,
@@ -183,20 +201,26 @@ class BackwardRun(Run):
         part = layers_of(self.inputs, mlp)
         tensors, states = self.inputs.layers[part], self.inputs.state.layers[part]
         seed = self.inputs.state.seed
+        parts: Tensor | None = None
         for i in range(len(mlp.layers) - 1, -1, -1):
             spec, tensor, state, need, keep = mlp.layers[i], tensors[i], states[i], needs[i], kept[i]
             if not need.output:
                 return
             own = grads[mlp.position + i]
-            if not is_done:
+            affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
+            if parts is not None:
+                norm = norm_of(spec, tensor, state)
+                assert norm is not None and keep.normed is not None
+                d = from_sums(d, keep.normed, parts, norm, at_norm(self._end(mlp, i, keep)), own, affine=affine)
+                parts = None
+            elif not is_done and in_kernels(spec, state):
+                norm = norm_of(spec, tensor, state)
+                read = keep.act if norm is None else keep.normed
+                d = end_backward(d, read, norm, self._end(mlp, i, keep), own, affine=affine)
+            elif not is_done:
                 d = d.contiguous()
-                if in_epilogue(spec, state):
-                    if spec.activation.name != "identity":
-                        assert keep.act is not None
-                        activation_backward(d, keep.act, spec.activation, None, slope_grad=False)
-                else:
-                    d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
-                    d = d.contiguous()
+                d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
+                d = d.contiguous()
             columns = columns_of(mlp.slots, source.columns) if i == 0 else tuple(range(len(mlp.slots)))
             a = source.tensor if i == 0 else keep.a
             weights.add(mlp.position + i, tensor, need, a, d, columns, beside if i == 0 else None)
@@ -208,13 +232,12 @@ class BackwardRun(Run):
                 out.add(source, d, weight, readers, beside)
                 return
             below, below_state = mlp.layers[i - 1], states[i - 1]
-            is_done = in_epilogue(below, below_state) and below.activation.name != "identity"
-            activation = below.activation if is_done else IDENTITY
-            d = grouped_data_grad(
+            is_done = in_epilogue(below, below_state)
+            kept_below = kept[i - 1]
+            d, parts = grouped_data_grad(
                 d,
                 weight,
-                kept=kept[i - 1].act if is_done else None,
-                activation=(activation[0], activation[1]),
+                kept=(kept_below.act if below_state.norm is None else kept_below.normed) if is_done else None,
+                end=self._end(mlp, i - 1, kept_below) if is_done else NO_END,
                 precision=self.precision,
             )
-            is_done = is_done or (in_epilogue(below, below_state) and below.activation.name == "identity")

@@ -6,6 +6,7 @@ from enum import Enum
 
 from ple_fast_kernels import FUSED, fused_tile, fused_width
 
+from ..plan import NormState
 from ..torch_backend.level import LevelInput
 from .wiring import Source, matmul_precision, mixtures_of
 
@@ -27,10 +28,15 @@ SMALL_HIDDEN = 128
 SMALL_ROWS = 8192
 
 
+def _folds(norm: NormState | None, *, keeps: bool) -> bool:
+    """Whether a norm is a factor and a summand of a product: batch norm by running statistics, in inference."""
+    return norm is None or (norm.kind == "batch" and not norm.batch and not keeps)
+
+
 def can_fuse(inputs: LevelInput, fusion: Fusion, x: Source, gates_beside_experts: bool, *, keeps: bool) -> bool:
-    """Whether the kernel serves this level: one block, plain gates, nothing between a product and its activation."""
+    """Whether the kernel serves this level: one block, plain gates, no norm or dropout that does not fold away."""
     plan, state = inputs.plan, inputs.state
-    if len(plan.blocks) > 1 or state.gate_norm is not None:
+    if len(plan.blocks) > 1 or not _folds(state.gate_norm, keeps=keeps):
         return False
     if plan.gate.slots and not gates_beside_experts:
         return False
@@ -38,7 +44,9 @@ def can_fuse(inputs: LevelInput, fusion: Fusion, x: Source, gates_beside_experts
     layers = len(block.layers)
     states = state.layers[block.position : block.position + layers]
     for spec, own in zip(block.layers, states, strict=True):
-        if own.norm is not None or own.dice is not None or own.dropout or spec.activation.name not in FUSED:
+        if own.dice is not None or own.dropout or spec.activation.name not in FUSED:
+            return False
+        if not _folds(own.norm, keeps=keeps):
             return False
     if fusion is Fusion.LEVEL and layers != 1:
         return False

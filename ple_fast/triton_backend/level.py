@@ -1,7 +1,7 @@
 """A whole extraction network in Triton kernels, forward and backward: the twin of ``torch_backend/level.py``.
 
-One layer is one launch for all experts of a block. A layer with a norm, dropout, or an activation with learned
-parameters runs those in PyTorch's operators between two launches.
+One layer is one launch for all experts of a block, activation and dropout included; ``norms.py`` says what a norm adds.
+A layer whose activation has learned parameters runs what follows its product in PyTorch's operators.
 """
 
 from __future__ import annotations

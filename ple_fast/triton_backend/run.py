@@ -14,9 +14,14 @@ from .wiring import columns_of, gate_runs, matmul_precision, mixtures_of, source
 IDENTITY = ("identity", 0.0)
 
 
+def in_kernels(spec: LayerSpec, state: LayerState) -> bool:
+    """Whether kernels do all that follows the product; else PyTorch's operators do, between two launches."""
+    return state.dice is None and spec.activation.name in FUSED
+
+
 def in_epilogue(spec: LayerSpec, state: LayerState) -> bool:
-    """Whether the kernel of the product does all that follows it."""
-    return state.norm is None and state.dice is None and not state.dropout and spec.activation.name in FUSED
+    """Whether the kernel that brings the gradient of the layer's output goes on: to the product, or to batch norm."""
+    return in_kernels(spec, state) and (state.norm is None or state.norm.kind == "batch")
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -38,6 +43,14 @@ class Run:
         self.runs = gate_runs(inputs.plan, columns) if gate.slots else NO_GATES
         self.gates_beside_experts = bool(gate.slots) and not gate.layers and self.gate_x is self.x
         self.offset = dense(inputs.gate.offset)
+
+    def defers_end(self, mlp: MLPPlan) -> bool:
+        """Whether the mixtures do norm, activation and dropout of the experts' last layer as they load its product."""
+        if len(self.plan.blocks) > 1 or mlp is not self.plan.blocks[0]:
+            return False
+        spec, state = mlp.layers[-1], self.inputs.state.layers[mlp.position + len(mlp.layers) - 1]
+        norm = state.norm
+        return in_kernels(spec, state) and norm is not None and norm.kind == "batch" and norm.batch
 
     def block_rows(self, block: MLPPlan) -> slice:
         return slice(block.start, block.start + len(block.slots))

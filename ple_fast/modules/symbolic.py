@@ -1,0 +1,45 @@
+"""What the modules are to ``torch.fx.symbolic_trace``: a level is one node that calls the module."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+
+def is_symbolic(x: object) -> bool:
+    """Whether a symbolic trace stands in the place of a tensor, or of a tensor in a list."""
+    return isinstance(x, Proxy) or (isinstance(x, (list, tuple)) and any(isinstance(entry, Proxy) for entry in x))
+
+
+def call_module(level: nn.Module, x: Any, gate_input: Any, return_gates: bool) -> Any:
+    """The node that calls ``level`` in the graph that is being traced.
+
+    Raises:
+        ValueError: the level is what is traced, and a graph cannot call its own module.
+    """
+    proxy = next(entry for entry in (x, gate_input, *_entries(x), *_entries(gate_input)) if isinstance(entry, Proxy))
+    path = proxy.tracer.path_of_module(level)  # type: ignore[attr-defined]  # a Tracer, since it calls a module
+    if not path:
+        raise ValueError(
+            "torch.fx: expected a module that holds this level, because a level is one call of its module in a graph; "
+            "trace PLE.from_levels([level]), torch.nn.Sequential(level) or your model"
+        )
+    options = {"return_gates": True} if return_gates else {}
+    return proxy.tracer.create_proxy("call_module", path, (x, gate_input), options)
+
+
+def fixed(name: str, flag: Any, value: bool) -> bool:
+    """``flag`` itself; in a trace ``value``, and the graph refuses any other."""
+    if isinstance(flag, Proxy):
+        why = f"{name}: this graph was traced for {value}; trace again with concrete_args={{{name!r}: {not value}}}"
+        flag.tracer.create_proxy("call_function", torch._assert, (operator.eq(flag, value), why), {})
+        return value
+    return bool(flag)
+
+
+def _entries(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, (list, tuple)) else ()
