@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -41,7 +40,13 @@ def run_document(name: str) -> tuple[dict[str, Any], list[str]]:
     """What the snippets of a document leave behind, and the lines that they print."""
     torch.manual_seed(0)
     scope: dict[str, Any] = {"__name__": "__snippets__"}
-    with redirect_stdout(io.StringIO()) as out, patch.dict(sys.modules, _modules()):
-        for snippet in SNIPPET.findall((ROOT / name).read_text(encoding="utf-8")):
-            exec(compile(snippet, name, "exec"), scope)
+    stand_ins = _modules()
+    sys.modules.update(stand_ins)
+    try:
+        with redirect_stdout(io.StringIO()) as out:
+            for snippet in SNIPPET.findall((ROOT / name).read_text(encoding="utf-8")):
+                exec(compile(snippet, name, "exec"), scope)
+    finally:  # these alone: what a snippet imports besides stays imported
+        for module in stand_ins:
+            del sys.modules[module]
     return scope, out.getvalue().splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from .pieces import LevelSource
 from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
 from .swap import CHILD
-from .trees import Library, PlainLevel, tree
+from .trees import Library, PlainLevel, tree, zeroed
 from .wiring import ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "identity", "prelu")
@@ -225,15 +224,6 @@ def _check_layers(layers: Sequence[PlainLayer]) -> None:
             LIBRARY.cannot("all its experts and gates have the same activation, norm and dropout")
 
 
-def _blank(module: nn.Module) -> nn.Module:
-    """A copy with zeros."""
-    made = copy.deepcopy(module)
-    with torch.no_grad():
-        for tensor in [*made.parameters(), *made.buffers()]:
-            tensor.zero_()
-    return made
-
-
 def _write(levels: list[PlainLevel]) -> nn.Module:
     _check_layers([x for _, experts, gates in levels for stack in experts for x in stack] + [
         x for _, _, gates in levels for gate in gates for x in gate.layers[:-1]
@@ -259,15 +249,15 @@ def _write(levels: list[PlainLevel]) -> nn.Module:
                 LIBRARY.cannot("its gates end in a linear layer without bias, norm and temperature")
         trees = [_dnn_tree(expert) for expert in experts]
         lists["specific_experts"].append([trees[t * own : (t + 1) * own] for t in range(tasks)])
-        dead = [_blank(trees[0]) for _ in range(own - shared)]
+        dead = [zeroed(trees[0]) for _ in range(own - shared)]
         lists["shared_experts"].append([[*trees[tasks * own :], *dead]])
         ends: list[nn.Module] = [gate.layers[-1].linear for gate in gates]
         bodies = [_dnn_tree(gate.layers[:-1]) for gate in gates if len(gate.layers) > 1]
         if is_last:  # it has a shared gate there, too, which nothing reads
             like = gates[0].layers[-1].linear
             last = nn.Linear(like.in_features, len(experts), bias=False, device=like.weight.device)
-            ends.append(_blank(last.to(like.weight.dtype)))
-            bodies += [_blank(bodies[0])] if bodies else []
+            ends.append(zeroed(last.to(like.weight.dtype)))
+            bodies += [zeroed(bodies[0])] if bodies else []
         lists["specific_gate_dnn_final_layer"].append(ends[:tasks])
         lists["shared_gate_dnn_final_layer"].append(ends[tasks])
         if bodies:

@@ -36,6 +36,6 @@ def ple_wiring(
 
 
 def mixtures(level: Any, x: Any) -> list[Tensor]:
-    """The mixtures ``(B, H)`` of a level one by one, also where torch.fx traces it as a leaf."""
+    """The mixtures ``(B, H)`` of a level one by one; by index, because torch.fx does not iterate."""
     rows = level(x).unbind(1)
     return [rows[o] for o in range(level.topology.num_mixtures)]
