@@ -340,6 +340,18 @@ def test_the_table_of_norms_says_what_the_results_say() -> None:
     assert report.quoted(report.with_block(page, block)) == block
 
 
+def test_the_page_on_performance_quotes_the_committed_norms() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    norms = report.load(ROOT / "benchmarks" / "results" / machine)["norms"]
+    assert report.quoted(report.NORMS_PAGE.read_text(encoding="utf-8")) == report.norms_block(machine, norms), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    cases = [(peer, ours, *case) for peer, ours in NORM_PAIRS for case in HEAD_TO_HEAD]
+    assert [(e["peer"], e["ours"], e["mode"], e["batch"]) for e in norms["results"]] == cases
+    assert all(entry["rounds"] >= 15 for entry in norms["results"])
+    assert {entry["contestant"] for entry in norms["saved"]} == {name for pair in NORM_PAIRS for name in pair}
+
+
 @pytest.mark.parametrize(("peer", "ours"), NORM_PAIRS)
 def test_ours_with_norms_or_dropout_saves_less_than_the_peer(peer: str, ours: str) -> None:
     config = SIZES["cpu"].at(512)
