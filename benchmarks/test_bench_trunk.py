@@ -30,7 +30,9 @@ def _backend(name: str) -> str:
         return "torch"
     from ple_fast.backend import last_backend
 
-    return str(last_backend())
+    choice = last_backend()
+    assert choice is not None
+    return choice.name
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -153,6 +153,43 @@ def prove_checkpoints(case: Case) -> None:
     assert any("ple_fast" in name for name in by_our_names.state_dict())
     fused.load_state_dict(by_our_names.state_dict())
     assert_same_state(fused, original)
+
+
+def prove_both_ways(
+    case: Case,
+    from_theirs: Callable[..., nn.Module],
+    to_theirs: Callable[..., nn.Module],
+    roots: tuple[str, ...],
+    *,
+    prefix: str = "",
+    unread: Collection[str] = (),
+) -> None:
+    """Modules and checkpoints go both ways bit for bit.
+
+    Args:
+        roots: how the names of a trunk's tensors begin; ``prefix``: what stands before them in the model.
+        unread: names of those that the library never reads: a tree has zeros there, and a target keeps its own.
+    """
+    model = shaken(case.make())
+    ours = from_theirs(model)
+    theirs = {
+        name.removeprefix(prefix): value
+        for name, value in model.state_dict().items()
+        if name.removeprefix(prefix).startswith(roots)
+    }
+    tree = to_theirs(ours).state_dict()
+    assert list(tree) == list(theirs)
+    assert all(torch.equal(tree[name], value) for name, value in theirs.items() if name not in unread)
+    assert not any(tree[name].any() for name in unread)
+    target = case.make()
+    before = copy.deepcopy(target.state_dict())
+    assert to_theirs(ours, target) is target
+    for name, value in theirs.items():
+        expected = before[prefix + name] if name in unread else value
+        assert torch.equal(target.state_dict()[prefix + name], expected), name
+    blank = from_theirs(case.make())
+    prefixed = {f"model.{name}": value for name, value in model.state_dict().items()}
+    assert_same_state(from_theirs(prefixed, like=blank, prefix=f"model.{prefix}"), ours)
 
 
 def rolled(value: Any, rows: int) -> Any:

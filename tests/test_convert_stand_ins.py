@@ -11,7 +11,13 @@ import torch
 
 from ple_fast import convert
 from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
-from tests.swap_proof import Case, assert_same_state, prove_checkpoints, prove_results, prove_training, shaken
+from tests.swap_proof import (
+    Case,
+    prove_both_ways,
+    prove_checkpoints,
+    prove_results,
+    prove_training,
+)
 
 
 class Library(NamedTuple):
@@ -106,27 +112,8 @@ def test_same_loss_curve_of_others(case: Case, dtype: torch.dtype) -> None:
     ids=lambda x: x.name if isinstance(x, Case) else x.from_theirs.__name__,
 )
 def test_modules_and_checkpoints_go_both_ways_bit_for_bit(library: Library, case: Case) -> None:
-    model = shaken(case.make())
-    ple = library.from_theirs(model)
-    prefix = library.prefix
-    theirs = {
-        name.removeprefix(prefix): value
-        for name, value in model.state_dict().items()
-        if name.removeprefix(prefix).startswith(library.roots)
-    }
-    tree = library.to_theirs(ple)
-    ours = tree.state_dict()
-    assert list(ours) == list(theirs)
-    unread = {name for name in ours if name.startswith(library.unread(model))}
-    assert bool(unread) == (library.unread(model) != ())
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items() if name not in unread)
-    assert not any(ours[name].any() for name in unread)
-    target, before = case.make(), case.make()
-    target.load_state_dict(before.state_dict())
-    assert library.to_theirs(ple, target) is target
-    for name, value in theirs.items():
-        expected = before.state_dict()[prefix + name] if name in unread else value
-        assert torch.equal(target.state_dict()[prefix + name], expected)
-    blank = library.from_theirs(case.make())
-    prefixed = {f"model.{name}": value for name, value in model.state_dict().items()}
-    assert_same_state(library.from_theirs(prefixed, like=blank, prefix=f"model.{prefix}"), ple)
+    roots = library.unread(model := case.make())
+    names = [name.removeprefix(library.prefix) for name in model.state_dict()]
+    unread = {name for name in names if name.startswith(roots)}
+    assert bool(unread) == (roots != ())
+    prove_both_ways(case, library.from_theirs, library.to_theirs, library.roots, prefix=library.prefix, unread=unread)

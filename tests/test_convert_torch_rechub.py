@@ -21,7 +21,7 @@ from tests.swap_proof import (
     ROWS,
     Case,
     accelerated,
-    assert_same_state,
+    prove_both_ways,
     prove_checkpoints,
     prove_results,
     prove_training,
@@ -95,18 +95,7 @@ def test_same_loss_curve(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_modules_and_checkpoints_go_both_ways_bit_for_bit(case: Case) -> None:
-    model = shaken(case.make())
-    ple = from_torch_rechub(model)
-    theirs = {name: value for name, value in model.state_dict().items() if name.startswith("cgc_layers")}
-    ours = to_torch_rechub(ple).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    target = case.make()
-    assert to_torch_rechub(ple, target) is target
-    assert all(torch.equal(target.state_dict()[name], value) for name, value in theirs.items())
-    blank = from_torch_rechub(case.make())
-    prefixed = {f"model.{name}": value for name, value in model.state_dict().items()}
-    assert_same_state(from_torch_rechub(prefixed, like=blank, prefix="model."), ple)
+    prove_both_ways(case, from_torch_rechub, to_torch_rechub, ("cgc_layers",))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from ple_fast import GateSpec, MLPSpec
 from ple_fast.torch_backend.dropout import keep_mask
-from tests.helpers import TOPOLOGIES, level, saved_bytes
+from tests.helpers import TOPOLOGIES, assert_derivatives_agree, level, saved_bytes
 
 WORD = (1 << 64) - 1
 
@@ -94,11 +94,4 @@ def test_every_make_up_has_the_gradient_of_the_mask_that_it_used(
     spec = MLPSpec((6, 4), activation, norm=norm, norm_position=position, dropout=(0.5, 0.3))
     module = level(TOPOLOGIES["ple-last"], spec, GateSpec((5,), activation, norm, dropout=0.4))
     x = torch.randn(40, 7, dtype=torch.float64)
-    own = x.clone().requires_grad_()
-    y = module(own)
-    dy = torch.randn_like(y)
-    leaves = [own, *module.parameters()]
-    by_hand = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    composed = torch.autograd.grad(y, leaves, dy, create_graph=True)
-    for a, b in zip(by_hand, composed, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert_derivatives_agree(module, x, 1e-10)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
 from ple_fast.torch_backend.dropout import draw_seed
 from ple_fast_kernels import launches
-from tests.helpers import TOPOLOGIES, level, saved_bytes
+from tests.helpers import TOPOLOGIES, assert_derivatives_agree, level, saved_bytes
 from tests.test_triton_autograd import assert_equal_outcomes, counted, everything, input_of, outcome
 
 SMALL = TOPOLOGIES["no-own-expert"]
@@ -161,14 +161,7 @@ def test_states_of_a_batch_norm(state: str, device: torch.device) -> None:
 def test_second_derivatives_see_the_same_mask(name: str, recompute: bool, device: torch.device) -> None:
     """They go through the composed level, which draws the mask from the kernels' seed with PyTorch's operators."""
     module = level(SMALL, SPECS[name], recompute=recompute).to(device).train()
-    x = input_of(module, device).requires_grad_()
-    y = module(x)
-    dy = torch.randn_like(y)
-    leaves = [x, *module.parameters()]
-    by_hand = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    composed = torch.autograd.grad(y, leaves, dy, create_graph=True)
-    for a, b in zip(by_hand, composed, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_derivatives_agree(module, input_of(module, device), 1e-9)
 
 
 def test_masks_differ_from_step_to_step_and_follow_the_generator(device: torch.device) -> None:

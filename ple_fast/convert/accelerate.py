@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .moves import Move, check_optimizers, holders, move_gradients, ordered_groups, references, remap, settle
+from .moves import (
+    Move,
+    by_new,
+    bystanders,
+    check_optimizers,
+    holders,
+    move_gradients,
+    ordered_groups,
+    references,
+    remap,
+    settle,
+)
 from .registry import Converter, converter_named, find
 from .swap import (
     CHILD,
@@ -119,7 +130,8 @@ def accelerate(
     if state_dict not in ("original", "fused"):
         raise ValueError(f'state_dict: expected "original" or "fused", got {state_dict!r}')
     given = _optimizers(optimizers)
-    _check_unwrapped(model)
+    recorders, wrappers = bystanders()
+    _check_unwrapped(model, wrappers)
     plans, left = _plans(model, state_dict)
     if strict and left:
         raise ValueError("accelerate(strict=True): nothing was replaced, because this would be left:\n" + "\n".join(
@@ -127,7 +139,7 @@ def accelerate(
     sites = [plan.site for plan in plans]
     moves = [move for site in sites for move in site.moves]
     renewed = _renewed(sites)
-    _check_holders(sites, renewed, model, moves, given)
+    _check_holders(sites, renewed, model, moves, recorders, given)
     check_optimizers(given, moves)
     move_gradients(moves)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -160,7 +172,8 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     given = _optimizers(optimizers)
-    _check_unwrapped(model)
+    recorders, wrappers = bystanders()
+    _check_unwrapped(model, wrappers)
     sites = [
         _Site(path, module, converter_named(module._converter), materialise(module))
         for path, module in model.named_modules()
@@ -169,7 +182,7 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
     moves = [move for site in sites for move in site.moves]
     try:
         renewed = _renewed(sites)
-        _check_holders(sites, renewed, model, moves, given)
+        _check_holders(sites, renewed, model, moves, recorders, given)
         check_optimizers(given, moves)
         move_gradients(moves)
     except ValueError:
@@ -196,15 +209,11 @@ def _optimizers(optimizers: Any) -> list[Optimizer]:
     return list(optimizers)
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def _check_unwrapped(model: nn.Module, wrappers: Sequence[DistributedDataParallel]) -> None:
     """The model is not yet wrapped for distributed training, from within or from without."""
     inside = {id(module) for module in model.modules()}
     kinds = {type(module) for module in model.modules()}
-    kinds |= {
-        type(found)
-        for found in gc.get_objects()
-        if type(found).__name__ == "DistributedDataParallel" and id(getattr(found, "module", None)) in inside
-    }
+    kinds |= {type(found) for found in wrappers if id(getattr(found, "module", None)) in inside}
     wrapped = sorted({cls.__name__ for kind in kinds for cls in kind.__mro__ if cls.__name__ in WRAPPERS})
     if wrapped:
         raise ValueError(
@@ -316,11 +325,12 @@ def _check_holders(
     attributes: Sequence[dict[str, Any]],
     model: nn.Module,
     moves: Sequence[Move],
+    recorders: Sequence[Optimizer],
     given: Sequence[Optimizer],
 ) -> None:
     """Nobody keeps parameters that are about to be replaced, but who is renewed with them."""
     olds = [move.old for move in moves]
-    found = holders(olds, given)
+    found = holders(recorders, olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
         own = [
@@ -347,9 +357,9 @@ def _check_holders(
 
 def _report(plans: Sequence[_Plan], names: dict[int, str], model: nn.Module, left: Sequence[Left]) -> Report:
     """``names``: of the old parameters in the model."""
-    held: dict[int, list[str]] = {}
-    for move in (move for plan in plans for move in plan.site.moves):
-        held.setdefault(id(move.new), []).append(names[id(move.old)])
+    held = {
+        id(group[0].new): [names[id(move.old)] for move in group] for plan in plans for group in by_new(plan.site.moves)
+    }
     parameters = {name: tuple(dict.fromkeys(held[id(p)])) for name, p in model.named_parameters() if id(p) in held}
     replaced = []
     for site, trunk in plans:

@@ -71,20 +71,13 @@ def _forward_raw(self: Any, input: Tensor) -> Tensor:
     return x
 
 
-def _unit_experts(counts: Sequence[int]) -> list[tuple[int, ...]]:
-    """The experts of each unit: a task, or what is shared."""
-    starts = [sum(counts[:u]) for u in range(len(counts))]
-    return [tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
-
-
-def _adatt_wiring(counts: Sequence[int], mixtures: int, *, residual: bool) -> Topology:
-    """A level in which every mixture weighs all experts, and adds scalars to the weights of its unit's own ones."""
-    units, every = _unit_experts(counts), tuple(range(sum(counts)))
-    offsets = tuple(tuple(residual and e in units[o] for e in every) for o in range(mixtures))
+def _adatt_wiring(num_tasks: int, counts: Sequence[int], mixtures: int, *, residual: bool) -> Topology:
+    """A level in which every mixture weighs all experts, of ``counts`` per unit: a task, or what is shared."""
+    if residual:
+        return Topology.adatt(num_tasks, counts[:num_tasks], sum(counts[num_tasks:]), last=mixtures == num_tasks)
     slots = tuple(u for u, count in enumerate(counts) for _ in range(count))
-    return Topology(
-        slots, tuple(range(mixtures)), (every,) * mixtures, mixture_offset=offsets, num_slots=len(counts)
-    )  # fmt: skip
+    every = tuple(range(len(slots)))
+    return Topology(slots, tuple(range(mixtures)), (every,) * mixtures, num_slots=len(counts))
 
 
 class _AdaTTConverter(Converter):
@@ -152,7 +145,7 @@ class AdaTTSpConverter(_AdaTTConverter):
     def read(self, site: Any) -> list[LevelSource]:
         counts, residual, found = self.counts(site), site.self_exp_res_connect, []
         for i, (experts, gates) in enumerate(zip(site.experts, site.gate_weights, strict=True)):
-            topology = _adatt_wiring(counts, len(gates), residual=residual)
+            topology = _adatt_wiring(site.num_tasks, counts, len(gates), residual=residual)
             stacks: list[Any] = list(gates)
             offsets: dict[int, tuple[str, Index]] = {}
             assert topology.mixture_offset is not None
@@ -199,13 +192,12 @@ class MLMMoEConverter(_AdaTTConverter):
 
     def read(self, site: Any) -> list[LevelSource]:
         found: list[LevelSource] = []
-        for experts, gates in zip(site.experts, site.gates, strict=True):
-            every = tuple(range(len(experts)))
-            slots = every if found else (0,) * len(every)
-            topology = Topology(slots, (0,) * len(gates), (every,) * len(gates))
+        tasks, last = len(site.gates[-1]), len(site.experts) - 1
+        for i, (experts, gates) in enumerate(zip(site.experts, site.gates, strict=True)):
+            topology = Topology.ml_mmoe(tasks, len(experts), first=i == 0, last=i == last)
             stacks = [[gate[0].mlp_net, gate[1], gate[2]] for gate in gates]
             found.append(
-                LevelSource(topology, _stacks(experts), stacks, gate_input="raw" if found else "previous")
+                LevelSource(topology, _stacks(experts), stacks, gate_input="raw" if i else "previous")
             )  # fmt: skip
         return found
 

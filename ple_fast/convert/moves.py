@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 Index = int | slice | EllipsisType
@@ -28,14 +29,43 @@ class Move(NamedTuple):
     new_place: Index
 
 
-def holders(parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]) -> list[Optimizer]:
-    """Optimizers of this process, other than the given ones, that hold any of the parameters."""
+def by_new(moves: Iterable[Move]) -> list[list[Move]]:
+    """The moves to one new parameter together."""
+    groups: dict[int, list[Move]] = {}
+    for move in moves:
+        groups.setdefault(id(move.new), []).append(move)
+    return list(groups.values())
+
+
+def successors(moves: Iterable[Move]) -> dict[int, list[nn.Parameter]]:
+    """The new parameters of every old one, by the id of that, each once."""
+    found: dict[int, dict[int, nn.Parameter]] = {}
+    for move in moves:
+        found.setdefault(id(move.old), {})[id(move.new)] = move.new
+    return {old: list(news.values()) for old, news in found.items()}
+
+
+def bystanders() -> tuple[list[Optimizer], list[DistributedDataParallel]]:
+    """All objects of this process that record parameters of a model: it takes a look at every object there is."""
+    optimizers: list[Optimizer] = []
+    wrappers: list[DistributedDataParallel] = []
+    for found in gc.get_objects():
+        if issubclass(type(found), Optimizer):
+            optimizers.append(found)
+        elif issubclass(type(found), DistributedDataParallel):
+            wrappers.append(found)
+    return optimizers, wrappers
+
+
+def holders(
+    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]
+) -> list[Optimizer]:
+    """Those of ``optimizers``, other than the given ones, that hold any of the parameters."""
     wanted, known = {id(p) for p in parameters}, {id(o) for o in given}
     return [
         found
-        for found in gc.get_objects()
-        if issubclass(type(found), Optimizer)
-        and id(found) not in known
+        for found in optimizers
+        if id(found) not in known
         and any(id(p) in wanted for group in getattr(found, "param_groups", ()) for p in group["params"])
     ]
 
@@ -66,25 +96,23 @@ def check_optimizers(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> 
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizers: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
-        for group in _by_new(optimizer, moves):
+        homes = {id(p): i for i, own in enumerate(optimizer.param_groups) for p in own["params"]}
+        for group in _held(homes, moves):
             if type(optimizer).__name__ not in ELEMENTWISE:
                 raise ValueError(
                     f"optimizers: {type(optimizer).__name__} is not known to treat every element on its own, so it "
                     "would train stacked parameters in another way; build a new one after the swap, or use one of "
                     f"{', '.join(ELEMENTWISE)}"
                 )
-            _check_one(optimizer, group)
+            _check_one(optimizer, homes, group)
 
 
 def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
     """Put the new parameters in the place of the old ones, with the optimizers' state. Checked before."""
+    news = successors(moves)
     for optimizer in optimizers:
-        states = {id(group[0].new): (group[0].new, _state(optimizer, group)) for group in _by_new(optimizer, moves)}
-        news: dict[int, list[nn.Parameter]] = {}
-        for move in moves:
-            row = news.setdefault(id(move.old), [])
-            if not any(new is move.new for new in row):
-                row.append(move.new)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        states = [(group[0].new, _state(optimizer, group)) for group in _held(held, moves)]
         for param_group in optimizer.param_groups:
             renewed: dict[int, Any] = {}
             for parameter in param_group["params"]:
@@ -93,7 +121,7 @@ def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
             param_group["params"] = list(renewed.values())
         for move in moves:
             optimizer.state.pop(move.old, None)
-        for new, state in states.values():
+        for new, state in states:
             if state:
                 optimizer.state[new] = state
 
@@ -139,20 +167,16 @@ def settle(
         group["params"].sort(key=lambda p: index[id(p)])
 
 
-def _by_new(optimizer: Optimizer, moves: Sequence[Move]) -> list[list[Move]]:
-    """The moves of parameters that the optimizer holds, those to one new parameter together.
+def _held(held: Container[int], moves: Sequence[Move]) -> list[list[Move]]:
+    """``by_new`` of the moves of parameters that an optimizer holds.
 
     A parameter of which only some parts are held counts as a whole: ``_check_one`` refuses it.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    groups: dict[int, list[Move]] = {}
-    for move in moves:
-        groups.setdefault(id(move.new), []).append(move)
-    return [group for group in groups.values() if any(id(move.old) in held for move in group)]
+    return [group for group in by_new(moves) if any(id(move.old) in held for move in group)]
 
 
-def _check_one(optimizer: Optimizer, group: list[Move]) -> None:
-    homes = {id(p): i for i, own in enumerate(optimizer.param_groups) for p in own["params"]}
+def _check_one(optimizer: Optimizer, homes: Mapping[int, int], group: list[Move]) -> None:
+    """``homes``: per held parameter, by id, the number of its group."""
     places = {homes.get(id(move.old)) for move in group}
     if len(places) > 1:
         where = ", ".join("none" if i is None else str(i) for i in sorted(places, key=lambda i: -1 if i is None else i))
@@ -206,10 +230,7 @@ def move_gradients(moves: Sequence[Move]) -> None:
     Raises:
         ValueError: some of the parameters that become one have a gradient and others have none.
     """
-    groups: dict[int, list[Move]] = {}
-    for move in moves:
-        groups.setdefault(id(move.new), []).append(move)
-    for group in groups.values():
+    for group in by_new(moves):
         grads = [move.old.grad for move in group]
         if all(grad is None for grad in grads):
             continue

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .moves import Move
+from .moves import Move, by_new, successors
 
 Entry = tuple[list[Any], float, float]
 """Weights are parameters, or pairs of a name and a parameter."""
@@ -38,11 +38,7 @@ def renewed(
     """
     _check(entries, moves, names)
     dropped = {id(p) for p in gone}
-    news: dict[int, list[nn.Parameter]] = {}
-    for move in moves:
-        row = news.setdefault(id(move.old), [])
-        if all(new is not move.new for new in row):
-            row.append(move.new)
+    news = successors(moves)
     # The k-th time that a part is penalised is the k-th time for the whole; entries without penalty count apart.
     met: dict[tuple[bool, int], int] = {}
     placed: dict[tuple[bool, int], int] = {}
@@ -99,12 +95,12 @@ def _check(entries: Sequence[Entry], moves: Sequence[Move], names: Mapping[int, 
     found: dict[int, list[tuple[float, float]]] = {}
     for parameter, l1, l2 in penalised(entries):
         found.setdefault(id(parameter), []).append((l1, l2))
-    first: dict[int, nn.Parameter] = {}
-    for move in moves:
-        other = first.setdefault(id(move.new), move.old)
-        ours, theirs = found.get(id(move.old), []), found.get(id(other), [])
-        if ours != theirs:
-            raise ValueError(
-                f"{names[id(other)]} and {names[id(move.old)]} become one stacked parameter and have different "
-                f"penalties (l1, l2): {theirs} and {ours}; add them to the regularisation with equal l1 and l2"
-            )
+    for first, *others in by_new(moves):
+        theirs = found.get(id(first.old), [])
+        for move in others:
+            ours = found.get(id(move.old), [])
+            if ours != theirs:
+                raise ValueError(
+                    f"{names[id(first.old)]} and {names[id(move.old)]} become one stacked parameter and have different "
+                    f"penalties (l1, l2): {theirs} and {ours}; add them to the regularisation with equal l1 and l2"
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,8 +52,7 @@ class FusedTrunk(nn.Module):
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by name."""
-        owner, _, last = name.rpartition(".")
-        found = getattr(self.get_submodule(owner), last)
+        found = _tensor(self, name)
         assert isinstance(found, Tensor)
         return found
 
@@ -90,9 +89,7 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
             f"{converter.name}: expected the tensors that this version of ple_fast knows; unknown {lost}, missing "
             f"{foreign}: the module is of another version or was changed"
         )
-    trunk.record = Record(
-        converter.name, tuple(pieces), unread, tuple(twins), {}, (), tuple(site.state_dict()), style
-    )  # fmt: skip
+    trunk.record = Record(converter.name, tuple(pieces), unread, tuple(twins), {}, (), tuple(site.state_dict()), style)
     trunk.training = site.training
     return trunk
 
@@ -124,13 +121,18 @@ def _hold_unread(
 
 def moves_in(site: nn.Module, trunk: FusedTrunk) -> list[Move]:
     """What becomes of the site's parameters when the trunk takes their place."""
-    record = _record(trunk)
-    return [
-        Move(old, piece.inside, new, piece.place)
-        for piece in _all_pieces(record)
-        if isinstance(old := _tensor(site, piece.original), nn.Parameter)
-        and isinstance(new := trunk.tensor(piece.fused), nn.Parameter)
-    ]
+    pairs = _parameters(trunk, lambda name: _tensor(site, name))
+    return [Move(original, piece.inside, fused, piece.place) for piece, original, fused in pairs]
+
+
+def _parameters(
+    trunk: FusedTrunk, original: Callable[[str], Any]
+) -> Iterator[tuple[Piece, nn.Parameter, nn.Parameter]]:
+    """The pieces that are parameters in both forms, with them; ``original`` finds the library's by name."""
+    for piece in _all_pieces(_record(trunk)):
+        theirs, ours = original(piece.original), trunk.tensor(piece.fused)
+        if isinstance(theirs, nn.Parameter) and isinstance(ours, nn.Parameter):
+            yield piece, theirs, ours
 
 
 def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
@@ -155,12 +157,8 @@ def materialise(site: Accelerated) -> list[Move]:
     with torch.no_grad():
         for name in parts:
             _fill(record, trunk, name, parts[name])
-    return [
-        Move(old, piece.place, new, piece.inside)
-        for piece in _all_pieces(record)
-        if isinstance(old := trunk.tensor(piece.fused), nn.Parameter)
-        and isinstance(new := _skeleton_tensor(record, piece.original), nn.Parameter)
-    ]
+    pairs = _parameters(trunk, lambda name: _skeleton_tensor(record, name))
+    return [Move(fused, piece.place, original, piece.inside) for piece, original, fused in pairs]
 
 
 def dematerialise(site: Accelerated) -> None:

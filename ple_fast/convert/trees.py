@@ -125,16 +125,16 @@ class Library:
     def checkpoint_to_ours(self, state_dict: Mapping[str, Tensor], like: PLE, prefix: str) -> PLE:
         """``from_X`` of a checkpoint, for a trunk made like ``like``, which stays as it is."""
         tree = self.tree(like)
-        names = tree.state_dict().keys()
-        roots = {name.partition(".")[0] for name in names}
+        own = tree.state_dict()
+        roots = {name.partition(".")[0] for name in own}
         given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         given = {name: value for name, value in given.items() if name.partition(".")[0] in roots}
         wrong = [
             f"{prefix}{name}: {'missing' if name not in given else tuple(given[name].shape)}, expected {tuple(t.shape)}"
-            for name, t in tree.state_dict().items()
+            for name, t in own.items()
             if name not in given or given[name].shape != t.shape
         ]
-        wrong += [f"{prefix}{name}: unexpected" for name in given if name not in names]
+        wrong += [f"{prefix}{name}: unexpected" for name in given if name not in own]
         if wrong:
             raise ValueError(
                 f"state_dict: is of another configuration than `like` as {self.converter.library} has it, or its "

@@ -23,16 +23,13 @@ def ple_wiring(
         shared_gate: whether the level has a shared mixture.
         shared_gate_scope: what that one weighs.
     """
-    tasks, total = len(own), sum(own)
-    common = tuple(range(total, total + shared))
-    starts = [sum(own[:t]) for t in range(tasks)]
-    mixtures = [(*range(start, start + count), *common) for start, count in zip(starts, own, strict=True)]
+    topology = Topology.ple(len(own), own, shared, last=not shared_gate, shared_gate_scope=shared_gate_scope)
+    if shared:
+        return topology
+    weighed = list(topology.mixture_experts)
     if shared_gate:
-        mixtures.append(tuple(range(total + shared)) if shared_gate_scope == "all" else common)
-    slots = [t for t, count in enumerate(own) for _ in range(count)]
-    return Topology(
-        (*slots, *(tasks for _ in common)), tuple(range(len(mixtures))), tuple(mixtures), num_slots=tasks + 1
-    )
+        weighed.append(tuple(range(topology.num_experts)) if shared_gate_scope == "all" else ())
+    return Topology(topology.expert_slot, tuple(range(len(weighed))), tuple(weighed), num_slots=len(own) + 1)
 
 
 def mixtures(level: Any, x: Any) -> list[Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..plan import NormState
 from ..specs import GateSpec, LayerSpec, MLPSpec
 from ..torch_backend.folding import fold_input, fold_output, scale_and_shift
 from .layers import (
@@ -33,6 +34,12 @@ class _Norm:
     eps: float
     tensors: dict[str, Tensor]
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Of a batch norm."""
+        own = self.tensors
+        state = NormState("batch", self.eps, running_mean=own["running_mean"], running_var=own["running_var"])
+        return scale_and_shift(own["weight"], own["bias"], state)
+
 
 @dataclass
 class _Layer:
@@ -53,11 +60,7 @@ class _Layer:
         """Move the batch norm into this linear layer or, where an activation is between, into the following one."""
         if self.norm is None or not self.is_batch:
             return
-        tensors = self.norm.tensors
-        flat = scale_and_shift(
-            tensors["running_mean"], tensors["running_var"], self.norm.eps, tensors["weight"], tensors["bias"]
-        )
-        scale, shift = (part.view(-1, self.units) for part in flat)
+        scale, shift = (part.view(-1, self.units) for part in self.norm.scale_and_shift())
         if not self.is_after or self.activation == "identity":
             self.weight, self.bias = fold_output(self.weight, self.bias, scale, shift)
         elif following is not None:
@@ -71,11 +74,11 @@ class _Layer:
         return None if self.norm is None else self.norm.eps, None if self.dice is None else self.dice.eps
 
 
-def for_inference(level: ExtractionNetwork) -> dict[str, Any]:
+def for_inference(level: ExtractionNetwork) -> tuple[dict[str, Any], Callable[[ExtractionNetwork], None]]:
     """Arguments and content of the level that computes what ``level`` computes in eval mode.
 
     Returns:
-        ``experts``, ``gate`` and ``_splits`` for ``ExtractionNetwork``, and ``fill``, which writes its tensors.
+        ``experts``, ``gate`` and ``_splits`` for ``ExtractionNetwork``, and a function that writes its tensors.
     """
     with torch.no_grad():
         ranges, blocks = [], []
@@ -107,7 +110,7 @@ def for_inference(level: ExtractionNetwork) -> dict[str, Any]:
                 if tensor is not None:
                     getattr(new.gate, name).copy_(tensor)
 
-    return {"experts": experts, "gate": _gate_spec(level.gate_spec, bias is not None), "_splits": splits, "fill": fill}
+    return {"experts": experts, "gate": _gate_spec(level.gate_spec, bias is not None), "_splits": splits}, fill
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -186,11 +189,7 @@ def _gate_end(gate: Gate) -> tuple[Tensor | None, Tensor | None]:
     norm = _norm_of("gate.norm", gate.norm, tensors.norm_weight, tensors.norm_bias)
     if norm is None or tensors.weight is None:
         return tensors.weight, tensors.bias
-    given = norm.tensors
-    scale, shift = scale_and_shift(
-        given["running_mean"], given["running_var"], norm.eps, given["weight"], given["bias"]
-    )
-    return fold_output(_wide(tensors.weight), _optional(tensors.bias), scale, shift)
+    return fold_output(_wide(tensors.weight), _optional(tensors.bias), *norm.scale_and_shift())
 
 
 def _expert_spec(spec: MLPSpec, layers: Sequence[_Layer]) -> MLPSpec:

@@ -228,8 +228,7 @@ class ExtractionNetwork(CheckedModule):
             TypeError: somebody put a norm that is no batch norm in the place of ours.
             ValueError: a batch norm keeps no running statistics.
         """
-        made = for_inference(self)
-        fill = made.pop("fill")
+        arguments, fill = for_inference(self)
         weight = self._stacked_layers()[0].tensors().weight
         level = ExtractionNetwork(
             self.in_features,
@@ -237,7 +236,7 @@ class ExtractionNetwork(CheckedModule):
             gate_features=self.gate_features,
             device="meta",  # nothing is drawn from the random stream; every element is written below
             dtype=weight.dtype,
-            **made,
+            **arguments,
         ).to_empty(device=weight.device)
         fill(level)
         level._backend = "torch" if plain else self._backend

@@ -143,8 +143,8 @@ class Stack(CheckedModule):
         y: Any = x
         gates: list[list[Tensor]] = []
         return_gates = fixed("return_gates", return_gates, False)
-        for i in range(self.num_levels):
-            level = self._level(i)
+        level: Any
+        for level in self.levels:
             gate_input = self._raw(x) if level.gate_spec.input == "raw" else None
             if return_gates:
                 y, weights = level(y, gate_input, return_gates=True)
@@ -153,7 +153,7 @@ class Stack(CheckedModule):
                 y = level(y, gate_input)
         out: Tensor = y
         mixtures = self.num_tasks * self.parts
-        if not self.last_shared and self._level(-1).topology.num_mixtures != mixtures:
+        if not self.last_shared and level.topology.num_mixtures != mixtures:
             out = out[:, :mixtures]
         if self.parts > 1:
             out = out.reshape(-1, self.num_tasks, self.out_features)

@@ -11,15 +11,9 @@ from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState,
 from .norms import BatchNormSaved, batch_norm_coefficients
 
 
-def scale_and_shift(
-    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The factor and the summand of a batch norm with running statistics ``mean`` and ``var``, all ``(features,)``."""
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+def scale_and_shift(weight: Tensor | None, bias: Tensor | None, norm: NormState) -> tuple[Tensor, Tensor]:
+    """The factor and the summand ``(features,)`` of a batch norm with running statistics."""
+    return batch_norm_coefficients(weight, bias, norm, BatchNormSaved(norm.running_mean, norm.running_var))
 
 
 def fold_output(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +47,7 @@ def fold_norms(
             target = folded[i + after]
             if not _pays(target.weight, rows):
                 continue
-            scale, shift = _coefficients(folded[i].norm_weight, folded[i].norm_bias, norm)
+            scale, shift = scale_and_shift(folded[i].norm_weight, folded[i].norm_bias, norm)
             shape = folded[i].weight.shape[:2]
             fold = fold_input if after else fold_output
             weight, bias = fold(target.weight, target.bias, scale.view(shape), shift.view(shape))
@@ -62,7 +56,7 @@ def fold_norms(
     if gate.weight is not None and _is_affine(state.gate_norm) and _pays(gate.weight, rows):
         assert state.gate_norm is not None
         weight, bias = fold_output(
-            gate.weight, gate.bias, *_coefficients(gate.norm_weight, gate.norm_bias, state.gate_norm)
+            gate.weight, gate.bias, *scale_and_shift(gate.norm_weight, gate.norm_bias, state.gate_norm)
         )
         gate, state = gate._replace(weight=weight, bias=bias), state._replace(gate_norm=None)
     return folded, gate, state._replace(layers=tuple(states))
@@ -76,7 +70,3 @@ def _is_affine(norm: NormState | None) -> bool:
 def _pays(weight: Tensor, rows: int) -> bool:
     """Folded, a product's results are passed over twice less: norm, and ReLU where it follows."""
     return 2 * rows >= weight.shape[-1]
-
-
-def _coefficients(weight: Tensor | None, bias: Tensor | None, norm: NormState) -> tuple[Tensor, Tensor]:
-    return batch_norm_coefficients(weight, bias, norm, BatchNormSaved(norm.running_mean, norm.running_var))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
-from .barriers import Steps, run_alone, run_blocks, together
+from .barriers import Steps, run_blocks, run_steps, together
 from .folding import fold_norms
 from .grouped_linear import slots_linear_backward, slots_linear_forward
 from .mlp import (
@@ -132,12 +132,15 @@ class Tables(NamedTuple):
     no_needs: LevelNeeds
     width: int
     """Activations of one row, over all layers."""
+    has_norms: bool
+    """Of layers or of the logits."""
 
 
 @lru_cache(maxsize=1024)
 def tables(plan: LevelPlan) -> Tables:
     width = sum(spec.units * len(mlp.slots) for mlp in plan.mlps() for spec in mlp.layers)
-    return Tables(_no_needs(plan), width)
+    normed = any(spec.norm is not None for mlp in plan.mlps() for spec in mlp.layers)
+    return Tables(_no_needs(plan), width, normed or plan.gate_spec.logits_norm is not None)
 
 
 def row_blocks(inputs: LevelInput) -> list[slice]:
@@ -225,7 +228,7 @@ class Run:
             h if needs.weights and not self._replays(plan.blocks, needs.mlps[:-1]) else None,
             gated if needs.logits else None,
             weights if needs.experts else None,
-            hidden if keeps_hidden and not self._replays([plan.gate], needs.mlps[-1:]) else None,
+            hidden if keeps_hidden else None,
             logits if needs.logits else None,
             mean if needs.logits else None,
             var if needs.logits else None,
@@ -455,7 +458,7 @@ def level_forward(
 
     Without ``needs`` nothing is kept, and norms that can be folded are.
     """
-    if needs is None:
+    if needs is None and tables(inputs.plan).has_norms:
         layers, gate, state = fold_norms(inputs.plan, inputs.layers, inputs.gate, inputs.state, inputs.x.batch)
         inputs = inputs._replace(layers=layers, gate=gate, state=state)
     run = Run(inputs, tables(inputs.plan).no_needs if needs is None else needs)
@@ -471,7 +474,7 @@ def level_forward(
             all_weights = torch.empty((inputs.x.batch, plan.topology.num_weights), dtype=wide, device=weight.device)
     shared = run.sharing()
     steps = [run.forward(rows, shared) for rows in blocks]
-    done = run_blocks(steps) if run.waits else map(run_alone, steps)
+    done = run_blocks(steps) if run.waits else map(run_steps, steps)
     kept = []
     for rows, (part, weights, keep) in zip(blocks, done, strict=True):
         if needs is not None:
@@ -504,12 +507,12 @@ def level_backward(
         kept = [keep for _, _, keep in run_blocks([run.forward(rows, shared, again=True) for rows in blocks])]
     shared, steps = run.sharing(), []
     for i, rows in enumerate(blocks):
-        keep = kept[i] if kept else run_alone(run.forward(rows, None, again=True))[2]
+        keep = kept[i] if kept else run_steps(run.forward(rows, None, again=True))[2]
         step = run.backward(rows, shared, keep, dy, dlisted, grads, dx, dgate_x)
         if run.waits:
             steps.append(step)
         else:
-            run_alone(step)
+            run_steps(step)
     run_blocks(steps)
     dgate = [] if dgate_x is dx else dgate_x.finish(blocks)
     # A product may leave its result transposed.

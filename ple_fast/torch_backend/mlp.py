@@ -14,7 +14,7 @@ from torch import Tensor
 from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
-from .barriers import Steps, run_alone
+from .barriers import Steps
 from .dropout import keep_mask
 from .grouped_linear import slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
@@ -135,7 +135,7 @@ def mlp_forward(
         keeps_a = a is not None and need.output and need.tensors.weight
         kept_a = a if keeps_a and not is_replayed(states[i - 1], needs[i - 1]) else None
         a = None  # a barrier may follow
-        a, keep = yield from after_linear_steps(
+        a, keep = yield from after_linear(
             z, spec, tensor, state, need, seed, plan.position + i, rows.start, shared, activated=relu, replays=True
         )
         kept.append(keep if kept_a is None else keep._replace(a=kept_a))
@@ -152,35 +152,15 @@ def after_linear(
     seed: int | Tensor | None,
     position: int,
     start: int,
+    shared: Shared | None = None,
     *,
-    activated: bool,
-) -> tuple[Tensor, LayerKept]:
-    """Norm, activation (unless it is done) and dropout of one layer on the whole batch; ``z`` may be overwritten.
-
-    Whatever backward reads is kept, nothing is replayed.
-    """
-    return run_alone(
-        after_linear_steps(
-            z, spec, tensor, state, need, seed, position, start, None, activated=activated, replays=False
-        )
-    )
-
-
-def after_linear_steps(
-    z: Tensor,
-    spec: LayerSpec,
-    tensor: LayerTensors,
-    state: LayerState,
-    need: LayerNeeds,
-    seed: int | Tensor | None,
-    position: int,
-    start: int,
-    shared: Shared | None,
-    *,
-    activated: bool,
-    replays: bool,
+    activated: bool = False,
+    replays: bool = False,
 ) -> Steps[tuple[Tensor, LayerKept]]:
-    """``after_linear`` of one row block; ``replays``: less is kept of a layer that ``is_replayed``."""
+    """Norm, activation (unless it is done) and dropout of one layer on one row block; ``z`` may be overwritten.
+
+    Whatever backward reads is kept; ``replays``: less of a layer that ``is_replayed``.
+    """
     keep = NOTHING_KEPT
     replays = replays and is_replayed(state, need)
     if state.norm is not None and spec.norm_position == "before":
@@ -290,31 +270,14 @@ def after_linear_backward(
     seed: int | Tensor | None,
     position: int,
     start: int,
-) -> Tensor:
+    replayed: Replayed | None = None,
+    shared: Shared | None = None,
+) -> Steps[Tensor]:
     """Backward of ``after_linear``, activation included: ``d``, ``(rows, n, H)``, may be overwritten.
 
     ``own``: the layer's gradients in the order of ``LayerTensors``, those of norm and slope are accumulated.
+    ``replayed``: the layer, if it is one to be replayed.
     """
-    return run_alone(
-        after_linear_backward_steps(d, spec, tensor, state, need, keep, own, seed, position, start, None, None)
-    )
-
-
-def after_linear_backward_steps(
-    d: Tensor,
-    spec: LayerSpec,
-    tensor: LayerTensors,
-    state: LayerState,
-    need: LayerNeeds,
-    keep: LayerKept,
-    own: list[Tensor | None],
-    seed: int | Tensor | None,
-    position: int,
-    start: int,
-    replayed: Replayed | None,
-    shared: Shared | None,
-) -> Steps[Tensor]:
-    """``after_linear_backward`` of one row block; ``replayed``: the layer, if it is one to be replayed."""
     _, act, normed = replayed or (None, keep.act, None)
     replayed = None  # nothing that is large outlives a barrier
     if state.dropout:
@@ -369,7 +332,7 @@ def mlp_backward(
         own = grads[i]
         if last is None and is_replayed(state, need):
             last = replay(spec, tensor, state, keep)
-        steps = after_linear_backward_steps(
+        steps = after_linear_backward(
             d, spec, tensor, state, need, keep, own, seed, plan.position + i, rows.start, last, shared
         )
         last = None

@@ -155,7 +155,9 @@ class SlotGrads:
         for place in () if is_new else missing:
             self._rows_of(place, rows).zero_()
         turned = weight.transpose(1, 2)
-        if convolves(d, turned):
+        # Added to what is there, its result is one more pass: less than it saves only where there is work.
+        pays = is_new or d.shape[0] * weight.numel() >= LINEAR_WORK
+        if pays and convolves(d, turned):
             product = grouped(d, turned)
             target.copy_(product) if is_new else target.add_(product)
         elif is_new:

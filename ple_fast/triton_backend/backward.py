@@ -10,6 +10,7 @@ from torch import Tensor
 from ple_fast_kernels import NO_END, LayerEnd, gate_combine_bwd, grouped_data_grad, grouped_input_grad
 
 from ..plan import MLPPlan
+from ..torch_backend.barriers import run_steps
 from ..torch_backend.gate_combine import index_of
 from ..torch_backend.level import BlockKept, layers_of
 from ..torch_backend.mlp import LayerKept, LayerNeeds, after_linear_backward
@@ -219,7 +220,7 @@ class BackwardRun(Run):
                 d = end_backward(d, read, norm, self._end(mlp, i, keep), own, affine=affine)
             elif not is_done:
                 d = d.contiguous()
-                d = after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0)
+                d = run_steps(after_linear_backward(d, spec, tensor, state, need, keep, own, seed, mlp.position + i, 0))
                 d = d.contiguous()
             columns = columns_of(mlp.slots, source.columns) if i == 0 else tuple(range(len(mlp.slots)))
             a = source.tensor if i == 0 else keep.a

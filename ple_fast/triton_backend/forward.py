@@ -26,6 +26,7 @@ from ple_fast_kernels import (
 
 from ..plan import LayerState, LayerTensors, LevelState, MLPPlan
 from ..torch_backend.activations import from_output
+from ..torch_backend.barriers import run_steps
 from ..torch_backend.gate_combine import index_of
 from ..torch_backend.level import BlockKept, layers_of, still
 from ..torch_backend.mlp import NOTHING_KEPT, LayerKept, LayerNeeds, after_linear
@@ -136,8 +137,8 @@ class ForwardRun(Run):
             else:
                 product, _, found = self._product(a, tensor, columns, with_gates=with_gate)
                 assert product is not None
-                y, keep = after_linear(
-                    product, spec, tensor, state, need, self.inputs.state.seed, mlp.position + i, 0, activated=False
+                y, keep = run_steps(
+                    after_linear(product, spec, tensor, state, need, self.inputs.state.seed, mlp.position + i, 0)
                 )
                 y = y.contiguous()
             logits = found if logits is None else logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class PLE(_Levels):
         return inputs
 
 
-class _AdaTT(_Levels):
+class _AdaTT(_Levels, ABC):
     def __init__(
         self, width: int, dims: Sequence[Sequence[int]], units: Sequence[int], last: int, residual: bool
     ) -> None:
@@ -92,9 +93,9 @@ class _AdaTT(_Levels):
         super().__init__(width, dims, units, logits)
         self.self_exp_res_connect = residual
 
+    @abstractmethod
     def scalars(self, level: int, unit: int) -> Tensor:
-        """What is added to the weights of the unit's own experts."""
-        raise NotImplementedError
+        """What is added to the weights of the unit's own experts: the two classes keep it in tensors of their own."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Every unit's input to the tasks' outputs."""
