@@ -145,8 +145,11 @@ def jacobians(model: nn.Module, chunk: int | None, *, features: bool, rows: int 
     return [parameter.jac for parameter in parameters]  # type: ignore[attr-defined]  # torchjd adds it
 
 
-@pytest.mark.parametrize("features", [True, False], ids=["mtl_backward", "backward"])
-@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize(
+    ("backend", "chunk", "features"),
+    [*itertools.product(["torch"], [None, 1], [True, False]), ("triton", None, True)],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("case", ["plain", "layer norm", "batch norm"])
 def test_jacobians_of_torchjd(case: str, chunk: int | None, features: bool, backend: str) -> None:
     fused, reference = twins(backend, **CASES[case])
@@ -178,9 +181,9 @@ def test_jacobians_at_once_take_the_backward_by_hand(backend: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("aggregator", [MGDA(), AlignedMTL()], ids=repr)
-def test_aggregated_jacobians_of_torchjd(aggregator: Any, backend: str) -> None:
+def test_aggregated_jacobians_of_torchjd(aggregator: Any) -> None:
     """The step of a Pareto method is that of the reference."""
-    fused, reference = twins(backend, **CASES["layer norm"])
+    fused, reference = twins("torch", **CASES["layer norm"])
     found: list[Gradients] = []
     for model in (fused, reference):
         jacobians(model, None, features=True)

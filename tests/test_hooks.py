@@ -148,7 +148,7 @@ def hook_everything(model: Levels, seen: list[tuple[int, ...]]) -> None:
         parameter.register_hook(lambda gradient: gradient * 11)
 
 
-@pytest.mark.parametrize("rows", [6, 100])
+@pytest.mark.parametrize(("backend", "rows"), [("torch", 6), ("torch", 100), ("triton", 6)], indirect=["backend"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_hooks_on_trunks_levels_and_parameters(recompute: bool, rows: int, backend: str) -> None:
     """Those that change what passes change the same as on the reference."""

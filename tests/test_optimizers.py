@@ -123,7 +123,7 @@ CLIPPING: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("how", CLIPPING)
-def test_clipping(how: str, backend: str) -> None:
+def test_clipping(how: str) -> None:
     """The norm of all stacked gradients together is that of the gradients apart, and so is what is clipped."""
     fused = trunk(**SPECS["layer norm"])
     reference, found = PLEReference.like(fused), []
@@ -153,7 +153,7 @@ def test_training_with_clipping(foreach: bool) -> None:
     assert_same(fused, reference, 1e-8)
 
 
-def test_averaged_models(backend: str) -> None:
+def test_averaged_models() -> None:
     """Exponential moving average of the weights, and statistics of batch norms estimated again for it."""
     fused = trunk(**SPECS["batch norm"])
     reference = PLEReference.like(fused)
@@ -170,7 +170,7 @@ def test_averaged_models(backend: str) -> None:
     assert_close("y", averaged_output(fused), averaged_output(reference), 1e-10)
 
 
-def test_flat_vectors_of_parameters(backend: str) -> None:
+def test_flat_vectors_of_parameters() -> None:
     """Parameters that become views of one vector, and train on as such."""
     module, x = trunk(**SPECS["layer norm"]), batch()
     apart = copy.deepcopy(module)
