@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -22,13 +23,18 @@ from benchmarks.configs import SEED, Mode, TrunkConfig
 # The plain loop ------------------------------------------------------------------------------------
 
 
-def _mlp(in_features: int, units: Sequence[int], norm: bool) -> nn.Sequential:
+Norm = Literal["batch", "layer"]
+
+
+def _mlp(in_features: int, units: Sequence[int], norm: Norm | None, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in units:
         layers.append(nn.Linear(in_features, width))
-        if norm:
-            layers.append(nn.BatchNorm1d(width))
+        if norm is not None:
+            layers.append(nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width))
         layers.append(nn.ReLU(inplace=True))
+        if dropout:
+            layers.append(nn.Dropout(dropout))
         in_features = width
     return nn.Sequential(*layers)
 
@@ -51,12 +57,21 @@ def _mix(weights: Tensor, experts: list[Tensor]) -> Tensor:
 class LoopLevel(nn.Module):
     """One extraction network as public code writes it: a module per expert and per gate, called one after the other."""
 
-    def __init__(self, config: TrunkConfig, level: int, *, norm: bool = False, gate_bias: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrunkConfig,
+        level: int,
+        *,
+        norm: Norm | None = None,
+        gate_bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.task_experts, self.shared_experts = config.task_experts, config.shared_experts
         width = config.level_inputs()[level]
-        self.experts = nn.ModuleList(_mlp(width, config.level_units()[level], norm) for _ in range(config.num_experts))
-        self.gates = nn.ModuleList(_gate(width, size, norm, gate_bias) for size in config.gate_sizes(level))
+        units = config.level_units()[level]
+        self.experts = nn.ModuleList(_mlp(width, units, norm, dropout) for _ in range(config.num_experts))
+        self.gates = nn.ModuleList(_gate(width, size, norm == "batch", gate_bias) for size in config.gate_sizes(level))
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """T + 1 tensors (B, D), tasks first, to T + 1 (T at the last level) tensors (B, H)."""
@@ -69,13 +84,16 @@ class LoopLevel(nn.Module):
 
 
 class LoopPLE(nn.Module):
-    """The baseline: a plain per-expert PLE. ``norm`` puts batch norm where torch-rechub forces it."""
+    """The baseline: a plain per-expert PLE. Batch norm is where torch-rechub forces it, layer norm in the experts."""
 
-    def __init__(self, config: TrunkConfig, *, norm: bool = False, gate_bias: bool = True) -> None:
+    def __init__(
+        self, config: TrunkConfig, *, norm: Norm | None = None, gate_bias: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.tasks = config.num_tasks
         self.levels = nn.ModuleList(
-            LoopLevel(config, level, norm=norm, gate_bias=gate_bias) for level in range(config.num_levels)
+            LoopLevel(config, level, norm=norm, gate_bias=gate_bias, dropout=dropout)
+            for level in range(config.num_levels)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -88,11 +106,11 @@ class LoopPLE(nn.Module):
 # Weights -------------------------------------------------------------------------------------------
 
 
-def baseline(config: TrunkConfig, *, norm: bool = False, gate_bias: bool = True) -> LoopPLE:
+def baseline(config: TrunkConfig, *, norm: Norm | None = None, gate_bias: bool = True, dropout: float = 0.0) -> LoopPLE:
     """The seeded loop whose weights every contestant takes over."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return LoopPLE(config, norm=norm, gate_bias=gate_bias).to(config.torch_dtype)
+        return LoopPLE(config, norm=norm, gate_bias=gate_bias, dropout=dropout).to(config.torch_dtype)
 
 
 def _stacks(modules: nn.ModuleList) -> list[list[nn.Linear]]:
@@ -177,6 +195,12 @@ class BmmPLE(nn.Module):
 # Peers ---------------------------------------------------------------------------------------------
 
 
+def rechub_modules(cgc: Any) -> tuple[list[Any], list[Any]]:
+    """Experts and gates of a CGC layer of torch-rechub's, in our order."""
+    gates = [*cgc.gates_specific, *([cgc.gate_shared] if hasattr(cgc, "gate_shared") else [])]
+    return [*cgc.experts_specific, *cgc.experts_shared], gates
+
+
 class RechubTrunk(nn.Module):
     """torch-rechub's own CGC layers without embedding and towers; its batch norm cannot be turned off."""
 
@@ -192,8 +216,8 @@ class RechubTrunk(nn.Module):
         layer: Any  # torch-rechub's CGC
         level: Any  # LoopLevel
         for layer, level in zip(self.cgc_layers, loop.levels, strict=True):
-            gates = [*layer.gates_specific, *([layer.gate_shared] if hasattr(layer, "gate_shared") else [])]
-            theirs = [*layer.experts_specific, *layer.experts_shared, *gates]
+            experts, gates = rechub_modules(layer)
+            theirs = [*experts, *gates]
             for target, source in zip(theirs, [*level.experts, *level.gates], strict=True):
                 _copy_linears(target, source)
 
@@ -301,6 +325,35 @@ class UnboundTrunk(nn.Module):
         return y.unbind(1)
 
 
+def _packed(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
+    """``ple_fast.pack`` of the loop's own modules: whatever norms and dropout they have."""
+    return _packed_levels(config, [(list(level.experts), list(level.gates)) for level in loop.levels])  # type: ignore[arg-type]  # ModuleList
+
+
+def _packed_rechub(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
+    """``ple_fast.pack`` of torch-rechub's own modules."""
+    layer: Any  # torch-rechub's CGC
+    levels = []
+    for layer in RechubTrunk(config, loop).cgc_layers:
+        experts, gates = rechub_modules(layer)
+        levels.append(([expert.mlp for expert in experts], [gate.mlp for gate in gates]))
+    return _packed_levels(config, levels)
+
+
+def _packed_levels(config: TrunkConfig, levels: Sequence[tuple[list[nn.Module], list[nn.Module]]]) -> nn.Module:
+    ours = importlib.import_module("ple_fast")
+    packed = []
+    for index, (experts, gates) in enumerate(levels):
+        last = index == len(levels) - 1
+        topology = ours.Topology.ple(config.num_tasks, config.task_experts, config.shared_experts, last=last)
+        packed.append(ours.pack(experts, [_before_softmax(gate) for gate in gates], topology))
+    return UnboundTrunk(ours.PLE.from_levels(packed))
+
+
+def _before_softmax(gate: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*itertools.takewhile(lambda layer: not isinstance(layer, nn.Softmax), gate.children()))
+
+
 def _reference(config: TrunkConfig, loop: LoopPLE) -> nn.Module:
     like = importlib.import_module("ple_fast.reference").PLEReference.like
     return UnboundTrunk(like(_fused(config, loop)))
@@ -332,17 +385,18 @@ def _without_onednn(run: Callable[[], Any]) -> Callable[[], Any]:
 class Contestant:
     """One way to compute the trunk.
 
-    ``norm`` and ``gate_bias`` describe the baseline that it must agree with; ``same_widths``: it knows no widths that
-    change from level to level; ``compiled``: under ``torch.compile``; ``requires`` is the package that it needs;
-    ``modes`` restricts it; ``build`` takes the configuration and the baseline whose weights it shall have; ``wrap``
-    makes the step that is run out of the plain one.
+    ``norm``, ``gate_bias`` and ``dropout`` describe the baseline that it must agree with; ``same_widths``: it knows no
+    widths that change from level to level; ``compiled``: under ``torch.compile``; ``requires`` is the package that it
+    needs; ``modes`` restricts it; ``build`` takes the configuration and the baseline whose weights it shall have;
+    ``wrap`` makes the step that is run out of the plain one.
     """
 
     name: str
     build: Callable[[TrunkConfig, LoopPLE], nn.Module]
     note: str
-    norm: bool = False
+    norm: Norm | None = None
     gate_bias: bool = True
+    dropout: float = 0.0
     same_widths: bool = False
     compiled: bool = False
     requires: str | None = None
@@ -415,7 +469,7 @@ CONTESTANTS: dict[str, Contestant] = {
             "rechub",
             RechubTrunk,
             "torch-rechub 0.9.0, its CGC layers (batch norm in experts and gates, cannot be turned off)",
-            norm=True,
+            norm="batch",
             same_widths=True,
             requires="torch_rechub",
         ),
@@ -441,6 +495,18 @@ CONTESTANTS: dict[str, Contestant] = {
             "ple_fast.PLE with oneDNN switched off: every product is PyTorch's `mm` or `bmm`, as the peers' are",
             wrap=_without_onednn,
         ),
+        Contestant(
+            "fast_rechub",
+            _packed_rechub,
+            "`pack` of torch-rechub's own CGC layers",
+            norm="batch",
+            same_widths=True,
+            requires="torch_rechub",
+        ),
+        Contestant("loop_layer_norm", lambda config, loop: loop, "`loop` with layer norm in the experts", norm="layer"),
+        Contestant("fast_layer_norm", _packed, "`pack` of `loop_layer_norm`", norm="layer"),
+        Contestant("loop_dropout", lambda config, loop: loop, "`loop` with dropout 0.1 in the experts", dropout=0.1),
+        Contestant("fast_dropout", _packed, "`pack` of `loop_dropout`", dropout=0.1),
     )
 }
 BASELINE = "loop"
@@ -448,6 +514,9 @@ OURS = ("fast", "fast_recompute", "fast_mm")
 PEERS = ("loop", "loop_compiled", "loop_frozen", "rechub", "deepctr")
 """Those that ``fast`` is held against; ``bmm`` and ``reference`` are shown beside them."""
 
+
+NORM_PAIRS = (("rechub", "fast_rechub"), ("loop_layer_norm", "fast_layer_norm"), ("loop_dropout", "fast_dropout"))
+"""A peer with norms or dropout, and ours of the same modules."""
 
 GPU_CONTESTANTS = (
     "fast",
@@ -470,7 +539,7 @@ def build(name: str, config: TrunkConfig, device: torch.device | str = "cpu") ->
     if not contestant.supports(config):
         raise ValueError(f"{name}: gives every level the same widths, and {config.name} has {config.level_units()}")
     with torch.random.fork_rng(devices=[]):  # deepctr-torch seeds the global generator
-        loop = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias)
+        loop = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
         return contestant.build(config, loop).to(device, config.torch_dtype)
 
 

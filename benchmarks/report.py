@@ -22,8 +22,9 @@ from benchmarks.environment import ROOT
 
 Result = Mapping[str, Any]
 README = ROOT / "README.md"
+NORMS_PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
-_BLOCK = re.compile(re.escape(BEGIN) + r"\n(.*?)" + re.escape(END), re.DOTALL)
+_BLOCK = re.compile(r"(<!-- benchmark:(?:cpu|norms) -->\n)(.*?)(<!-- /benchmark:(?:cpu|norms) -->)", re.DOTALL)
 _SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
 MODE_NAMES = {"train": "forward + backward", "inference": "inference", "forward": "forward"}
 
@@ -108,6 +109,41 @@ def _legend(content: Result) -> str:
     names = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
     notes = [f"`{name}`: {CONTESTANTS[name].note}" for name in names if name != FLOOR]
     return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, by `torch.mm`"]) + "."
+
+
+def norms_table(content: Result) -> str:
+    """A row per peer: milliseconds of it and of ours, and how many times faster ours is; last, the bytes saved."""
+    pairs: dict[tuple[str, str], list[Result]] = {}
+    for entry in content["results"]:
+        pairs.setdefault((entry["peer"], entry["ours"]), []).append(entry)
+    saved = {row["contestant"]: row["saved_bytes"] for row in content["saved"]}
+    lines: list[str] = []
+    for (peer, ours), entries in pairs.items():
+        if not lines:
+            heads = [f"{MODE_NAMES[entry['mode']]}, {entry['batch']}" for entry in entries]
+            lines += [_row(["ms, at batch", *heads, "saved, MiB"]), _row(["---", *["---:"] * (len(heads) + 1)])]
+        cells = [f"{_number(e['peer_ms'])} / {_number(e['ours_ms'])}: **{e['ratio']:.2f} x**" for e in entries]
+        theirs, own = (saved[name] / 2**20 for name in (peer, ours))
+        cells.append(f"{_number(theirs)} / {_number(own)}: {own / theirs:.2f}")
+        lines.append(_row([f"`{peer}` / `{ours}`", *cells]))
+    return "\n".join(lines)
+
+
+def norms_block(machine: str, content: Result) -> str:
+    """What stands between the two comments in docs/performance.md."""
+    rounds = min(int(entry["rounds"]) for entry in content["results"])
+    load = max(max(entry["load"]) for entry in content["results"])
+    notes = ". ".join(
+        f"`{name}`: {CONTESTANTS[name].note}"
+        for name in dict.fromkeys(e[side] for e in content["results"] for side in ("peer", "ours"))
+    )
+    paragraphs = [
+        norms_table(content),
+        f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. Load average of the machine "
+        f"up to {load:.2f}. {notes}.",
+        f"{_environment(content['environment'])}. Figures from benchmarks/results/{machine}/norms.json.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def grid_sentence(content: Result) -> str:
@@ -320,18 +356,18 @@ def _between(text: str) -> str:
     found = _BLOCK.search(text)
     if found is None:
         raise ValueError(f"README.md: expected the lines {BEGIN} and {END}, found none")
-    return found[1]
+    return found[2]
 
 
 def quoted(text: str) -> str:
-    """What the README holds between the two comments."""
+    """What the README (or docs/performance.md) holds between the two comments."""
     return _between(text)
 
 
 def with_block(text: str, block: str) -> str:
-    """The README with the block between the two comments replaced."""
+    """The page with the block between the two comments replaced."""
     _between(text)
-    return _BLOCK.sub(lambda _: f"{BEGIN}\n{block}{END}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}{block}{found[3]}", text)
 
 
 def markdown(machine: str, files: Mapping[str, Result]) -> str:
@@ -339,6 +375,8 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
     parts = [f"# Benchmarks on {machine}"]
     if "head_to_head" in files:
         parts += ["## Head to head", readme_block(machine, files)]
+    if "norms" in files:
+        parts += ["## Norms and dropout", norms_block(machine, files["norms"])]
     if "grid" in files:
         parts += ["## Grid: the loop's time over ours", grid_table(files["grid"])]
     if "whole_model" in files:
@@ -403,7 +441,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out" / "benchmarks", help="folder of report.md and the plots"
     )
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="put the tables into README.md and docs/performance.md"
+    )
     options = parser.parse_args(arguments)
     readme = README.read_text(encoding="utf-8") if README.is_file() else ""
     folder = options.folder or ROOT / "benchmarks" / "results" / readme_source(readme)
@@ -417,6 +457,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write_readme:
         README.write_text(with_block(readme, readme_block(folder.name, files)), encoding="utf-8")
         print(f"wrote {README}", file=sys.stderr)
+        if "norms" in files:
+            page = NORMS_PAGE.read_text(encoding="utf-8")
+            NORMS_PAGE.write_text(with_block(page, norms_block(folder.name, files["norms"])), encoding="utf-8")
+            print(f"wrote {NORMS_PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import configs, report
 from benchmarks.analytic import work
-from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, build
+from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, NORM_PAIRS, build
 from benchmarks.environment import ROOT, environment, machine_name
 from benchmarks.paired import Paired, time_paired
 from benchmarks.saved_bytes import cost
@@ -109,23 +109,49 @@ def head_to_head(quick: bool) -> list[dict[str, Any]]:
 
 def saved(quick: bool) -> list[dict[str, Any]]:
     """Bytes saved for backward and operators of a training step, of every eager contestant."""
+    names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
+    # Of a compiled loop the hooks see only part of the graph, and no products.
+    return [_saved_by(name) for name in names if name != FLOOR and not name.startswith("loop_")]
+
+
+def _saved_by(name: str) -> dict[str, Any]:
     config = configs.SIZES["cpu"]
+    measured = cost(build(name, config), config)
+    return {
+        "contestant": name,
+        "size": config.name,
+        "batch": config.batch,
+        "saved_bytes": measured.saved_bytes,
+        "forward_operators": measured.forward_operators,
+        "backward_operators": measured.backward_operators,
+    }
+
+
+def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """Each peer with norms or dropout against ours of the same modules, and the bytes that they save for backward."""
     results = []
-    for name in QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD:
-        if name == FLOOR or name.startswith("loop_"):  # the hooks see no products, and only part of a compiled graph
-            continue
-        measured = cost(build(name, config), config)
-        results.append(
-            {
-                "contestant": name,
+    pairs = [pair for pair in NORM_PAIRS if not quick or CONTESTANTS[pair[0]].available()]
+    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
+    for pair in pairs:
+        for mode, batch in configs.HEAD_TO_HEAD:
+            config = configs.SIZES["cpu"].at(batch)
+            peer, ours = _available(pair, mode)
+            paired = time_paired({name: make_step(name, config, mode).run for name in pair}, rounds=rounds)
+            entry = {
+                "peer": peer,
+                "ours": ours,
                 "size": config.name,
-                "batch": config.batch,
-                "saved_bytes": measured.saved_bytes,
-                "forward_operators": measured.forward_operators,
-                "backward_operators": measured.backward_operators,
+                "mode": mode,
+                "batch": batch,
+                "ratio": round(paired.ratio(peer, ours), 4),
+                "peer_ms": _milliseconds(paired.median(peer)),
+                "ours_ms": _milliseconds(paired.median(ours)),
+                "rounds": rounds,
+                "load": [round(value, 2) for value in paired.load],
             }
-        )
-    return results
+            say(f"norms: {peer} {mode} {batch}: {entry['ratio']:.3f} ({peer} {entry['peer_ms']} ms)")
+            results.append(entry)
+    return {"results": results, "saved": [_saved_by(name) for pair in pairs for name in pair]}
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
@@ -220,6 +246,7 @@ def suite(quick: bool) -> list[dict[str, Any]]:
 
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "head_to_head": lambda quick: {"results": head_to_head(quick), "saved": saved(quick)},
+    "norms": norms,
     "grid": lambda quick: {"results": grid(quick)},
     "whole_model": lambda quick: {"results": whole_model(quick)},
     "suite": lambda quick: {"results": suite(quick)},

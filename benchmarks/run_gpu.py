@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks import configs, report
 from benchmarks.analytic import work
 from benchmarks.configs import Mode, TrunkConfig
-from benchmarks.contestants import BASELINE, CONTESTANTS, GPU_CONTESTANTS, OURS, BareGemm, baseline, build
+from benchmarks.contestants import BASELINE, CONTESTANTS, GPU_CONTESTANTS, OURS, BareGemm, Norm, baseline, build
 from benchmarks.environment import ROOT, environment
 from benchmarks.paired import Clock, time_paired
 from benchmarks.run import say, write
@@ -162,7 +162,7 @@ class Oracles:
 
     def __init__(self, config: TrunkConfig, mode: Mode, device: torch.device) -> None:
         self.config, self.mode, self.device = config, mode, device
-        self._found: dict[tuple[bool, bool], tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._found: dict[tuple[Norm | None, bool], tuple[dict[str, Tensor], dict[str, float]]] = {}
 
     def of(self, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The exact results for a contestant, and the distance of the loop from them."""

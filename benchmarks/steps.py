@@ -85,12 +85,15 @@ def errors(
     name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True
 ) -> dict[str, float]:
     """Relative errors of a trunk against the baseline: ``outputs`` and, unless inference, ``input gradient`` and
-    ``parameter gradients`` (the norm over all of them, which does not depend on how they are stacked)."""
+    ``parameter gradients`` (the norm over all of them, which does not depend on how they are stacked).
+
+    Masks of dropout differ, so trunks that drop are compared in eval mode.
+    """
     contestant = CONTESTANTS[name]
-    oracle = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias)
+    oracle = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
     results: list[dict[str, Tensor]] = []
     for module in (trunk, oracle):
-        module.train(mode != "inference")
+        module.train(mode != "inference" and not contestant.dropout)
         buffers = {key: value.clone() for key, value in module.named_buffers()}  # batch norm's running statistics
         x, grads = inputs(config, input_grad=input_grad)
         result = {}

@@ -2,7 +2,8 @@
 
 Tasks: income above 50,000 dollars, never married. Models: single task, hard sharing, MMoE, CGC, PLE, with the same
 towers and about as many parameters each. Prints AUC per task over several seeds, the gain over single task (PLE paper,
-eq. 11) and the speed of a training step with the fused PLE and with the plain one, and draws two pictures.
+eq. 11) and the speed of a training step with the fused PLE and with the plain one; writes these figures as JSON, and
+draws two pictures.
 
 Usage: python examples/census_income.py [--rows N] [--seeds N] [--epochs N] [--models ple,mmoe] [--out DIR]
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
 import numpy as np
 import pandas as pd
@@ -27,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.environment import environment
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Encoded, MultiTaskModel, Step, columns_from, encode
 from ple_fast.model.columns import Column
@@ -275,6 +281,24 @@ def step_speed(model: MultiTaskModel, data: Data, size: int) -> dict[str, float]
     return {name: len(rows) / statistics.median(times[2:]) for name, times in seconds.items()}
 
 
+def write(results: dict[str, Results], minutes: float, samples_per_second: dict[str, float], file: Path) -> None:
+    """The figures of a run, seed by seed, as one of the files of ``benchmarks/results``."""
+    rows = [
+        {"model": MODELS[key].label, "parameters": result.parameters, "auc": result.auc, "seconds": result.seconds}
+        for key, result in results.items()
+    ]
+    content = {
+        "schema": 1,
+        "kind": "census_income",
+        "environment": environment(),
+        "minutes": round(minutes, 1),
+        "samples_per_second": {name: round(speed) for name, speed in samples_per_second.items()},
+        "results": rows,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def draw(results: dict[str, Results], data: Data, out: Path) -> list[Path]:
     """AUC per model; weights of the gates of the models that have gates."""
     out.mkdir(parents=True, exist_ok=True)
@@ -322,7 +346,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=8, help="at most (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: 1024, less where that makes few steps per epoch")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of all files (default: %(default)s)")
     options = parse(parser, argv, rows=1000, seeds=1, epochs=1, batch_size=2)
     options.models = list(dict.fromkeys(options.models.split(",")))
     unknown = [key for key in options.models if key not in MODELS]
@@ -332,7 +356,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads, trains, prints, draws."""
+    """Loads, trains, prints, writes, draws."""
     options = arguments(argv)
     console = Console()
     if not console.is_terminal:  # a log has no width of its own
@@ -351,9 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results[key].parameters = one.parameters
                 results[key].first = results[key].first or one.first
     sizes = ", ".join(f"{len(getattr(data, name).rows):,} {name}" for name in ("train", "validation", "test"))
-    console.print(f"Rows: {sizes}. Trained in {time.perf_counter() - begin:.0f} s, {torch.get_num_threads()} threads.")
+    seconds = time.perf_counter() - begin
+    console.print(f"Rows: {sizes}. Trained in {seconds:.0f} s, {torch.get_num_threads()} threads.")
     console.print(table_of(results))
     note_floors(console, results, options)
+    speed: dict[str, float] = {}
     if "ple" in results and (ple := results["ple"].first) is not None:
         size = min(batch_size(options, data), len(data.train.rows))
         speed = step_speed(ple, data, size)
@@ -361,7 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Training step of the PLE model, batch {size}, samples per second: "
             f"{speed['fused']:,.0f} fused, {speed['plain']:,.0f} plain ({speed['fused'] / speed['plain']:.2f}x)."
         )
-    for file in draw(results, data, options.out):
+    figures = options.out / "census_income.json"
+    write(results, seconds / 60, speed, figures)
+    for file in [figures, *draw(results, data, options.out)]:
         console.print(f"Wrote {file}", soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ from benchmarks.configs import (
     TrunkConfig,
     suite_config,
 )
-from benchmarks.contestants import CONTESTANTS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
+from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
 from benchmarks.environment import ROOT
 from benchmarks.paired import Paired, time_paired
 from benchmarks.saved_bytes import cost, saved_bytes
@@ -314,6 +314,48 @@ def test_the_readme_quotes_the_committed_results() -> None:
     assert report.quoted(text) == report.readme_block(machine, files), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
+
+
+def test_the_table_of_norms_says_what_the_results_say() -> None:
+    entry = {
+        "peer": "rechub",
+        "ours": "fast_rechub",
+        "peer_ms": 30.0,
+        "ours_ms": 20.0,
+        "rounds": 15,
+        "load": [0.5, 1.25],
+    }
+    cases = [
+        {**entry, "mode": "train", "batch": 256, "ratio": 1.51},
+        {**entry, "mode": "inference", "batch": 1, "ratio": 2},
+    ]
+    saved = [{"contestant": "rechub", "saved_bytes": 100 << 20}, {"contestant": "fast_rechub", "saved_bytes": 40 << 20}]
+    content = {"results": cases, "saved": saved, "environment": CONTENT["environment"]}
+    block = report.norms_block("some", content)
+    assert (
+        "| `rechub` / `fast_rechub` | 30.0 / 20.0: **1.51 x** | 30.0 / 20.0: **2.00 x** | 100 / 40.0: 0.40 |" in block
+    )
+    assert "up to 1.25" in block and "benchmarks/results/some/norms.json" in block
+    page = "a\n<!-- benchmark:norms -->\nold\n<!-- /benchmark:norms -->\nb\n"
+    assert report.quoted(report.with_block(page, block)) == block
+
+
+def test_the_page_on_performance_quotes_the_committed_norms() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    norms = report.load(ROOT / "benchmarks" / "results" / machine)["norms"]
+    assert report.quoted(report.NORMS_PAGE.read_text(encoding="utf-8")) == report.norms_block(machine, norms), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    cases = [(peer, ours, *case) for peer, ours in NORM_PAIRS for case in HEAD_TO_HEAD]
+    assert [(e["peer"], e["ours"], e["mode"], e["batch"]) for e in norms["results"]] == cases
+    assert all(entry["rounds"] >= 15 for entry in norms["results"])
+    assert {entry["contestant"] for entry in norms["saved"]} == {name for pair in NORM_PAIRS for name in pair}
+
+
+@pytest.mark.parametrize(("peer", "ours"), NORM_PAIRS)
+def test_ours_with_norms_or_dropout_saves_less_than_the_peer(peer: str, ours: str) -> None:
+    config = SIZES["cpu"].at(512)
+    assert cost(trunk_of(ours, config), config).saved_bytes <= 0.7 * cost(trunk_of(peer, config), config).saved_bytes
 
 
 def test_committed_results_are_complete_and_not_quick() -> None:

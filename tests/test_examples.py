@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from examples import census_income
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,43 @@ def test_census_income_in_small(tmp_path: Path) -> None:
     assert "Note:" not in done.stdout  # the floors are those of the full data
     assert_picture(tmp_path / "census_auc.png")
     assert_picture(tmp_path / "census_gates.png")
+    written = json.loads((tmp_path / "census_income.json").read_text(encoding="utf-8"))
+    assert [row["model"] for row in written["results"]] == ["single task", "MMoE", "PLE"]
+    assert all(len(row["seconds"]) == len(row["auc"]["income"]) == 2 for row in written["results"])
+    for row in written["results"]:
+        for aucs in row["auc"].values():
+            assert census_income.spread(aucs) in done.stdout
+    assert f"{written['samples_per_second']['fused']:,} fused" in done.stdout
+
+
+def test_the_page_quotes_the_committed_run() -> None:
+    """Every figure of the example that docs/examples.md gives, out of the file of the run."""
+    page = " ".join((ROOT / "docs" / "examples.md").read_text(encoding="utf-8").split())
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    run = report.load(ROOT / "benchmarks" / "results" / machine)["census_income"]
+    rows = run["results"]
+    assert [row["model"] for row in rows] == [model.label for model in census_income.MODELS.values()]
+
+    def short(number: str) -> str:
+        return number.replace("0.", ".")
+
+    means = [{task: statistics.fmean(aucs) for task, aucs in row["auc"].items()} for row in rows]
+    for row, mean in zip(rows, means, strict=True):
+        cells = [row["model"], f"{row['parameters']:,}"]
+        for task, aucs in row["auc"].items():
+            gain = "" if row is rows[0] else short(f"{mean[task] - means[0][task]:+.4f}")
+            cells += [short(census_income.spread(aucs)), gain]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
+    assert f"{run['minutes']} minutes in all" in page
+    fused, plain = (run["samples_per_second"][name] for name in ("fused", "plain"))
+    for words in (f"{fused:,} with the fused PLE", f"{plain:,} with", f"{fused / plain:.2f} x"):
+        assert words in page
+    both = [" / ".join(short(f"{value:.4f}") for value in mean.values()) for mean in means]
+    assert f"| here, 3 seeds | {' | '.join([*both[:3], both[4]])} |" in page
+    incomes = [mean["income"] for mean in means]
+    own = rows[4]["auc"]["income"]
+    spans = [short(f"{max(values) - min(values):.4f}") for values in (own, incomes)]
+    assert f"span {spans[0]} of income AUC, the means of all models {spans[1]}" in page
 
 
 @pytest.mark.slow

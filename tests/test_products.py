@@ -25,7 +25,7 @@ def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     chosen = bool(request.param)
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: chosen)
     for module in (products, slots, grouped_linear):
-        for limit in {"LINEAR_WORK", "GROUPED_ROWS"} & vars(module).keys():
+        for limit in {"LINEAR_WORK", "GROUPED_ROWS", "TURNED_ROWS"} & vars(module).keys():
             monkeypatch.setattr(module, limit, 0)
     return chosen
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState
 from .activations import activation_backward, activation_forward, from_output
 from .gate_combine import gate_softmax, gate_softmax_backward
-from .norms import batch_norm_forward, layer_norm_forward
+from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
 from .products import LINEAR_WORK, by_onednn, linear
 
 MAX_ROWS = 32
@@ -197,6 +197,11 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _normed(z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState) -> Tensor:
     """A norm of ``(n, rows, H)``, whose batch norm has ``n H`` features."""
+    if norm.kind == "batch" and not norm.batch:
+        # PyTorch's kernel wakes every thread for however little, and waits for those that the system runs elsewhere.
+        saved = BatchNormSaved(norm.running_mean, norm.running_var)
+        scale, shift = batch_norm_coefficients(weight, bias, norm, saved)
+        return torch.addcmul(shift.view(z.shape[0], 1, -1), z, scale.view(z.shape[0], 1, -1))
     by_row = z.transpose(0, 1)
     if norm.kind == "batch":
         return batch_norm_forward(by_row, weight, bias, norm)[0].transpose(0, 1)

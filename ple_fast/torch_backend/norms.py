@@ -174,7 +174,8 @@ def batch_normalised(z: Tensor, norm: NormState, saved: BatchNormSaved) -> Tenso
 def layer_norm_forward(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over the last axis, then ``weight`` and ``bias``, ``(n, H)``; also mean and 1 / deviation."""
     normed, mean, rstd = torch.native_layer_norm(_wide(z), [z.shape[-1]], None, None, eps)
-    return layer_norm_affine(normed, weight, bias, z.dtype), mean, rstd
+    y = torch.addcmul(bias.to(normed.dtype), normed, weight.to(normed.dtype), out=normed)
+    return y.to(z.dtype), mean, rstd
 
 
 def layer_norm_affine(normed: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,7 +192,10 @@ def layer_normalised(z: Tensor, eps: float) -> Tensor:
 def layer_norm_backward(
     d: Tensor, z: Tensor, normed: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the input, the weight and the bias (None unless ``affine``); ``normed``: if it is at hand."""
+    """Gradients of the input, the weight and the bias (None unless ``affine``); ``d`` is overwritten.
+
+    ``normed``: if it is at hand.
+    """
     x, g = _wide(z), _wide(d)
     dw = db = None
     if affine:
@@ -203,6 +207,6 @@ def layer_norm_backward(
         )
         dw, db = (total.view(weight.shape).to(weight.dtype) for total in sums[1:])
     dx, _, _ = aten.native_layer_norm_backward(
-        g * weight.to(g.dtype), x, [z.shape[-1]], mean, rstd, None, None, [True, False, False]
+        g.mul_(weight), x, [z.shape[-1]], mean, rstd, None, None, [True, False, False]
     )
     return dx.to(z.dtype), dw, db

@@ -21,6 +21,8 @@ LINEAR_WORK = 1 << 19
 """Multiply-adds below which PyTorch's own product costs less than the call of oneDNN's."""
 GROUPED_ROWS = 32
 """Rows below which PyTorch's own batched product is faster than a grouped convolution."""
+TURNED_ROWS = 160
+"""The same with a transposed weight, which a convolution needs turned round in memory."""
 
 
 @cache
@@ -60,10 +62,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     return out.relu_() if relu else out
 
 
+def convolves(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``grouped`` is a convolution of oneDNN's."""
+    return x.shape[0] >= (GROUPED_ROWS if weight.is_contiguous() else TURNED_ROWS) and by_onednn(x)
+
+
 def grouped(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``n`` products at once: ``(rows, n, K)``, ``(n, H, K)`` and ``(n, H)`` to a contiguous ``(rows, n, H)``."""
     rows, (n, units, width) = x.shape[0], weight.shape
-    if rows >= GROUPED_ROWS and by_onednn(x):
+    if convolves(x, weight):
         x = x.contiguous()
         # A grouped 1x1 convolution over `rows` pixels with the channels last is this product in this layout.
         image = x.as_strided((1, n * width, 1, rows), (rows * n * width, 1, rows * n * width, n * width))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .products import GROUPED_ROWS, LINEAR_WORK, by_onednn, grouped, linear
+from .products import LINEAR_WORK, by_onednn, convolves, grouped, linear
 
 Groups = tuple[tuple[int, int, int], ...]
 """Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
@@ -154,10 +154,11 @@ class SlotGrads:
         is_new = len(missing) == len(places)
         for place in () if is_new else missing:
             self._rows_of(place, rows).zero_()
+        turned = weight.transpose(1, 2)
         # Added to what is there, its result is one more pass: less than it saves only where there is work.
         pays = is_new or d.shape[0] * weight.numel() >= LINEAR_WORK
-        if pays and d.shape[0] >= GROUPED_ROWS and by_onednn(d):
-            product = grouped(d, weight.transpose(1, 2))
+        if pays and convolves(d, turned):
+            product = grouped(d, turned)
             target.copy_(product) if is_new else target.add_(product)
         elif is_new:
             torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
