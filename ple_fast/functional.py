@@ -15,7 +15,7 @@ from .autocast import autocast_dtype, cast_once
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
 from .backend import Choice, note, resolve
 from .checks import check_input, shape_of
-from .ops import is_plain, run_op
+from .ops import run_op
 from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
@@ -76,6 +76,22 @@ def _is_compiled_alone(weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not weight.is_meta
         and type(weight) in _TRACED
+    )
+
+
+def _is_operator(choice: Choice, weight: Tensor, state: LevelState, backend: str | None) -> bool:
+    """Whether a compiled level is one operator: where that is faster than what compilers make of PyTorch's own.
+
+    What is exported from a CPU is PyTorch's own operators, which run without this library.
+    """
+    if choice.name == "triton":
+        return state.is_plain
+    is_plain_asked_for = backend == "torch"
+    return (
+        weight.device.type == "cpu"
+        and not is_plain_asked_for
+        and not torch.compiler.is_exporting()
+        and not state.has_foreign_norm
     )
 
 
@@ -181,10 +197,10 @@ def extraction_level(
         )
     now = state(batch, choice.name) if now is None else now
     way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
-    if way == "composed" and choice.name == "triton":
-        if composes and _is_compiled_alone(weight) and is_plain(now):
+    if way == "composed":
+        if composes and _is_compiled_alone(weight) and _is_operator(choice, weight, now, backend):
             way = "operator"
-        else:
+        elif choice.name == "triton":
             choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
     note(choice)
     if autocast is not None:

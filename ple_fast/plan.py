@@ -61,6 +61,11 @@ class NormState(NamedTuple):
     module: nn.Module | None = None
     """A norm that somebody put in the place of ours (synchronised over ranks, say): it is called as it is."""
 
+    @property
+    def moves(self) -> bool:
+        """Whether running statistics take up those of this batch."""
+        return self.batch and self.factor > 0.0 and self.running_mean is not None
+
 
 class LayerState(NamedTuple):
     """What one layer reads at one call besides its differentiable tensors."""
@@ -83,6 +88,11 @@ class LevelState(NamedTuple):
     def uses_batch(self) -> bool:
         """Whether any norm reads statistics of the whole batch."""
         return any(n is not None and n.batch for n in self.norms())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are no norms and no dropout: nothing that a call changes or draws."""
+        return all(n is None for n in self.norms()) and not any(layer.dropout for layer in self.layers)
 
     @property
     def has_foreign_norm(self) -> bool:

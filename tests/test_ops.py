@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ple_fast import PLE, ExtractionNetwork, MLPSpec, last_backend, use_backend
-from ple_fast.ops import _arguments, level_backward, level_forward
 from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, draw, level
+from tests.operator_checks import check_operators
 
 pytest.importorskip("triton")
 
@@ -127,25 +127,6 @@ def test_an_exported_program_serves_any_batch_after_loading(strict: bool, device
             torch.testing.assert_close(loaded(x), module(x))
 
 
-class _Recorded(Exception):
-    pass
-
-
-def arguments_of(module: ExtractionNetwork, x: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-    """The operator's arguments for a call of ``module``."""
-    found: list[Any] = []
-
-    def record(call: Any, flat: Any, way: str) -> Any:
-        found.append((call, tuple(None if t is None else t.detach() for t in flat)))
-        raise _Recorded
-
-    monkeypatch.setattr("ple_fast.functional._run", record)
-    with pytest.raises(_Recorded), use_backend("triton"):
-        module(x)
-    call, flat = found[0]
-    return (*_arguments(call, flat), call.plan.text)
-
-
 @pytest.mark.parametrize(
     ("case", "form", "dtype", "listed"),
     [
@@ -164,18 +145,10 @@ def arguments_of(module: ExtractionNetwork, x: Any, monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_opcheck(
-    case: str, form: str, dtype: torch.dtype, listed: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opcheck(case: str, form: str, dtype: torch.dtype, listed: bool, device: torch.device) -> None:
     module = build(case, device).to(dtype)
     slots = module.topology.num_slots
     assert slots is not None
     x = FORMS[form].build([leaf.to(device, dtype) for leaf in draw(form, 4, slots, 7)], slots)
-    *arguments, plan = arguments_of(module, x, monkeypatch)
-    needed = [t is not None for part in (arguments[0], arguments[2], arguments[4]) for t in part]
-    torch.library.opcheck(level_forward, (*arguments, plan, needed, listed))
-    torch.library.opcheck(level_forward, (*arguments, plan, [False] * len(needed), listed))
-    y, weights, kept = level_forward(*arguments, plan, needed, listed)
-    dlisted = torch.ones_like(weights) if listed else None
-    torch.library.opcheck(level_backward, (*arguments, kept, torch.ones_like(y), dlisted, plan, needed))
-    torch.library.opcheck(level_backward, (*arguments, [], torch.ones_like(y), dlisted, plan, needed))
+    with use_backend("triton"):
+        check_operators(module, x, listed=listed)

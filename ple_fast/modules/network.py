@@ -167,7 +167,8 @@ class ExtractionNetwork(CheckedModule):
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
         if drops and not must_compose(stacked[0].weight):
-            seed = draw_seed(stacked[0].weight.device, backend)
+            on_device = backend == "triton"  # where a CUDA graph draws it anew, and nobody waits for it
+            seed = draw_seed(stacked[0].weight.device) if on_device else int(draw_seed(torch.device("cpu")))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload

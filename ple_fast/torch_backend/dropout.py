@@ -42,11 +42,9 @@ def _mix_(bits: Tensor) -> Tensor:
     return bits
 
 
-def draw_seed(device: torch.device, backend: str) -> int | Tensor:
-    """A seed out of PyTorch's generator: for kernels a tensor on their device, which a CUDA graph draws anew."""
-    if backend == "triton":
-        return torch.randint(_SEEDS, (), device=device)
-    return int(torch.randint(_SEEDS, (), device="cpu"))  # wherever the default device is
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed out of PyTorch's generator, on its device: a program that draws it draws it anew at every run."""
+    return torch.randint(_SEEDS, (), device=device)
 
 
 def keep_mask(seed: int | Tensor, position: int, start: int, like: Tensor, p: float) -> Tensor:

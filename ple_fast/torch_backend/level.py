@@ -7,7 +7,7 @@ where each waits for the statistics of all (``barriers.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -452,11 +452,16 @@ def still(state: LevelState) -> LevelState:
 
 
 def level_forward(
-    inputs: LevelInput, needs: LevelNeeds | None, *, listed: bool
+    inputs: LevelInput,
+    needs: LevelNeeds | None,
+    *,
+    listed: bool,
+    take: Callable[[slice, BlockKept], None] | None = None,
 ) -> tuple[Tensor, Tensor | None, list[BlockKept]]:
     """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward needs.
 
-    Without ``needs`` nothing is kept, and norms that can be folded are.
+    Without ``needs`` nothing is kept, and norms that can be folded are. ``take``: gets the rows of each block, and what
+    they keep, as soon as it is there; the list is then empty.
     """
     if needs is None and tables(inputs.plan).has_norms:
         layers, gate, state = fold_norms(inputs.plan, inputs.layers, inputs.gate, inputs.state, inputs.x.batch)
@@ -477,8 +482,11 @@ def level_forward(
     done = run_blocks(steps) if run.waits else map(run_steps, steps)
     kept = []
     for rows, (part, weights, keep) in zip(blocks, done, strict=True):
-        if needs is not None:
+        if take is not None:
+            take(rows, keep)
+        elif needs is not None:
             kept.append(keep)
+        del keep  # before the next block is computed, if it has been taken
         if listed:
             shown = gates.listed_weights(plan, weights)
             if all_weights is None:

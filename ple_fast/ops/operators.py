@@ -1,0 +1,240 @@
+"""``torch.ops.ple_fast.level_forward`` and ``level_backward``: a level as one operator, for compiled programs.
+
+A tracer sees an operator with a known result instead of launches, or of row blocks. Eager calls do not come here: the
+dispatcher costs more than it brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import LevelCall
+from ..backend import require_triton
+from ..plan import LevelState
+from ..torch_backend import level as by_hand
+from ..torch_backend.dropout import draw_seed
+from ..torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves, serves_state
+from .arguments import Arguments, arguments_of, for_backward, numbers_of, statistics_of
+from .kernel_layout import empty, kernel_layout, pack, unpack
+from .rows_layout import Keeper, blocks_of, rows_layout
+
+_INPUTS = (
+    "Tensor[] x, int[] places, Tensor[] gate_x, int[] gate_places, Tensor?[] tensors, Tensor[] statistics,"
+    " Tensor? seed, str plan, str backend, float[] state"
+)
+_WIDTH = len(Arguments._fields)
+_LIBRARY = torch.library.Library("ple_fast", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define(
+    f"level_forward({_INPUTS}, bool[] needed, bool listed) -> (Tensor, Tensor, Tensor[], Tensor[])", tags=_TAGS
+)
+_LIBRARY.define(
+    f"level_backward({_INPUTS}, bool[] needed, Tensor[] kept, Tensor? dy, Tensor? dlisted) -> (Tensor[], Tensor)",
+    tags=_TAGS,
+)
+
+Forward = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
+"""Output, listed weights, what backward reads, and mean and variance of the batch for norms that take them up."""
+
+
+def _forward(*arguments: Any) -> Forward:
+    given = Arguments(*arguments[:_WIDTH])
+    needed, listed = arguments[_WIDTH:]
+    if given.batch == 0:
+        return _fake_forward(*arguments)
+    if given.backend == "triton":
+        return _forward_in_kernels(given, needed, listed)
+    moments = [torch.zeros_like(t) for t in given.moving()]
+    call = _with_seed_read(given.call(moments=moments, listed=listed))
+    inputs = call.inputs(given.all_tensors)
+    if not any(needed):
+        if _has_few_rows(given, call):
+            y, weights = few_rows_forward(call.plan, inputs.layers, inputs.gate, given.x[0], call.state), None
+        else:
+            y, weights, _ = by_hand.level_forward(inputs, None, listed=listed)
+        return y, y.new_empty(0) if weights is None else weights, [], moments
+    keeper = Keeper(rows_layout(given, needed), inputs)
+    y, weights, _ = by_hand.level_forward(inputs, call.needs(tuple(needed)), listed=listed, take=keeper.take)
+    return y, y.new_empty(0) if weights is None else weights, keeper.entries, moments
+
+
+def _with_seed_read(call: LevelCall) -> LevelCall:
+    """The call with its seed as a number, which costs the masks less."""
+    seed = call.state.seed
+    return call if seed is None else call._replace(state=call.state._replace(seed=int(seed)))
+
+
+def _has_few_rows(given: Arguments, call: LevelCall) -> bool:
+    """Whether the short path serves: ``extraction_level`` asks the same of an eager call."""
+    x = given.x[0]
+    return (
+        len(given.x) == 1
+        and given.batch < MAX_ROWS
+        and not given.gate_places
+        and not call.listed
+        and x.dtype in (torch.float32, torch.float64)
+        and serves(call.plan, x.dim() == 3, trains=False)
+        and serves_state(call.state)
+    )
+
+
+def _forward_in_kernels(given: Arguments, needed: Sequence[bool], listed: bool) -> Forward:
+    require_triton(given.x[0].device)
+    call = given.call(listed=listed)
+    needs = call.needs(tuple(needed)) if any(needed) else None
+    y, weights, kept = call.arithmetic().level_forward(call.inputs(given.all_tensors), needs, listed=listed)
+    if weights is None:
+        weights = y.new_empty(0)
+    elif kept and weights is kept[0].gated:
+        weights = weights.clone()  # results of an operator must not share memory
+    return y, weights, [] if needs is None else pack(kernel_layout(call, tuple(needed)), call.plan, kept[0]), []
+
+
+def _fake_forward(*arguments: Any) -> Forward:
+    given = Arguments(*arguments[:_WIDTH])
+    needed, listed = arguments[_WIDTH:]
+    call = given.call(moments=given.moving(), listed=listed)  # it does not run
+    t, like, batch = call.plan.topology, given.x[0], given.batch
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    y = like.new_empty((batch, t.num_mixtures, call.plan.blocks[0].layers[-1].units))
+    weights = like.new_empty((batch, t.num_weights), dtype=wide) if listed else like.new_empty(0)
+    kept: list[Tensor] = []
+    if any(needed) and given.backend == "triton":
+        kept = empty(kernel_layout(call, tuple(needed)), like, batch)
+    elif any(needed):
+        kept = rows_layout(given, needed).empty(like, batch)
+    return y, weights, kept, [torch.empty_like(t) for t in given.moving()]
+
+
+def _backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    given = Arguments(*arguments[:_WIDTH])
+    needed, kept, dy, dlisted = arguments[_WIDTH:]
+    if given.batch == 0:
+        inputs_grads, flat = _fake_backward(*arguments)
+        return inputs_grads, flat.zero_()
+    call = _with_seed_read(given.call())
+    inputs, needs = call.inputs(given.all_tensors), call.needs(tuple(needed))
+    blocks: list[by_hand.BlockKept] = []
+    if given.backend == "triton":
+        require_triton(given.x[0].device)
+        if kept:
+            blocks = [unpack(kernel_layout(call, tuple(needed)), call.plan, needs, kept)]
+    elif kept:
+        blocks = blocks_of(rows_layout(given, needed), inputs, kept, given.statistics)
+    dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, needs, blocks, dy, dlisted)
+    if len(dx) > 1:  # views of one tensor
+        dx = [None if grad is None else grad.clone(memory_format=torch.contiguous_format) for grad in dx]
+    if len(dgate_x) > 1:
+        dgate_x = [None if grad is None else grad.clone(memory_format=torch.contiguous_format) for grad in dgate_x]
+    found = zip(given.all_tensors, [*dx, *dgate_x, *dtensors], needed, strict=True)
+    grads = [
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if grad is None else grad
+        for tensor, grad, wanted in found
+        if wanted and tensor is not None
+    ]
+    count = sum(needed[: len(given.x) + len(given.gate_x)])
+    parts = [grad.reshape(-1) for grad in grads[count:]]
+    # Results must not share memory, and the kernels' are views of one buffer in the order of the launches.
+    return grads[:count], torch.cat(parts) if parts else given.x[0].new_empty(0)
+
+
+def _fake_backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    given, needed = Arguments(*arguments[:_WIDTH]), arguments[_WIDTH]
+    inputs = [*given.x, *given.gate_x]
+    grads = [t.new_empty(t.shape) for t, wanted in zip(inputs, needed, strict=False) if wanted]
+    return grads, given.x[0].new_empty(sum(_sizes(given.tensors, needed[len(inputs) :])))
+
+
+def _sizes(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[int]:
+    """Numbers of elements of the tensors that need a gradient."""
+    return [t.numel() for t, wanted in zip(tensors, needed, strict=True) if wanted and t is not None]
+
+
+_LIBRARY.impl("level_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("level_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("ple_fast::level_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("ple_fast::level_backward", _fake_backward, lib=_LIBRARY)
+
+level_forward: Any = torch.ops.ple_fast.level_forward.default
+level_backward: Any = torch.ops.ple_fast.level_backward.default
+
+
+class CompiledLevelFunction(torch.autograd.Function):
+    """The two operators joined for autograd, for tracers.
+
+    ``(call, needed, state, statistics, seed, *tensors)``, the call without its state, the number of statistics, which
+    come before the level's tensors, to y, the weights if listed, and the moments.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LevelCall, needed: tuple[bool, ...], state: tuple[float, ...], count: int, seed: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Any:  # fmt: skip
+        statistics: Any = tensors[:count]
+        given = arguments_of(call, tensors[count:], state, statistics, seed)
+        keeps = list(needed) if not call.recompute else [False] * len(needed)
+        y, weights, kept, moments = level_forward(*given, keeps, call.listed)
+        ctx.call, ctx.needed, ctx.num_statistics = call, needed, count
+        ctx.state, running = for_backward(state, statistics)
+        ctx.counts = (len(running), len(tensors) - count)
+        ctx.save_for_backward(seed, *running, *tensors[count:], *kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*moments)
+        return (y, *((weights,) if call.listed else ()), *moments)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
+        call: LevelCall = ctx.call
+        count, width = ctx.counts
+        seed, *saved = ctx.saved_tensors
+        running, tensors, kept = saved[:count], saved[count : count + width], saved[count + width :]
+        given = arguments_of(call, tensors, ctx.state, running, seed)
+        dlisted = others[0] if call.listed else None
+        found, flat = level_backward(*given, list(ctx.needed), list(kept), dy, dlisted)
+        start = call.num_x + call.num_gate_x
+        parts = [*found, *flat.split(_sizes(tensors[start:], ctx.needed[start:]))]
+        grads: list[Tensor | None] = []
+        at = 0
+        for tensor, wanted in zip(tensors, ctx.needed, strict=True):
+            grads.append(parts[at].view(tensor.shape) if wanted and tensor is not None else None)
+            at += 1 if wanted and tensor is not None else 0
+        return (None,) * (5 + ctx.num_statistics) + tuple(grads)
+
+
+_NO_STATE = LevelState((), None, None)
+
+
+def run_op(call: LevelCall, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """Output and, where the call lists them, the weights, by the operators; running statistics move."""
+    state = call.state
+    numbers, statistics = numbers_of(state), statistics_of(state)
+    seed = draw_seed(torch.device("cpu")) if any(layer.dropout for layer in state.layers) else None
+    call = call._replace(state=_NO_STATE)
+    needed = tuple(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and any(needed):
+        out: Any = CompiledLevelFunction.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+            call, needed, numbers, len(statistics), seed, *statistics, *tensors
+        )
+        y, weights, moments = out[0], out[1] if call.listed else None, out[1 + call.listed :]
+    else:
+        given = arguments_of(call, tensors, numbers, statistics, seed)
+        y, weights, _, moments = level_forward(*given, [False] * len(tensors), call.listed)
+    _take_up(state, moments)
+    return y, weights if call.listed else None
+
+
+def _take_up(state: LevelState, moments: Sequence[Tensor]) -> None:
+    """Running statistics take up the batch's."""
+    at = 0
+    with torch.no_grad():
+        for norm in state.norms():
+            if norm is not None and norm.moves:
+                assert norm.running_mean is not None and norm.running_var is not None
+                norm.running_mean.lerp_(moments[at], norm.factor)
+                norm.running_var.lerp_(moments[at + 1], norm.factor)
+                at += 2
