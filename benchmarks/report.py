@@ -148,16 +148,17 @@ def norms_block(machine: str, content: Result) -> str:
 
 
 def scaling_table(content: Result) -> str:
-    """A row per batch and number of ranks: milliseconds, factor and efficiency of both trunks."""
-    lines = [
-        _row(["rows on each rank", "ranks", "`fast`, ms", "`loop`, ms", "speed-up", "efficiency: `fast`", "`loop`"]),
-        _row(["---:"] * 7),
-    ]
+    """A row per batch and number of ranks: milliseconds, factor, and efficiencies of both trunks."""
+    heads = ["rows on each rank", "ranks", "`fast`, ms", "`loop`, ms", "speed-up"]
+    lines = [_row([*heads, "efficiency: `fast`", "apart", "`loop`", "apart"]), _row(["---:"] * 9)]
     for entry in content["results"]:
         fast, loop = (entry["contestants"][name] for name in ("fast", "loop"))
         cells = [f"{entry['batch_per_rank']:,}", str(entry["ranks"])]
         cells += [_number(fast["median_ms"]), _number(loop["median_ms"]), f"{loop['ratio_to_fast']:.2f} x"]
-        lines.append(_row([*cells, f"{fast['efficiency']:.2f}", f"{loop['efficiency']:.2f}"]))
+        for row in (fast, loop):
+            found = [row.get(name) for name in ("efficiency", "efficiency_apart")]
+            cells += ["" if entry["ranks"] == 1 else f"{value:.2f}" for value in found]
+        lines.append(_row(cells))
     return "\n".join(lines)
 
 

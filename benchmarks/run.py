@@ -220,12 +220,15 @@ def scaling(quick: bool) -> list[dict[str, Any]]:
         for ranks in configs.SCALING_RANKS:
             rows: dict[str, dict[str, float]] = {}
             for trunk in TRUNKS:
-                own = case(trunk, batch, ranks)
+                own, single = case(trunk, batch, ranks), case(trunk, batch, 1)
                 rows[trunk] = {
                     **times[own],
                     "ratio_to_fast": round(paired.ratio(own, case("fast", batch, ranks)), 4),
-                    "efficiency": round(paired.ratio(case(trunk, batch, 1), own), 4),
+                    "efficiency": round(paired.ratio(single, own), 4),
                 }
+                if ranks > 1:
+                    apart = case(trunk, batch, ranks, apart=True)
+                    rows[trunk]["efficiency_apart"] = round(paired.ratio(single, apart), 4)
                 say(f"scaling: {own}: {rows[trunk]['median_ms']} ms, efficiency {rows[trunk]['efficiency']:.3f}")
             about = {"batch_per_rank": batch, "ranks": ranks, "threads_per_rank": 1, "rounds": rounds}
             results.append({**about, "load": [round(value, 2) for value in paired.load], "contestants": rows})

@@ -32,9 +32,10 @@ TOLERANCE = 1e-4
 """Relative, in float32, of the losses of the first two steps."""
 
 
-def case(trunk: str, batch: int, ranks: int) -> str:
-    """The name of what is timed."""
-    return f"{trunk}, {batch} on each of {ranks}"
+def case(trunk: str, batch: int, ranks: int, *, apart: bool = False) -> str:
+    """The name of what is timed. ``apart``: ranks at the same time that know nothing of one another, each training a
+    model of its own: what the machine itself takes from them."""
+    return f"{trunk}, {batch} on each of {ranks}{' apart' if apart else ''}"
 
 
 class Stacked(nn.Module):
@@ -93,25 +94,38 @@ def together(call: Callable[[], object], repeats: int) -> float:
     return processor_clock(call, repeats)
 
 
+def _checked(config: ModelConfig, batch: int, group: dist.ProcessGroup) -> dict[str, Callable[[], Tensor]]:
+    """The step with each trunk."""
+    made = {trunk: make_step(trunk, config, batch, group) for trunk in TRUNKS}
+    losses = {trunk: torch.stack([step(), step()]) for trunk, step in made.items()}
+    fast, loop = losses.values()
+    if not float((fast - loop).norm()) <= TOLERANCE * float(loop.norm()):
+        ranks = dist.get_world_size(group)
+        raise WrongResultError(f"{batch} rows on each of {ranks} ranks: expected the same losses, got {losses}")
+    return made
+
+
 def time_ranks(config: ModelConfig, batches: Sequence[int], counts: Sequence[int], rounds: int) -> Paired:
     """What one rank measures; the times of rank 0, which takes part in every case, are those that count.
 
     Raises:
         WrongResultError: the first losses with the two trunks differ.
     """
-    groups = {count: dist.new_group(range(count)) for count in counts}
+    rank = dist.get_rank()
+    alone = [dist.new_group([number]) for number in range(max(counts))][rank]
+    groups = {count: dist.new_group(range(count)) for count in counts if count > 1}
     steps: dict[str, Callable[[], object]] = {}
+
+    def add(made: dict[str, Callable[[], Tensor]], batch: int, count: int, *, apart: bool = False) -> None:
+        for trunk, step in made.items():
+            steps[case(trunk, batch, count, apart=apart)] = step if rank < count else lambda: None
+
     for batch in batches:
+        single = _checked(config, batch, alone)
+        add(single, batch, 1)
         for count, group in groups.items():
-            if dist.get_rank() >= count:
-                steps |= {case(trunk, batch, count): (lambda: None) for trunk in TRUNKS}
-                continue
-            made = {trunk: make_step(trunk, config, batch, group) for trunk in TRUNKS}
-            losses = {trunk: torch.stack([step(), step()]) for trunk, step in made.items()}
-            fast, loop = losses.values()
-            if not float((fast - loop).norm()) <= TOLERANCE * float(loop.norm()):
-                raise WrongResultError(f"{batch} rows on each of {count} ranks: expected the same losses, got {losses}")
-            steps |= {case(trunk, batch, count): step for trunk, step in made.items()}
+            add(_checked(config, batch, group) if rank < count else single, batch, count)
+            add(single, batch, count, apart=True)
     # One call per sample: every rank must make as many, or a sum over ranks waits for ever.
     return time_paired(steps, rounds=rounds, min_sample_s=0.0, clock=together)
 
@@ -129,7 +143,7 @@ def _rank(rank: int, folder: str, ranks: int, arguments: tuple[Any, ...]) -> Non
 
 
 def measure(config: ModelConfig, batches: Sequence[int], counts: Sequence[int], rounds: int) -> Paired:
-    """Seconds per step of every ``case`` of ``batches`` (rows on each rank) and ``counts`` (of ranks)."""
+    """Seconds per step of every ``case`` of ``batches`` (rows on each rank) and ``counts`` (of ranks, 1 among them)."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (folder, max(counts), (config, batches, counts, rounds)), nprocs=max(counts))
         found = json.loads((Path(folder) / "paired.json").read_text(encoding="utf-8"))
