@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest import mock
 
 import pytest
@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 # 667 training rows: in the last of 7 batches there is one, and other ranks than the first have none.
 SETTINGS = ("--rows", "1000", "--batch-size", "111", "--checkpoint-every", "3", "--device", "cpu")
-BATCHES, SAVED, STOPPED = 14, 9, 11
+BATCHES, SAVED, STOPPED, NEXT = 14, 9, 11, 12
 RANKS = 3  # sums of two numbers round alike in any order, sums of three do not
 
 
@@ -47,24 +47,38 @@ def train(out: Path, *arguments: str, stop: int | None = None) -> str | None:
     return None
 
 
+def torn(state: Any, handle: BinaryIO, *, save: Callable[..., None] = torch.save, **options: Any) -> None:
+    """Ends in the middle of a checkpoint; the ranks that do not write stop before the next batch."""
+    if isinstance(state, dict) and len(state["losses"]) == NEXT:  # what ranks send to one another is saved too
+        handle.write(b"half")
+        raise Stopped
+    save(state, handle, **options)
+
+
 OTHERS = (("--dropout", "0.2"), ("--batch-size", "64"), ("--rows", "1001"), ("--epochs", "1"))
 
 
+def undropped(folder: Path, ranks: int, stop: int | None = None) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    train(folder, "--dropout", "0", stop=stop)
+
+
 def one_rank(folder: Path) -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    train(folder / "one", "--dropout", "0")
-    train(folder / "fewer", "--dropout", "0")
+    undropped(folder / "one", 1)
+    undropped(folder / "more ranks", 1, stop=STOPPED)
 
 
 def some_ranks(folder: Path) -> list[str | None]:
-    os.environ["LOCAL_WORLD_SIZE"] = str(RANKS)
     with mock.patch.object(example, "load", functools.cache(census_income.load)):
-        train(folder / "some", "--dropout", "0")
-        train(folder / "fewer", "--dropout", "0", stop=STOPPED)
+        undropped(folder / "some", RANKS)
+        undropped(folder / "more ranks", RANKS)
         train(folder / "straight")
         train(folder / "resumed", stop=STOPPED)
         refused = [train(folder / "resumed", *other) for other in OTHERS]
         train(folder / "resumed")
+        with mock.patch.object(torch, "save", torn):
+            train(folder / "torn", stop=NEXT)
+        train(folder / "torn")
         train(folder / "longer", "--epochs", "1")
         train(folder / "longer")
     return refused
@@ -74,10 +88,10 @@ def some_ranks(folder: Path) -> list[str | None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str | None]]]:
     """The folder of all runs, and what each rank was refused with."""
     folder = tmp_path_factory.mktemp("runs")
-    refused = run_ranks(RANKS, some_ranks, folder)
-    shutil.copytree(folder / "fewer", folder / "as stopped")
     run_ranks(1, one_rank, folder)
-    return folder, refused
+    state = torch.load(folder / "more ranks" / example.CHECKPOINT, weights_only=True)
+    assert len(state["losses"]) == SAVED
+    return folder, run_ranks(RANKS, some_ranks, folder)
 
 
 def curve(folder: Path) -> torch.Tensor:
@@ -107,17 +121,27 @@ def test_a_stopped_run_goes_on_exactly(runs: tuple[Path, Any]) -> None:
     assert contents(folder / "straight")[0] != contents(folder / "some")[0]  # dropout does something
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(runs: tuple[Path, Any]) -> None:
+    folder, _ = runs
+    assert contents(folder / "torn") == contents(folder / "straight")
+
+
 def test_a_finished_run_goes_on_with_more_epochs(runs: tuple[Path, Any]) -> None:
     folder, _ = runs
     assert contents(folder / "longer") == contents(folder / "straight")
 
 
-def test_a_stopped_run_goes_on_on_another_number_of_ranks(runs: tuple[Path, Any]) -> None:
+def test_a_stopped_run_goes_on_on_more_ranks(runs: tuple[Path, Any]) -> None:
     folder, _ = runs
-    assert not (folder / "as stopped" / example.CURVE).exists()
-    state = torch.load(folder / "as stopped" / example.CHECKPOINT, weights_only=True)
-    assert len(state["losses"]) == SAVED
-    torch.testing.assert_close(curve(folder / "fewer"), curve(folder / "one"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(curve(folder / "more ranks"), curve(folder / "one"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_on_fewer_ranks(runs: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = runs
+    run_ranks(RANKS, undropped, tmp_path, RANKS, STOPPED)
+    run_ranks(1, undropped, tmp_path, 1)
+    torch.testing.assert_close(curve(tmp_path), curve(folder / "one"), rtol=1e-5, atol=0)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(runs: tuple[Path, list[list[str | None]]]) -> None:
