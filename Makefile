@@ -7,6 +7,7 @@ OLDEST_TRITON ?= 3.6.0
 TORCHREC := torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
 KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py tests/test_tune.py
 ARGS ?=
+RANKS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -15,10 +16,10 @@ BENCH_READY := .venv/.ready-bench
 OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
 
-.PHONY: help example example-swap test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
+.PHONY: help example example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
 	$(BIN)/python examples/census_income.py $(ARGS)
@@ -26,6 +27,9 @@ example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--r
 example-swap: $(READY)  ## train models of torch-rechub and DeepCTR-Torch before and after accelerate (ARGS="--rows 20000")
 	$(BIN)/python examples/accelerate_torch_rechub.py $(ARGS)
 	$(BIN)/python examples/accelerate_deepctr_torch.py $(ARGS)
+
+example-distributed: $(READY)  ## train on RANKS processes (2), with checkpoints and resume (ARGS="--rows 20000")
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/train_distributed.py $(ARGS)
 
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

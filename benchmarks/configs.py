@@ -250,3 +250,7 @@ KUAIRAND = ModelConfig(
 WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 4096), ("train", 256), ("inference", 512))
 """(mode, batch) of the whole models."""
 QUICK_WHOLE_MODEL: tuple[tuple[Mode, int], ...] = (("train", 256),)
+SCALING_BATCHES: tuple[int, ...] = (4096, 1024)
+"""Rows on each rank."""
+QUICK_SCALING_BATCHES: tuple[int, ...] = (64,)
+SCALING_RANKS: tuple[int, ...] = (1, 2)

@@ -57,7 +57,7 @@ def time_paired(
         raise ValueError("contestants: expected at least one, got none")
     if rounds < 1:
         raise ValueError(f"rounds: expected 1 or more, got {rounds}")
-    sample = _sample if clock is None else clock
+    sample = processor_clock if clock is None else clock
     repeats = {}
     for name, call in contestants.items():
         once = min(sample(call, 1) for _ in range(max(warmup, 1)))
@@ -81,7 +81,7 @@ def time_paired(
     return Paired(samples, (before, os.getloadavg()[0]))
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def processor_clock(call: Callable[[], object], repeats: int) -> float:
     """Seconds per call over ``repeats`` calls."""
     start = time.perf_counter()
     for _ in range(repeats):

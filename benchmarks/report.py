@@ -23,8 +23,9 @@ from benchmarks.environment import ROOT
 Result = Mapping[str, Any]
 README = ROOT / "README.md"
 NORMS_PAGE = ROOT / "docs" / "performance.md"
+SCALING_PAGE = ROOT / "docs" / "training_at_scale.md"
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
-_BLOCK = re.compile(r"(<!-- benchmark:(?:cpu|norms) -->\n)(.*?)(<!-- /benchmark:(?:cpu|norms) -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- benchmark:(\w+) -->\n)(.*?)(<!-- /benchmark:\2 -->)", re.DOTALL)
 _SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
 MODE_NAMES = {"train": "forward + backward", "inference": "inference", "forward": "forward"}
 
@@ -65,12 +66,12 @@ def ratio_to_best(case: Result) -> float:
     return min(float(times[name]["ratio_to_fast"]) for name in PEERS if name in times)
 
 
-def _environment(environment: Result) -> str:
+def _environment(environment: Result, threads: str | None = None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name != "numpy")
     dirty = " with uncommitted changes" if environment["uncommitted_changes"] else ""
     return (
         f"{environment['cpu']}, {environment['cores']} cores, {environment['cpu_capability']}, "
-        f"{environment['threads']} threads; Python {environment['python']}, {versions}; "
+        f"{threads or str(environment['threads']) + ' threads'}; Python {environment['python']}, {versions}; "
         f"commit {environment['commit']}{dirty}, {environment['date']}"
     )
 
@@ -142,6 +143,37 @@ def norms_block(machine: str, content: Result) -> str:
         f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. Load average of the machine "
         f"up to {load:.2f}. {notes}.",
         f"{_environment(content['environment'])}. Figures from benchmarks/results/{machine}/norms.json.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def scaling_table(content: Result) -> str:
+    """A row per batch and number of ranks: milliseconds, factor, and efficiencies of both trunks."""
+    heads = ["rows on each rank", "ranks", "`fast`, ms", "`loop`, ms", "speed-up"]
+    lines = [_row([*heads, "efficiency: `fast`", "apart", "`loop`", "apart"]), _row(["---:"] * 9)]
+    for entry in content["results"]:
+        fast, loop = (entry["contestants"][name] for name in ("fast", "loop"))
+        cells = [f"{entry['batch_per_rank']:,}", str(entry["ranks"])]
+        cells += [_number(fast["median_ms"]), _number(loop["median_ms"]), f"{loop['ratio_to_fast']:.2f} x"]
+        for row in (fast, loop):
+            found = [row.get(name) for name in ("efficiency", "efficiency_apart")]
+            cells += ["" if entry["ranks"] == 1 else f"{value:.2f}" for value in found]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def scaling_block(machine: str, content: Result) -> str:
+    """What stands between the two comments in docs/training_at_scale.md."""
+    entries = content["results"]
+    rounds = min(int(entry["rounds"]) for entry in entries)
+    load = max(max(entry["load"]) for entry in entries)
+    threads = max(int(entry["threads_per_rank"]) for entry in entries)
+    about = _environment(content["environment"], f"{threads} thread{'s' if threads > 1 else ''} per rank")
+    paragraphs = [
+        scaling_table(content),
+        f"Medians of {rounds} interleaved rounds; factors and efficiencies are medians of paired ratios. Load average "
+        f"of the machine up to {load:.2f}.",
+        f"{about}. Figures from benchmarks/results/{machine}/scaling.json.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -356,18 +388,18 @@ def _between(text: str) -> str:
     found = _BLOCK.search(text)
     if found is None:
         raise ValueError(f"README.md: expected the lines {BEGIN} and {END}, found none")
-    return found[2]
+    return found[3]
 
 
 def quoted(text: str) -> str:
-    """What the README (or docs/performance.md) holds between the two comments."""
+    """What a page holds between the two comments."""
     return _between(text)
 
 
 def with_block(text: str, block: str) -> str:
     """The page with the block between the two comments replaced."""
     _between(text)
-    return _BLOCK.sub(lambda found: f"{found[1]}{block}{found[3]}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}{block}{found[4]}", text)
 
 
 def markdown(machine: str, files: Mapping[str, Result]) -> str:
@@ -382,6 +414,8 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
     if "whole_model" in files:
         content = files["whole_model"]
         parts += ["## Whole models", whole_model_table(content), _environment(content["environment"])]
+    if "scaling" in files:
+        parts += ["## DistributedDataParallel", scaling_block(machine, files["scaling"])]
     if "gpu" in files:
         parts += ["## Targets", "\n".join(f"- {line}" for line in gpu_targets(files["gpu"]))]
         parts += ["## Times", gpu_table(files["gpu"]), _gpu_environment(files["gpu"]["environment"])]
@@ -442,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=ROOT / "out" / "benchmarks", help="folder of report.md and the plots"
     )
     parser.add_argument(
-        "--write-readme", action="store_true", help="put the tables into README.md and docs/performance.md"
+        "--write-readme", action="store_true", help="put the tables into README.md and the pages of docs"
     )
     options = parser.parse_args(arguments)
     readme = README.read_text(encoding="utf-8") if README.is_file() else ""
@@ -457,10 +491,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write_readme:
         README.write_text(with_block(readme, readme_block(folder.name, files)), encoding="utf-8")
         print(f"wrote {README}", file=sys.stderr)
-        if "norms" in files:
-            page = NORMS_PAGE.read_text(encoding="utf-8")
-            NORMS_PAGE.write_text(with_block(page, norms_block(folder.name, files["norms"])), encoding="utf-8")
-            print(f"wrote {NORMS_PAGE}", file=sys.stderr)
+        for kind, page, block in (("norms", NORMS_PAGE, norms_block), ("scaling", SCALING_PAGE, scaling_block)):
+            if kind in files:
+                text = with_block(page.read_text(encoding="utf-8"), block(folder.name, files[kind]))
+                page.write_text(text, encoding="utf-8")
+                print(f"wrote {page}", file=sys.stderr)
 
 
 if __name__ == "__main__":

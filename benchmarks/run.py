@@ -26,6 +26,7 @@ from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, NORM_PAIRS, bui
 from benchmarks.environment import ROOT, environment, machine_name
 from benchmarks.paired import Paired, time_paired
 from benchmarks.saved_bytes import cost
+from benchmarks.scaling import TRUNKS, case, measure
 from benchmarks.steps import make_step
 from benchmarks.whole_model import LIBRARIES, QUICK_VARIANTS, VARIANTS, make_steps
 
@@ -209,6 +210,31 @@ def whole_model(quick: bool) -> list[dict[str, Any]]:
     return results
 
 
+def scaling(quick: bool) -> list[dict[str, Any]]:
+    """A whole model's step on one rank and on more, with the fused trunk and with the loop."""
+    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
+    batches = configs.QUICK_SCALING_BATCHES if quick else configs.SCALING_BATCHES
+    paired = measure(configs.KUAIRAND, batches, configs.SCALING_RANKS, rounds)
+    times, results = _times(paired), []
+    for batch in batches:
+        for ranks in configs.SCALING_RANKS:
+            rows: dict[str, dict[str, float]] = {}
+            for trunk in TRUNKS:
+                own, single = case(trunk, batch, ranks), case(trunk, batch, 1)
+                rows[trunk] = {
+                    **times[own],
+                    "ratio_to_fast": round(paired.ratio(own, case("fast", batch, ranks)), 4),
+                    "efficiency": round(paired.ratio(single, own), 4),
+                }
+                if ranks > 1:
+                    apart = case(trunk, batch, ranks, apart=True)
+                    rows[trunk]["efficiency_apart"] = round(paired.ratio(single, apart), 4)
+                say(f"scaling: {own}: {rows[trunk]['median_ms']} ms, efficiency {rows[trunk]['efficiency']:.3f}")
+            about = {"batch_per_rank": batch, "ranks": ranks, "threads_per_rank": 1, "rounds": rounds}
+            results.append({**about, "load": [round(value, 2) for value in paired.load], "contestants": rows})
+    return results
+
+
 def suite(quick: bool) -> list[dict[str, Any]]:
     """The pytest-benchmark suite in a process of its own, stripped to medians and ``extra_info``."""
     sizes = configs.QUICK_SUITE_SIZES if quick else configs.SUITE_SIZES
@@ -249,6 +275,7 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "norms": norms,
     "grid": lambda quick: {"results": grid(quick)},
     "whole_model": lambda quick: {"results": whole_model(quick)},
+    "scaling": lambda quick: {"results": scaling(quick)},
     "suite": lambda quick: {"results": suite(quick)},
 }
 

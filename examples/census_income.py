@@ -328,6 +328,16 @@ def note_floors(console: Console, results: dict[str, Results], options: argparse
                 console.print(f"Note: {MODELS[key].label}: expected an AUC above {floor} for {name}, got {mean:.4f}.")
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **least: int) -> argparse.Namespace:
+    """The command line; an error where a number is below its ``least``."""
+    options = parser.parse_args(argv)
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            parser.error(f"--{name.replace('_', '-')}: expected {bound} or more, got {value}")
+    return options
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -337,15 +347,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 1024, less where that makes few steps per epoch")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of all files (default: %(default)s)")
-    options = parser.parse_args(argv)
+    options = parse(parser, argv, rows=1000, seeds=1, epochs=1, batch_size=2)
     options.models = list(dict.fromkeys(options.models.split(",")))
     unknown = [key for key in options.models if key not in MODELS]
     if unknown:
         parser.error(f"--models: expected some of {', '.join(MODELS)}, got {', '.join(unknown)}")
-    for name, least in (("rows", 1000), ("seeds", 1), ("epochs", 1), ("batch_size", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
     return options
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from examples.census_income import DATA, INCOME, NEVER_MARRIED, NO_FEATURES, NUMERIC
+from examples.census_income import DATA, INCOME, NEVER_MARRIED, NO_FEATURES, NUMERIC, parse
 
 TASKS = (INCOME, NEVER_MARRIED)
 Columns = dict[str, npt.NDArray[Any]]
@@ -142,9 +142,4 @@ def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespac
     parser.add_argument("--rows", type=int, help="about so many rows, two thirds for training (default: all 299,285)")
     parser.add_argument("--epochs", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
-    options = parser.parse_args(argv)
-    for name, least in (("rows", 1000), ("epochs", 1), ("batch_size", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')}: expected {least} or more, got {value}")
-    return options
+    return parse(parser, argv, rows=1000, epochs=1, batch_size=2)

@@ -10,14 +10,16 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ple_fast
-from benchmarks import report, run, whole_model
+from benchmarks import report, run, scaling, whole_model
 from benchmarks.analytic import work
 from benchmarks.configs import (
     GRID,
@@ -25,6 +27,8 @@ from benchmarks.configs import (
     KUAIRAND,
     MODES,
     ROUNDS,
+    SCALING_BATCHES,
+    SCALING_RANKS,
     SIZES,
     WHOLE_MODEL,
     Mode,
@@ -36,6 +40,7 @@ from benchmarks.environment import ROOT
 from benchmarks.paired import Paired, time_paired
 from benchmarks.saved_bytes import cost, saved_bytes
 from benchmarks.steps import WrongResultError, check, errors, make_step
+from tests.ranks import run_ranks
 
 TINY = TrunkConfig("tiny", 6, 5, 3, units=(7, 4), dtype="float64")
 EAGER = [name for name, entry in CONTESTANTS.items() if name != "loop" and not entry.compiled]
@@ -358,6 +363,90 @@ def test_ours_with_norms_or_dropout_saves_less_than_the_peer(peer: str, ours: st
     assert cost(trunk_of(ours, config), config).saved_bytes <= 0.7 * cost(trunk_of(peer, config), config).saved_bytes
 
 
+def scaled(ranks: int, fast: float, loop: float, efficiency: float) -> dict[str, Any]:
+    rows = {
+        name: {"median_ms": median, "ratio_to_fast": median / fast, "efficiency": efficiency, "efficiency_apart": 0.9}
+        for name, median in (("fast", fast), ("loop", loop))
+    }
+    about = {"batch_per_rank": 4096, "ranks": ranks, "threads_per_rank": 1, "rounds": 15, "load": [0.5, 1.25]}
+    return {**about, "contestants": rows}
+
+
+def test_the_table_of_scaling_says_what_the_results_say() -> None:
+    content = {
+        "results": [scaled(1, 100.0, 150.0, 1.0), scaled(2, 125.0, 200.0, 0.8)],
+        "environment": CONTENT["environment"],
+    }
+    block = report.scaling_block("some", content)
+    assert "| 4,096 | 1 | 100 | 150 | 1.50 x |  |  |  |  |" in block
+    assert "| 4,096 | 2 | 125 | 200 | 1.60 x | 0.80 | 0.90 | 0.80 | 0.90 |" in block
+    assert "up to 1.25" in block and "2 cores, AVX2, 1 thread per rank; " in block
+    page = "a\n<!-- benchmark:scaling -->\n<!-- /benchmark:scaling -->\nb\n"
+    assert report.quoted(report.with_block(page, block)) == block
+
+
+def test_the_page_on_scale_quotes_the_committed_scaling() -> None:
+    """Nothing, as long as nothing was measured."""
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    found = report.load(ROOT / "benchmarks" / "results" / machine).get("scaling")
+    page = report.quoted(report.SCALING_PAGE.read_text(encoding="utf-8"))
+    assert page == ("" if found is None else report.scaling_block(machine, found)), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    if found is not None:
+        cases = [(batch, ranks) for batch in SCALING_BATCHES for ranks in SCALING_RANKS]
+        assert [(entry["batch_per_rank"], entry["ranks"]) for entry in found["results"]] == cases
+        assert all(entry["rounds"] >= ROUNDS for entry in found["results"])
+
+
+TINY_MODEL = replace(KUAIRAND, fields=(("user", 7), ("item", 9)), width=4, units=(6, 5), tower_units=(3,))
+
+
+@pytest.mark.slow
+def test_ranks_are_timed_together() -> None:
+    paired = scaling.measure(TINY_MODEL, (8, 5), (1, 2), rounds=2)
+    cases = [
+        scaling.case(trunk, batch, ranks, apart=apart)
+        for batch in (8, 5)
+        for ranks, apart in ((1, False), (2, False), (2, True))
+        for trunk in scaling.TRUNKS
+    ]
+    assert list(paired.samples) == cases
+    for samples in paired.samples.values():
+        assert len(samples) == 2
+        assert min(samples) > 1e-4  # a step, and not the wait of a rank that has none
+
+
+def losses_of_rank(batch: int) -> dict[str, torch.Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    steps = {trunk: scaling.make_step(trunk, TINY_MODEL, batch, group) for trunk in scaling.TRUNKS}
+    return {trunk: torch.stack([step() for _ in range(3)]) for trunk, step in steps.items()}
+
+
+def wrong_rank() -> None:
+    def build_wrong(name: str, config: TrunkConfig) -> nn.Module:
+        trunk = build(name, config)
+        if name == "fast":
+            with torch.no_grad():
+                for parameter in trunk.parameters():
+                    parameter.add_(0.5)
+        return trunk
+
+    with mock.patch.object(scaling, "build", build_wrong):
+        scaling.time_ranks(TINY_MODEL, (8,), (1, 2), 1)
+
+
+@pytest.mark.slow
+def test_both_trunks_of_the_scaling_train_alike() -> None:
+    first, second = run_ranks(2, losses_of_rank, 8)
+    for losses in (first, second):
+        torch.testing.assert_close(losses["fast"], losses["loop"], rtol=1e-5, atol=0)
+    assert not torch.allclose(first["fast"], second["fast"])  # rows of its own on each rank
+    with pytest.raises(RuntimeError, match="WrongResultError: 8 rows on each of 1 ranks: expected the same losses"):
+        run_ranks(2, wrong_rank)
+
+
 def test_committed_results_are_complete_and_not_quick() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
     files = report.load(ROOT / "benchmarks" / "results" / machine)
@@ -396,9 +485,8 @@ def test_the_loop_is_seeded() -> None:
 
 @pytest.mark.parametrize("library", whole_model.LIBRARIES)
 def test_whole_models_agree_before_they_are_timed(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(KUAIRAND, fields=(("user", 7), ("item", 9)), width=4, units=(6, 5), tower_units=(3,))
     for mode in ("train", "inference"):
-        steps = whole_model.make_steps(library, mode, 8, whole_model.QUICK_VARIANTS, config)
+        steps = whole_model.make_steps(library, mode, 8, whole_model.QUICK_VARIANTS, TINY_MODEL)
         results = {name: step() for name, step in steps.items()}
         torch.testing.assert_close(results["accelerated"], results["original"], rtol=1e-4, atol=1e-6)
     accelerate = ple_fast.accelerate
@@ -410,4 +498,4 @@ def test_whole_models_agree_before_they_are_timed(library: str, monkeypatch: pyt
 
     monkeypatch.setattr(ple_fast, "accelerate", wrong)
     with pytest.raises(WrongResultError, match="accelerated, inference at 8"):
-        whole_model.make_steps(library, "inference", 8, whole_model.QUICK_VARIANTS, config)
+        whole_model.make_steps(library, "inference", 8, whole_model.QUICK_VARIANTS, TINY_MODEL)

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.nn.functional import all_reduce
+from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +56,8 @@ def trained(trunk: PLE, model: nn.Module, rank: int, ranks: int, sync_first: boo
 
 def ddp_trunk(options: dict[str, Any]) -> PLE:
     torch.manual_seed(1)
-    return PLE(7, 3, task_experts=[2, 1, 3], shared_experts=2, expert_units=(6, 4), dtype=torch.float64, **options)
+    options = {"expert_units": (6, 4), **options}
+    return PLE(7, 3, task_experts=[2, 1, 3], shared_experts=2, dtype=torch.float64, **options)
 
 
 def ddp_rank() -> dict[str, dict[str, Tensor]]:
@@ -74,6 +77,43 @@ def test_ddp_with_accumulated_gradients_trains_as_one_process() -> None:
         for name, expected in trained(trunk, trunk, 0, 1, False).items():
             for rank in range(RANKS):
                 assert_close(f"{case}, rank {rank}, {name}", ranks[rank][case][name], expected, 1e-12)
+
+
+WIDE: dict[str, Any] = {"expert_units": (256, 128)}
+
+
+def compiled_rank() -> dict[str, tuple[int, dict[str, Tensor]]]:
+    """Graphs and results. Both ways PyTorch cuts the trunk's graph where gradients fill a bucket."""
+    graphs: list[GraphModule] = []
+
+    def counting(graph: GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    results = {}
+    for case in ("around DDP", "inside DDP"):
+        graphs.clear()
+        torch.compiler.reset()
+        trunk = ddp_trunk(WIDE)
+        model: Any = trunk if case == "around DDP" else torch.compile(trunk, backend=counting)
+        model = DistributedDataParallel(model, bucket_cap_mb=1)
+        if case == "around DDP":
+            model = torch.compile(model, backend=counting)
+        found = trained(trunk, model, dist.get_rank(), RANKS, sync_first=True)
+        results[case] = len(graphs), found
+    return results
+
+
+@pytest.mark.slow
+def test_compiled_ddp_trains_as_one_process() -> None:
+    ranks = run_ranks(RANKS, compiled_rank)
+    trunk = ddp_trunk(WIDE)
+    expected = trained(trunk, trunk, 0, 1, False)
+    for rank in ranks:
+        for case, (graphs, found) in rank.items():
+            assert graphs > 1
+            for name, value in expected.items():
+                assert_close(f"{case}, {name}", found[name], value, 1e-12)
 
 
 # SyncBatchNorm

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.documents import DOCUMENTS, run_document
+from tests.programs import torchrun
 
 SLOW = {"docs/serving.md"}  # compiles C++
-ON_RANKS = {"docs/torchrec.md"}  # run by tests/test_torchrec.py
+SCALE = "docs/training_at_scale.md"
+ON_RANKS = {SCALE, "docs/torchrec.md"}  # run below, and by tests/test_torchrec.py
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,28 @@ ON_RANKS = {"docs/torchrec.md"}  # run by tests/test_torchrec.py
 def test_the_snippets_of_a_document_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_document(name)
+
+
+def test_the_page_on_scale_runs_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler of machine code, which takes most of the time."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    try:
+        run_document(SCALE)
+        assert not dist.is_initialized()
+    finally:
+        gc.collect()  # as the page says
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_page_on_scale_runs_on_two_ranks(tmp_path: Path) -> None:
+    code = f"import gc; from tests.documents import run_document; run_document({SCALE!r}); gc.collect()"
+    done = torchrun(2, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_page_on_swapping_says_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
 from examples import census_income
+from tests.programs import ROOT, run_python
 
-ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """An example in a process of its own, with this tree in front of whatever is installed."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-    )
+    return run_python(str(ROOT / "examples" / f"{name}.py"), *arguments)
 
 
 def assert_picture(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from typing import Any
 
@@ -68,6 +69,11 @@ def trained(scope: dict[str, Any], model: Any, trains: list[Tensor], rank: int, 
 
 
 def torchrec_rank() -> None:
+    compare_with_one_process()
+    gc.collect()  # models hold the process group in cycles, and gloo's threads must not outlive it
+
+
+def compare_with_one_process() -> None:
     """Raises where a step differs from that of one process, which every rank makes for itself."""
     scope, _ = run_document(PAGE)
     rows, table, alone = scope["row_wise"], scope["table_wise"], scope["Model"]()
