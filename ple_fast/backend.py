@@ -70,6 +70,12 @@ def last_backend() -> Choice | None:
     return choice
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces. Its own function is True in every trace of torch 2.11."""
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
 def require_triton(device: torch.device) -> None:
     """Check that the kernels can run on a device.
 

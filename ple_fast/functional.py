@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .autocast import autocast_dtype, cast_once
 from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
-from .backend import Choice, note, resolve
+from .backend import Choice, is_exporting, note, resolve
 from .checks import check_input, shape_of
 from .ops import run_op
 from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
@@ -90,7 +90,7 @@ def _is_operator(choice: Choice, weight: Tensor, state: LevelState, backend: str
     return (
         weight.device.type == "cpu"
         and not is_plain_asked_for
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not state.has_foreign_norm
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backend import is_exporting
 from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from ..specs import LayerSpec
 from . import gate_combine as gates
@@ -45,7 +46,7 @@ def level(
 
 def _mix(weights: Tensor, h: Tensor) -> Tensor:
     """``gate_combine.combine``, in the form that suits who reads the program."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         # A sum fuses with what stands around it. A product of small matrices does not, and the template that
         # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
         return (weights.unsqueeze(3) * h.to(weights.dtype).unsqueeze(1)).sum(2).to(h.dtype)
@@ -121,7 +122,7 @@ def _after_linear(
     if state.dice is not None:
         assert tensor.slope is not None
         p = torch.sigmoid(_batch_norm(z.flatten(1), None, None, state.dice, moves_statistics).view(z.shape))
-        z = z * (tensor.slope + p * (1 - tensor.slope))
+        z = z * (tensor.slope + p - p * tensor.slope)  # the exporter to ONNX of torch 2.11 fails on 1 - slope
     else:
         z = activate(z, spec, tensor.slope)
     if spec.norm_position == "after":
