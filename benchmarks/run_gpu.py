@@ -40,7 +40,7 @@ from benchmarks.steps import WrongResultError, inputs, relative
 
 TINY = TrunkConfig("tiny", 12, 10, 2, units=(8, 4))
 """For ``--tiny``: shows that the code runs."""
-CEILING_ERROR = {"bfloat16": 0.1, "float32": 2e-2}
+CEILING_ERROR = {"bfloat16": 0.2, "float32": 2e-2}
 """What the loop itself may differ from the loop in float32, relative (Frobenius); by dtype of the trunk."""
 SLACK = {"bfloat16": 2**-10, "float32": 1e-4}
 """What may come on top of twice the loop's difference: few units can spare the loop what rounding does to others. Of

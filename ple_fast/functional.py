@@ -87,12 +87,7 @@ def _is_operator(choice: Choice, weight: Tensor, state: LevelState, backend: str
     if choice.name == "triton":
         return state.is_plain
     is_plain_asked_for = backend == "torch"
-    return (
-        weight.device.type == "cpu"
-        and not is_plain_asked_for
-        and not is_exporting()
-        and not state.has_foreign_norm
-    )
+    return weight.device.type == "cpu" and not is_plain_asked_for and not is_exporting() and not state.has_foreign_norm
 
 
 def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Tensor, Tensor | None]:
