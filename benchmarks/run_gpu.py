@@ -38,9 +38,9 @@ from benchmarks.run import say, write
 from benchmarks.saved_bytes import cost
 from benchmarks.steps import WrongResultError, inputs, relative
 
-TINY = TrunkConfig("tiny", 12, 10, 2, units=(8, 4))
+TINY = TrunkConfig("tiny", 96, 10, 2, units=(8, 4))
 """For ``--tiny``: shows that the code runs."""
-CEILING_ERROR = {"bfloat16": 0.2, "float32": 2e-2}
+CEILING_ERROR = {"bfloat16": 0.25, "float32": 2e-2}
 """What the loop itself may differ from the loop in float32, relative (Frobenius); by dtype of the trunk."""
 SLACK = {"bfloat16": 2**-10, "float32": 1e-4}
 """What may come on top of twice the loop's difference: few units can spare the loop what rounding does to others. Of
@@ -159,8 +159,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 class Oracles:
-    """Results of the loop in float32 without TF32, and what the loop in the trunk's dtype differs from them: twice
-    that is what a contestant may differ."""
+    """Results of the loop in float32 without TF32, and what the loop in the trunk's dtype differs from them."""
 
     def __init__(self, config: TrunkConfig, mode: Mode, device: torch.device) -> None:
         self.config, self.mode, self.device = config, mode, device
@@ -184,13 +183,15 @@ class Oracles:
         return self._found[norm, gate_bias]
 
     def check(self, name: str, execution: str, found: dict[str, Tensor]) -> None:
-        """Refuse a contestant whose results differ by more than twice what the loop in its dtype does."""
+        """Refuse a contestant whose results differ by more than twice what the loop in its dtype does; others' by four
+        times that."""
         oracle, loop = self.of(name)
         for key, value in found.items():
             if not loop[key] <= CEILING_ERROR[self.config.dtype]:
                 raise WrongResultError(f"the loop itself is off by {loop[key]:.1e} in {self.config.dtype}: {key}")
             error = relative(value, oracle[key])
-            if not error <= 2 * loop[key] + SLACK[self.config.dtype]:
+            times = 2 if name in OURS else 4  # other libraries mix experts in low precision
+            if not error <= times * loop[key] + SLACK[self.config.dtype]:
                 raise WrongResultError(
                     f"{name}, {execution}, at {self.config.name} in {self.config.dtype}, {self.mode}: {key} differ by "
                     f"{error:.1e}, the loop by {loop[key]:.1e}"
