@@ -24,6 +24,7 @@ Result = Mapping[str, Any]
 README = ROOT / "README.md"
 NORMS_PAGE = ROOT / "docs" / "performance.md"
 SCALING_PAGE = ROOT / "docs" / "training_at_scale.md"
+WHOLE_MODEL_PAGE = ROOT / "docs" / "accelerate.md"
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) -->\n)(.*?)(<!-- /benchmark:\2 -->)", re.DOTALL)
 _SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
@@ -219,16 +220,32 @@ def whole_model_table(content: Result) -> str:
     """Whole models: milliseconds of the original and the accelerated one, eager and compiled, and the speed-up."""
     variants = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
     lines = [
-        _row(["library", "what, at batch", *(f"{name}, ms" for name in variants), "speed-up"]),
-        _row(["---", "---", *["---:"] * (len(variants) + 1)]),
+        _row(["library", "what, at batch", *(f"{name}, ms" for name in variants), "speed-up", "both compiled"]),
+        _row(["---", "---", *["---:"] * (len(variants) + 2)]),
     ]
     for case in content["results"]:
         times = case["contestants"]
         what = {"train": "training step with optimizer"}.get(case["mode"], MODE_NAMES[case["mode"]])
         cells = [_number(times[name]["median_ms"]) if name in times else "" for name in variants]
-        speed_up = f"{times['original']['ratio_to_accelerated']:.2f} x"
-        lines.append(_row([case["library"], f"{what}, {case['batch']:,}", *cells, speed_up]))
+        ratios = {name: times[name]["ratio_to_accelerated"] for name in times}
+        cells.append(f"{ratios['original']:.2f} x")
+        compiled = [ratios[name] for name in ("original/compiled", "accelerated/compiled") if name in ratios]
+        cells.append(f"{compiled[0] / compiled[1]:.2f} x" if len(compiled) == 2 else "")
+        lines.append(_row([case["library"], f"{what}, {case['batch']:,}", *cells]))
     return "\n".join(lines)
+
+
+def whole_model_block(machine: str, content: Result) -> str:
+    """What stands between the two comments in docs/accelerate.md."""
+    rounds = min(int(case["rounds"]) for case in content["results"])
+    load = max(max(case["load"]) for case in content["results"])
+    paragraphs = [
+        whole_model_table(content),
+        f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. Load average of the machine "
+        f"up to {load:.2f}.",
+        f"{_environment(content['environment'])}. Figures from benchmarks/results/{machine}/whole_model.json.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def suite_table(content: Result) -> str:
@@ -412,8 +429,7 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
     if "grid" in files:
         parts += ["## Grid: the loop's time over ours", grid_table(files["grid"])]
     if "whole_model" in files:
-        content = files["whole_model"]
-        parts += ["## Whole models", whole_model_table(content), _environment(content["environment"])]
+        parts += ["## Whole models", whole_model_block(machine, files["whole_model"])]
     if "scaling" in files:
         parts += ["## DistributedDataParallel", scaling_block(machine, files["scaling"])]
     if "gpu" in files:
@@ -491,7 +507,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write_readme:
         README.write_text(with_block(readme, readme_block(folder.name, files)), encoding="utf-8")
         print(f"wrote {README}", file=sys.stderr)
-        for kind, page, block in (("norms", NORMS_PAGE, norms_block), ("scaling", SCALING_PAGE, scaling_block)):
+        for kind, page, block in (
+            ("norms", NORMS_PAGE, norms_block),
+            ("scaling", SCALING_PAGE, scaling_block),
+            ("whole_model", WHOLE_MODEL_PAGE, whole_model_block),
+        ):
             if kind in files:
                 text = with_block(page.read_text(encoding="utf-8"), block(folder.name, files[kind]))
                 page.write_text(text, encoding="utf-8")
