@@ -42,9 +42,9 @@ TINY = TrunkConfig("tiny", 96, 10, 2, units=(8, 4))
 """For ``--tiny``: shows that the code runs."""
 CEILING_ERROR = {"bfloat16": 0.25, "float32": 2e-2}
 """What the loop itself may differ from the loop in float32, relative (Frobenius); by dtype of the trunk."""
-SLACK = {"bfloat16": 2**-10, "float32": 1e-4}
-"""What may come on top of twice the loop's difference: few units can spare the loop what rounding does to others. Of
-bfloat16 a quarter of what one rounding may do."""
+SLACK = {"bfloat16": 2**-8, "float32": 1e-4}
+"""What may come on top, relative: of bfloat16 what one rounding may do. Parameter gradients are one number, their norm,
+and the loop's is nearer to the exact one by luck now and then."""
 SELF_GRAPHED = "loop_max_autotune"
 """Has CUDA graphs of its own."""
 
