@@ -58,8 +58,7 @@ class Arguments(NamedTuple):
 
     def moving(self) -> list[Tensor]:
         """Of ``statistics``, those that the batch's are taken up in."""
-        codes = [code for code in _norm_codes(self.state) if code in (RUNNING, MOVING) for _ in range(2)]
-        return [tensor for tensor, code in zip(self.statistics, codes, strict=False) if code == MOVING]
+        return _statistics_with(MOVING, self.state, self.statistics)
 
 
 def arguments_of(call: LevelCall, tensors: Sequence[Tensor | None], state: Sequence[float],
@@ -96,12 +95,16 @@ def statistics_of(state: LevelState) -> list[Tensor]:
 
 def for_backward(state: Sequence[float], statistics: Sequence[Tensor]) -> tuple[list[float], list[Tensor]]:
     """State and statistics without norms that are ``MOVING``: backward has the batch's, and no use for the running."""
-    codes = list(_norm_codes(state))
     numbers = list(state)
-    for i, code in enumerate(codes):
+    for i, code in enumerate(_norm_codes(state)):
         numbers[2 * i] = float(BATCH if code == MOVING else code)
-    pairs = [code for code in codes if code in (RUNNING, MOVING) for _ in range(2)]
-    return numbers, [tensor for tensor, code in zip(statistics, pairs, strict=True) if code == RUNNING]
+    return numbers, _statistics_with(RUNNING, state, statistics)
+
+
+def _statistics_with(code: int, state: Sequence[float], statistics: Sequence[Tensor]) -> list[Tensor]:
+    """The statistics of the norms with one of the codes that have any."""
+    codes = [own for own in _norm_codes(state) if own in (RUNNING, MOVING) for _ in range(2)]
+    return [tensor for tensor, own in zip(statistics, codes, strict=True) if own == code]
 
 
 def _code(norm: NormState | None) -> int:

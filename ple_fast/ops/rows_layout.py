@@ -8,8 +8,7 @@ few rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,52 +52,37 @@ class RowsLayout(NamedTuple):
         ]
 
 
+_found: dict[tuple[Any, ...], RowsLayout] = {}
+
+
 def rows_layout(given: Arguments, needed: Sequence[bool]) -> RowsLayout:
     """The layout of a call in which ``needed`` of the tensors need a gradient."""
-    fixed = given._replace(
-        x=(), gate_x=(), tensors=(), statistics=(), seed=None, places=tuple(given.places),
-        gate_places=tuple(given.gate_places), state=tuple(map(float, given.state)),
-    )  # fmt: skip
-    inputs = tuple(_like(t, t.shape[1:]) for t in (*given.x, *given.gate_x))
-    tensors = tuple(None if t is None else _like(t, t.shape) for t in given.tensors)
-    statistics = tuple(_like(t, t.shape) for t in given.statistics)
-    return _by_trial(fixed, len(given.x), inputs, tensors, statistics, given.seed is not None, tuple(needed))
+    # Widths of inputs do not matter: what is kept has those of the plan.
+    dtypes = tuple(None if t is None else t.dtype for t in (*given.all_tensors, *given.statistics))
+    places, state = (*given.places, -2, *given.gate_places), tuple(map(float, given.state))
+    key = (given.plan, places, state, dtypes, tuple(needed))
+    layout = _found.get(key)
+    if layout is None:
+        layout = _found[key] = _by_trial(given, tuple(needed))
+    return layout
 
 
-class _Like(NamedTuple):
-    """Shape and dtype of a tensor for a trial; of an input without the rows."""
+def _by_trial(given: Arguments, needed: tuple[bool, ...]) -> RowsLayout:
+    def zeros(like: Tensor, *rows: int) -> Tensor:
+        # Compilers may not know yet that a size is the number that the call's checks have compared it with.
+        shape = map(int, like.shape[len(rows) :])
+        return torch.zeros((*rows, *shape), dtype=like.dtype, device="cpu")
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def zeros(self, *rows: int) -> Tensor:
-        return torch.zeros((*rows, *self.shape), dtype=self.dtype, device="cpu")
-
-
-def _like(tensor: Tensor, shape: Sequence[int]) -> _Like:
-    # Compilers may not know yet that a size is the number that the call's checks have compared it with.
-    return _Like(tuple(map(int, shape)), tensor.dtype)
-
-
-@lru_cache(maxsize=1024)
-def _by_trial(
-    fixed: Arguments,
-    num_x: int,
-    inputs: tuple[_Like, ...],
-    tensors: tuple[_Like | None, ...],
-    statistics: tuple[_Like, ...],
-    drops: bool,
-    needed: tuple[bool, ...],
-) -> RowsLayout:
     found = []
     with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
         for rows in _TRIALS:
-            trial = fixed._replace(
-                x=[like.zeros(rows) for like in inputs[:num_x]],
-                gate_x=[like.zeros(rows) for like in inputs[num_x:]],
-                tensors=[None if like is None else like.zeros() for like in tensors],
-                statistics=[like.zeros() for like in statistics],
-                seed=torch.zeros((), dtype=torch.int64, device="cpu") if drops else None,
+            trial = given._replace(
+                x=[zeros(t, rows) for t in given.x],
+                gate_x=[zeros(t, rows) for t in given.gate_x],
+                tensors=[None if t is None else zeros(t) for t in given.tensors],
+                statistics=[zeros(t) for t in given.statistics],
+                seed=None if given.seed is None else zeros(given.seed),
+                state=tuple(map(float, given.state)),
             )
             call = trial.call(moments=[torch.zeros_like(t) for t in trial.moving()])
             _, _, kept = level_forward(call.inputs(trial.all_tensors), call.needs(needed), listed=False)
@@ -111,9 +95,9 @@ def _by_trial(
             assert first is second
             sources.append(-1)
             continue
-        given = next((i for i, t in enumerate(found[0][1]) if t is first), -1)
-        if given >= 0:
-            sources.append(-2 - given)
+        statistic = next((i for i, t in enumerate(found[0][1]) if t is first), -1)
+        if statistic >= 0:
+            sources.append(-2 - statistic)
             continue
         if id(first) not in numbers:
             numbers[id(first)] = len(entries)
