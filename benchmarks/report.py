@@ -113,6 +113,28 @@ def _legend(content: Result) -> str:
     return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, by `torch.mm`"]) + "."
 
 
+def _block(
+    machine: str,
+    kind: str,
+    content: Result,
+    table: str,
+    *,
+    factors: str = "a factor is the median",
+    notes: str = "",
+    threads: str | None = None,
+) -> str:
+    """A table, how it was measured, and the file that it is from."""
+    rounds = min(int(entry["rounds"]) for entry in content["results"])
+    load = max(max(entry["load"]) for entry in content["results"])
+    paragraphs = [
+        table,
+        f"Medians of {rounds} interleaved rounds; {factors} of paired ratios. Load average of the machine up to "
+        f"{load:.2f}.{notes}",
+        f"{_environment(content['environment'], threads)}. Figures from benchmarks/results/{machine}/{kind}.json.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
 def norms_table(content: Result) -> str:
     """A row per peer: milliseconds of it and of ours, and how many times faster ours is; last, the bytes saved."""
     pairs: dict[tuple[str, str], list[Result]] = {}
@@ -133,19 +155,11 @@ def norms_table(content: Result) -> str:
 
 def norms_block(machine: str, content: Result) -> str:
     """What stands between the two comments in docs/performance.md."""
-    rounds = min(int(entry["rounds"]) for entry in content["results"])
-    load = max(max(entry["load"]) for entry in content["results"])
     notes = ". ".join(
         f"`{name}`: {CONTESTANTS[name].note}"
         for name in dict.fromkeys(e[side] for e in content["results"] for side in ("peer", "ours"))
     )
-    paragraphs = [
-        norms_table(content),
-        f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. Load average of the machine "
-        f"up to {load:.2f}. {notes}.",
-        f"{_environment(content['environment'])}. Figures from benchmarks/results/{machine}/norms.json.",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    return _block(machine, "norms", content, norms_table(content), notes=f" {notes}.")
 
 
 def scaling_table(content: Result) -> str:
@@ -165,18 +179,10 @@ def scaling_table(content: Result) -> str:
 
 def scaling_block(machine: str, content: Result) -> str:
     """What stands between the two comments in docs/training_at_scale.md."""
-    entries = content["results"]
-    rounds = min(int(entry["rounds"]) for entry in entries)
-    load = max(max(entry["load"]) for entry in entries)
-    threads = max(int(entry["threads_per_rank"]) for entry in entries)
-    about = _environment(content["environment"], f"{threads} thread{'s' if threads > 1 else ''} per rank")
-    paragraphs = [
-        scaling_table(content),
-        f"Medians of {rounds} interleaved rounds; factors and efficiencies are medians of paired ratios. Load average "
-        f"of the machine up to {load:.2f}.",
-        f"{about}. Figures from benchmarks/results/{machine}/scaling.json.",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    threads = max(int(entry["threads_per_rank"]) for entry in content["results"])
+    about = f"{threads} thread{'s' if threads > 1 else ''} per rank"
+    factors = "factors and efficiencies are medians"
+    return _block(machine, "scaling", content, scaling_table(content), factors=factors, threads=about)
 
 
 def grid_sentence(content: Result) -> str:
@@ -237,15 +243,7 @@ def whole_model_table(content: Result) -> str:
 
 def whole_model_block(machine: str, content: Result) -> str:
     """What stands between the two comments in docs/accelerate.md."""
-    rounds = min(int(case["rounds"]) for case in content["results"])
-    load = max(max(case["load"]) for case in content["results"])
-    paragraphs = [
-        whole_model_table(content),
-        f"Medians of {rounds} interleaved rounds; a factor is the median of paired ratios. Load average of the machine "
-        f"up to {load:.2f}.",
-        f"{_environment(content['environment'])}. Figures from benchmarks/results/{machine}/whole_model.json.",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    return _block(machine, "whole_model", content, whole_model_table(content))
 
 
 def suite_table(content: Result) -> str:
