@@ -23,14 +23,14 @@ import torch
 from benchmarks import configs, report
 from benchmarks.analytic import work
 from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, NORM_PAIRS, build
-from benchmarks.environment import ROOT, environment, machine_name
+from benchmarks.environment import ROOT, machine_name
 from benchmarks.paired import Paired, time_paired
+from benchmarks.result_files import write
 from benchmarks.saved_bytes import cost
 from benchmarks.scaling import TRUNKS, case, measure
 from benchmarks.steps import make_step
 from benchmarks.whole_model import LIBRARIES, QUICK_VARIANTS, VARIANTS, make_steps
 
-SCHEMA = 1
 HEAD_TO_HEAD = (
     "fast",
     "fast_recompute",
@@ -280,17 +280,6 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def write(path: Path, kind: str, content: dict[str, Any], about: dict[str, Any] | None = None) -> None:
-    """One result file: schema, kind and environment (``about``, default this machine's), then one line per result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"schema": SCHEMA, "kind": kind, "environment": environment() if about is None else about}
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    for key, rows in content.items():
-        lines.append(f"{json.dumps(key)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
-    path.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
-    say(f"wrote {path}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -312,7 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder = results / machine_name()
     say(f"{machine_name()}, {configs.THREADS} threads, load average {os.getloadavg()[0]:.2f}")
     for part in parts:
-        write(folder / f"{part}.json", part, PARTS[part](options.quick))
+        path = folder / f"{part}.json"
+        write(path, part, PARTS[part](options.quick))
+        say(f"wrote {path}")
     report.main([str(folder), *(["--write-readme"] if options.write_readme else [])])
 
 

@@ -34,7 +34,8 @@ from benchmarks.configs import Mode, TrunkConfig
 from benchmarks.contestants import BASELINE, CONTESTANTS, GPU_CONTESTANTS, OURS, BareGemm, Norm, baseline, build
 from benchmarks.environment import ROOT, environment
 from benchmarks.paired import Clock, time_paired
-from benchmarks.run import say, write
+from benchmarks.result_files import write
+from benchmarks.run import say
 from benchmarks.saved_bytes import cost
 from benchmarks.steps import WrongResultError, inputs, relative
 
@@ -458,6 +459,7 @@ def main(arguments: list[str] | None = None, *, capture: Capture | None = None) 
             with matmul_precision(precision):
                 _size(content, config, dtype, modes, names, device, clock, catch, options, end)
             write(path, "gpu", merged(path, content, about), about)
+            say(f"wrote {path}")
     if content["results"]:
         out = path.parent / "report" if options.tiny else ROOT / "out" / "gpu"
         report.main([str(path.parent), "--out", str(out)])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.environment import environment
+from benchmarks.result_files import write
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Encoded, MultiTaskModel, Step, columns_from, encode
 from ple_fast.model.columns import Column
@@ -281,22 +280,14 @@ def step_speed(model: MultiTaskModel, data: Data, size: int) -> dict[str, float]
     return {name: len(rows) / statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def write(results: dict[str, Results], minutes: float, samples_per_second: dict[str, float], file: Path) -> None:
-    """The figures of a run, seed by seed, as one of the files of ``benchmarks/results``."""
+def figures(results: dict[str, Results], minutes: float, samples_per_second: dict[str, float]) -> dict[str, Any]:
+    """The figures of a run, seed by seed."""
     rows = [
         {"model": MODELS[key].label, "parameters": result.parameters, "auc": result.auc, "seconds": result.seconds}
         for key, result in results.items()
     ]
-    content = {
-        "schema": 1,
-        "kind": "census_income",
-        "environment": environment(),
-        "minutes": round(minutes, 1),
-        "samples_per_second": {name: round(speed) for name, speed in samples_per_second.items()},
-        "results": rows,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    speeds = {name: round(speed) for name, speed in samples_per_second.items()}
+    return {"minutes": round(minutes, 1), "samples_per_second": speeds, "results": rows}
 
 
 def draw(results: dict[str, Results], data: Data, out: Path) -> list[Path]:
@@ -387,9 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Training step of the PLE model, batch {size}, samples per second: "
             f"{speed['fused']:,.0f} fused, {speed['plain']:,.0f} plain ({speed['fused'] / speed['plain']:.2f}x)."
         )
-    figures = options.out / "census_income.json"
-    write(results, seconds / 60, speed, figures)
-    for file in [figures, *draw(results, data, options.out)]:
+    content = options.out / "census_income.json"
+    write(content, "census_income", figures(results, seconds / 60, speed))
+    for file in [content, *draw(results, data, options.out)]:
         console.print(f"Wrote {file}", soft_wrap=True)
 
 

@@ -38,6 +38,7 @@ from benchmarks.configs import (
 from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
 from benchmarks.environment import ROOT
 from benchmarks.paired import Paired, time_paired
+from benchmarks.result_files import write
 from benchmarks.saved_bytes import cost, saved_bytes
 from benchmarks.steps import WrongResultError, check, errors, make_step
 from tests.ranks import run_ranks
@@ -301,7 +302,7 @@ def test_a_block_is_written_between_its_comments_and_found_again() -> None:
 
 def test_result_files_are_written_small_and_read_back(tmp_path: Path) -> None:
     rows = [{"size": "cpu", "median_ms": 1.5}, {"size": "small", "median_ms": 0.25}]
-    run.write(tmp_path / "machine" / "suite.json", "suite", {"results": rows})
+    write(tmp_path / "machine" / "suite.json", "suite", {"results": rows})
     files = report.load(tmp_path / "machine")
     assert list(files["suite"]["results"]) == rows
     assert {"machine", "cpu", "threads", "packages", "commit", "date"} <= set(files["suite"]["environment"])
