@@ -55,6 +55,8 @@ def keep_mask(seed: int | Tensor, position: int, start: int, like: Tensor, p: fl
     if isinstance(seed, int) and like.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("dropout: a CUDA graph would drop the same elements at every replay; capture without it")
     rows, width, device = like.shape[0], math.prod(like.shape[1:]), like.device
+    if rows == 0:  # a sum without rows may have strides that no view by another dtype takes
+        return torch.empty(like.shape, dtype=torch.int16, device=device)
     words = (width + 3) // 4
     keeps = min(max(round((1.0 - p) * _LEVELS), 1), _LEVELS - 1)  # of the values of 16 bits
     key: int | Tensor
