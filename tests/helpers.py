@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
+from ple_fast.functional import _run
 from ple_fast.reference import ExtractionNetworkReference, Pair, PLEReference, correspondence
 
 TOPOLOGIES: dict[str, Topology] = {
@@ -318,6 +320,13 @@ def compare(
     for name, a, b in rows:
         assert_close(name, a, b, tolerance, scale)
     return ours, theirs
+
+
+@contextmanager
+def by_operator() -> Iterator[None]:
+    """Eager calls go where compiled ones go."""
+    with mock.patch("ple_fast.functional._run", lambda call, flat, way: _run(call, flat, "operator")):
+        yield
 
 
 @contextmanager

@@ -47,7 +47,11 @@ SOURCES = sorted(
     [
         *DOCUMENTS,
         *(ROOT / name for name in ("pyproject.toml", "Makefile", ".pre-commit-config.yaml", ".ci/run")),
-        *(f for d in ("ple_fast", "kernels", "tests", "benchmarks", "examples") for f in (ROOT / d).rglob("*.py")),
+        *(
+            f
+            for d in ("ple_fast", "kernels", "tests", "benchmarks", "examples", "soak")
+            for f in (ROOT / d).rglob("*.py")
+        ),
         *(ROOT / "benchmarks").rglob("*.json"),
     ]
 )
@@ -145,7 +149,7 @@ def test_modules_and_their_public_names_are_documented(name: str) -> None:
 # What, in which files, and why or what instead. The classes of one letter keep the patterns from finding themselves.
 BANNED = (
     (r"make_block[_]ptr|tl\.advance\b", r"\.py$", "deprecated: plain pointers, or tensor descriptors"),
-    (r"\.cuda\(\)", r"^(tests|benchmarks|examples)/", "take the fixture `device`, or an argument"),
+    (r"\.cuda\(\)", r"^(tests|benchmarks|examples|soak)/", "take the fixture `device`, or an argument"),
     (r"/(work|tmp|root)/", r"", "a path of one machine"),
     (r"\b(TO[D]O|FIX[M]E|XX[X])\b", r"", "do it, or open an issue"),
 )

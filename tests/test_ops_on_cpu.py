@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
-from ple_fast.functional import _run
 from ple_fast.torch_backend import level as by_hand
-from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, draw, has_dropout, level
+from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, by_operator, draw, has_dropout, level
 from tests.operator_checks import check_operators
 
 TWO_BLOCKS = [MLPSpec((6, 4), "gelu", norm="batch")] * 4 + [MLPSpec((5, 3, 4), dropout=0.5)] * 2
@@ -28,13 +25,6 @@ CASES: dict[str, tuple[str, Any, GateSpec]] = {
     "two blocks": ("ple-even", TWO_BLOCKS, GATES["everything"]),
     "dropout": ("ple-even", DROPS, GateSpec((5, 3), dropout=0.5)),
 }
-
-
-@contextmanager
-def by_operator() -> Iterator[None]:
-    """Eager calls go where compiled ones go."""
-    with mock.patch("ple_fast.functional._run", lambda call, flat, way: _run(call, flat, "operator")):
-        yield
 
 
 def outcome(module: nn.Module, x: Any, leaves: list[Tensor]) -> dict[str, Tensor]:

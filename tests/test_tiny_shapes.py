@@ -14,8 +14,17 @@ from ple_fast import GateSpec, MLPSpec
 from ple_fast.model.trunks import TRUNKS
 from ple_fast.modules.stack import Stack
 from ple_fast.torch_backend.dropout import keep_mask
-from tests.helpers import FORMS, TOPOLOGIES, assert_close, assert_derivatives_agree, compare, draw, level, randomise
-from tests.test_ops_on_cpu import by_operator
+from tests.helpers import (
+    FORMS,
+    TOPOLOGIES,
+    assert_close,
+    assert_derivatives_agree,
+    by_operator,
+    compare,
+    draw,
+    level,
+    randomise,
+)
 
 ROWS = (0, 1, 2)
 WIDTHS = (1, 2, 3, 4, 5)

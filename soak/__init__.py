@@ -1,0 +1,1 @@
+"""Random use against what is right, for minutes: ``python -m soak``."""
