@@ -119,6 +119,22 @@ def test_no_rows_give_gradients_of_zero() -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("case", ["batch-norm experts", "dice experts", "everything gates"])
+def test_no_rows_leave_running_statistics_as_they_are(case: str, momentum: float | None) -> None:
+    topology, experts, gate = CASES[case]
+    module = level(TOPOLOGIES[topology], experts, gate).train()
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm1d):
+            child.momentum = momentum
+    before = copy.deepcopy(dict(module.named_buffers()))
+    for x in (torch.empty(0, 7, dtype=torch.float64), torch.empty(0, 7, dtype=torch.float64, requires_grad=True)):
+        with by_operator():
+            module(x)
+    for name, buffer in module.named_buffers():
+        assert "running" not in name or torch.equal(buffer, before[name]), name
+
+
 @pytest.mark.parametrize("case", ["plain gates", pytest.param("two blocks", marks=pytest.mark.slow)])
 def test_opcheck(case: str) -> None:
     topology, experts, gate = CASES[case]
