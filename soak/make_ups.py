@@ -31,6 +31,8 @@ WAYS = {
     "compile": 0.1,
 }
 """How a trial runs, and how often: see ``soak.ways``."""
+LOW_WAYS = ("step", "twice", "checkpoint", "inference", "served", "operator", "compile")
+"""Which may also run in low precision."""
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 64, 95, 96, 97, 128, 257, 512, 700)
 """Around the bounds of the path for few rows, and beyond a block of rows."""
 ONE_FOR_ALL = ("one", "every-second-row", "transposed", "expanded")
@@ -76,9 +78,9 @@ class Trial:
     """Blocks of 4 rows instead of 512 and more."""
     backward_inside: bool
     """Under autocast: ``backward()`` within the region."""
-    dtype: torch.dtype = torch.float64
+    dtype: torch.dtype
     """Of the parameters."""
-    autocast: torch.dtype | None = None
+    autocast: torch.dtype | None
 
     @property
     def num_slots(self) -> int:
@@ -306,6 +308,11 @@ def draw_trial(seed: int) -> Trial:
     if drops(levels, trunk) and way in ("functional", "compile"):
         train = False  # there PyTorch's own generator drops
     ask_gates = dice.random() < 0.5
+    dtype, autocast = torch.float64, None
+    if way in LOW_WAYS and dice.random() < 0.2:
+        dtype = dice.choice((torch.float32, torch.bfloat16, torch.float16))
+        if dice.random() < 0.4:
+            dtype, autocast = torch.float32, dice.choice((torch.bfloat16, torch.float16))
     return Trial(
         seed=seed,
         levels=levels,
@@ -326,4 +333,6 @@ def draw_trial(seed: int) -> Trial:
         strided_cotangents=dice.random() < 0.25,
         row_blocks=dice.random() < 0.25,
         backward_inside=dice.random() < 0.5,
+        dtype=dtype,
+        autocast=autocast,
     )
