@@ -19,7 +19,7 @@ from .ops import run_op
 from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
 from .torch_backend import composed
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
-from .torch_backend.gate_combine import combine
+from .torch_backend.gate_combine import combine_dense
 from .torch_backend.slots import Place, Slots
 
 Input = Tensor | Sequence[Tensor]
@@ -247,7 +247,8 @@ def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tens
 def gate_combine(h: Tensor, weights: Tensor) -> Tensor:
     """Mixtures ``y_o = sum_e weights_oe h_e`` (paper eq. 2): ``(B, E, H)`` and dense ``(B, O, E)`` to ``(B, O, H)``.
 
-    The sum runs in the dtype of ``weights`` (float32 for half-precision experts), the result has that of ``h``.
+    The sum runs in the dtype of ``weights`` (float32 for half-precision experts), the result has that of ``h``. It is a
+    product: an infinity or a NaN of an expert whose weight is 0 is NaN in the mixture.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -257,4 +258,4 @@ def gate_combine(h: Tensor, weights: Tensor) -> Tensor:
             f"gate_combine: expected h (B, E, H) and weights (B, O, E), got {shape_of(h)} and {shape_of(weights)}"
         )
     with torch.autocast(h.device.type, enabled=False):  # it would round the weights
-        return combine(weights, h)
+        return combine_dense(weights, h)

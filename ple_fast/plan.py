@@ -145,6 +145,8 @@ class LevelPlan:
     """The plan as JSON, for programs that outlive this process; ``from_text`` reads it."""
     is_dense: bool = field(init=False)
     """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
+    weighs_all: bool = field(init=False)
+    """Every mixture weighs all experts, in whatever order."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -174,6 +176,7 @@ class LevelPlan:
         put("static_entry", tuple(static_entry))
         put("offset_entry", tuple(offset_entry))
         put("text", self._to_text())
+        put("weighs_all", len(weight_entry) == t.num_mixtures * experts)
         put("is_dense", t.num_logits == t.num_mixtures * experts and dense_logit == list(range(t.num_logits)))
 
     @classmethod

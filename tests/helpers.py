@@ -213,6 +213,7 @@ def run(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     input_grad: bool = True,
     ask_gates: bool = True,
+    cotangents: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = _cotangents,
 ) -> Run:
     """One forward and backward pass with fixed cotangents of the output (and the gates); grads land in ``.grad``.
 
@@ -227,7 +228,7 @@ def run(
         y, gates = module(*arguments, return_gates=True) if ask_gates else (module(*arguments), [])
     flat = [g for per_level in gates for g in per_level] if gates and not isinstance(gates[0], Tensor) else list(gates)
     outputs = [y, *flat] if gates_enter_loss else [y]
-    pairs = [(o, c.to(o)) for o, c in zip(outputs, _cotangents(y, flat), strict=False) if o.requires_grad]
+    pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents(y, flat), strict=False) if o.requires_grad]
     torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs])
     return Run(y, flat, [leaf.grad for leaf in own], [leaf.grad for leaf in extra or []])
 

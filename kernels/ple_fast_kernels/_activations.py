@@ -40,7 +40,7 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
     if NAME == "relu":
         d = tl.where(kept <= 0, 0.0, d)
     elif NAME == "leaky_relu":
-        d = tl.where(kept <= 0, d * VALUE, d)
+        d = tl.where(kept > 0, d, d * VALUE)
     elif NAME == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(kept * 0.7071067811865476))
         d = d * (cdf + kept * 0.3989422804014327 * tl.exp(-0.5 * kept * kept))

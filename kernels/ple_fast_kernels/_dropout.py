@@ -71,7 +71,7 @@ def drop(x, Seed, o_m, first, WIDTH: tl.constexpr, UNITS: tl.constexpr, LAYER: t
         column = first + tl.arange(0, N)
         bits = _mix(of_row[:, None] + (column // 4 + 1).to(tl.uint64)[None, :] * GOLDEN)
         kept = _is_kept(bits, (column % 4).to(tl.uint64)[None, :], KEEPS)
-    return tl.where(kept, x * SCALE, 0.0)
+    return x * SCALE * kept  # a NaN stays a NaN, as PyTorch's does
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from ..plan import LevelState
 from ..torch_backend import level as by_hand
 from ..torch_backend.dropout import draw_seed
 from ..torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves, serves_state
+from ..torch_backend.norms import take_up
 from .arguments import Arguments, arguments_of, for_backward, numbers_of, statistics_of
 from .kernel_layout import empty, kernel_layout, pack, unpack
 from .rows_layout import Keeper, blocks_of, rows_layout
@@ -235,7 +236,5 @@ def _take_up(state: LevelState, moments: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for norm in state.norms():
             if norm is not None and norm.moves:
-                assert norm.running_mean is not None and norm.running_var is not None
-                norm.running_mean.lerp_(moments[at], norm.factor)
-                norm.running_var.lerp_(moments[at + 1], norm.factor)
+                take_up(norm, moments[at], moments[at + 1])
                 at += 2

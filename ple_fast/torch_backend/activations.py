@@ -42,7 +42,7 @@ def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, 
     if name == "row_dice" and slope is not None:
         return row_dice_forward(z, slope, value)
     assert name == "prelu" and slope is not None, name
-    return torch.where(z > 0, z, z * slope.view(-1, 1))
+    return torch.prelu(z, slope)
 
 
 def activation_backward(
@@ -67,7 +67,7 @@ def activation_backward(
         aten.silu_backward.grad_input(d, kept, grad_input=d)
     elif name == "prelu":
         assert slope is not None
-        negative = kept <= 0
+        negative = ~(kept > 0)  # NaN too
         ds = None
         if slope_grad:
             wide = torch.promote_types(d.dtype, torch.float32)
@@ -88,7 +88,7 @@ def dice_forward(z: Tensor, alpha: Tensor, norm: NormState) -> tuple[Tensor, Bat
     """``p z + (1 - p) alpha z``, ``p = sigmoid(batch_norm(z))`` (Zhou et al., KDD 2018, eq. 3); alpha ``(n, H)``."""
     normed, saved = batch_norm_forward(z, None, None, norm)
     p = normed.sigmoid_()
-    return z * (alpha + p * (1 - alpha)), saved
+    return p * z + (1 - p) * alpha * z, saved
 
 
 def dice_backward(
@@ -98,7 +98,7 @@ def dice_backward(
     p = batch_normalised(z, norm, saved).sigmoid_()
     dz_p = d * z
     da = (dz_p * (1 - p)).sum(0).to(alpha.dtype) if alpha_grad else None
-    direct = d * (alpha + p * (1 - alpha))
+    direct = d * p + d * (1 - p) * alpha
     through = dz_p * (1 - alpha) * p * (1 - p)
     dz, _, _ = batch_norm_backward(through.to(z.dtype), z, None, norm, saved, affine=False)
     return direct.to(z.dtype).add_(dz), da

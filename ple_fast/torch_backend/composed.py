@@ -41,16 +41,20 @@ def level(
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
     weights = gates.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
-    return _mix(weights, h), gates.listed_weights(plan, weights)
+    return _mix(plan, weights, h), gates.listed_weights(plan, weights)
 
 
-def _mix(weights: Tensor, h: Tensor) -> Tensor:
+def _mix(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     """``gate_combine.combine``, in the form that suits who reads the program."""
-    if torch.compiler.is_compiling() and not is_exporting():
-        # A sum fuses with what stands around it. A product of small matrices does not, and the template that
-        # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
+    # A sum fuses with what stands around it. A product of small matrices does not, and the template that
+    # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
+    fuses = torch.compiler.is_compiling() and not is_exporting()
+    if not plan.weighs_all:
+        wide = h.to(weights.dtype)
+        return gates.sum_weighted(gates.mixture_sums(plan), weights, wide, multiplies=not fuses).to(h.dtype)
+    if fuses:
         return (weights.unsqueeze(3) * h.to(weights.dtype).unsqueeze(1)).sum(2).to(h.dtype)
-    return gates.combine(weights, h)
+    return gates.combine_dense(weights, h)
 
 
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +126,7 @@ def _after_linear(
     if state.dice is not None:
         assert tensor.slope is not None
         p = torch.sigmoid(_batch_norm(z.flatten(1), None, None, state.dice, moves_statistics).view(z.shape))
-        z = z * (tensor.slope + p - p * tensor.slope)  # the exporter to ONNX of torch 2.11 fails on 1 - slope
+        z = p * z - (p - 1) * tensor.slope * z  # the exporter to ONNX of torch 2.11 fails on 1 - p
     else:
         z = activate(z, spec, tensor.slope)
     if spec.norm_position == "after":
@@ -140,7 +144,7 @@ def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
     name, value = spec.activation
     if name == "prelu":
         assert slope is not None
-        return torch.where(z > 0, z, z * slope.view(-1, 1))
+        return torch.prelu(z, slope)
     if name == "row_dice":
         assert slope is not None
         return row_dice_forward(z, slope, value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, NormState
+from .finite import looks_finite
 from .norms import BatchNormSaved, batch_norm_coefficients
 
 
@@ -33,7 +34,8 @@ def fold_norms(
     """The level with the norms folded that cost more on ``rows`` rows than a pass over the weights does.
 
     A norm before the activation goes into its own linear layer, one after it into the next one of the MLP, unless
-    dropout is between. Low precision is left alone: a folded weight would be rounded a second time.
+    dropout is between. Low precision is left alone: a folded weight would be rounded a second time. So is what is
+    not finite: folded, it would be the sum of infinities of two signs where it was one.
     """
     if layers[0].weight.dtype not in (torch.float32, torch.float64) or not any(map(_is_affine, state.norms())):
         return layers, gate, state
@@ -51,14 +53,16 @@ def fold_norms(
             shape = folded[i].weight.shape[:2]
             fold = fold_input if after else fold_output
             weight, bias = fold(target.weight, target.bias, scale.view(shape), shift.view(shape))
+            if not looks_finite(bias):
+                continue
             folded[i + after] = target._replace(weight=weight, bias=bias)
             states[i] = LayerState(None, states[i].dice, states[i].dropout)
     if gate.weight is not None and _is_affine(state.gate_norm) and _pays(gate.weight, rows):
         assert state.gate_norm is not None
-        weight, bias = fold_output(
-            gate.weight, gate.bias, *scale_and_shift(gate.norm_weight, gate.norm_bias, state.gate_norm)
-        )
-        gate, state = gate._replace(weight=weight, bias=bias), state._replace(gate_norm=None)
+        scale, shift = scale_and_shift(gate.norm_weight, gate.norm_bias, state.gate_norm)
+        weight, bias = fold_output(gate.weight, gate.bias, scale, shift)
+        if looks_finite(bias):
+            gate, state = gate._replace(weight=weight, bias=bias), state._replace(gate_norm=None)
     return folded, gate, state._replace(layers=tuple(states))
 
 

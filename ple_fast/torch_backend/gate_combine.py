@@ -1,17 +1,21 @@
 """Gate weights out of logits, and the mixtures: ``y_o = sum_e P_oe h_e`` with dense weights ``P``, ``(rows, O, E)``.
 
 An expert that a mixture does not weigh has weight 0 there: one softmax and one batched product then serve a ragged
-wiring as they serve a dense one.
+wiring as they serve a dense one. But 0 times infinity is NaN, and a task must not see what overflows in another one's
+expert: ``combine`` looks at its result, and where that is not finite sums over each mixture's own experts alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..plan import LevelPlan
+from .finite import looks_finite
 
 
 @lru_cache(maxsize=4096)
@@ -104,6 +108,79 @@ def listed_weights_backward(plan: LevelPlan, d: Tensor) -> Tensor:
     return dense.view(d.shape[0], topology.num_mixtures, topology.num_experts)
 
 
-def combine(weights: Tensor, h: Tensor) -> Tensor:
-    """``(rows, O, E)`` and ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
+class Sums(NamedTuple):
+    """Which of the sources each of some sums takes, and by which entry of the dense ``(O, E)`` weights."""
+
+    groups: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    """Sums over equally many: how many sums, their sources, their entries, sum after sum."""
+    order: tuple[int, ...]
+    """Number of each sum among those of the groups; empty where they are in order."""
+
+
+def _grouped_sums(sums: Sequence[Sequence[tuple[int, int]]]) -> Sums:
+    """Of the pairs of source and entry that each sum takes."""
+    groups, done = [], []
+    for count in sorted({len(terms) for terms in sums}):
+        members = [i for i, terms in enumerate(sums) if len(terms) == count]
+        terms = [term for i in members for term in sums[i]]
+        groups.append((len(members), tuple(source for source, _ in terms), tuple(entry for _, entry in terms)))
+        done += members
+    order = tuple(done.index(i) for i in range(len(sums)))
+    return Sums(tuple(groups), () if order == tuple(range(len(sums))) else order)
+
+
+@lru_cache(maxsize=1024)
+def mixture_sums(plan: LevelPlan) -> Sums:
+    """Of mixtures, over the experts that each weighs."""
+    experts = plan.topology.num_experts
+    mixed = plan.topology.mixture_experts
+    return _grouped_sums([[(e, o * experts + e) for e in row] for o, row in enumerate(mixed)])
+
+
+@lru_cache(maxsize=1024)
+def _expert_sums(plan: LevelPlan) -> Sums:
+    """Of experts, over the mixtures that weigh each."""
+    experts = plan.topology.num_experts
+    mixed = plan.topology.mixture_experts
+    return _grouped_sums([[(o, o * experts + e) for o, row in enumerate(mixed) if e in row] for e in range(experts)])
+
+
+def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bool = True) -> Tensor:
+    """Each sum over its own sources and no others: dense ``(rows, O, E)``, ``(rows, n, H)`` to ``(rows, sums, H)``.
+
+    ``multiplies``: by matrix products; else by products and sums of elements, which compilers fuse.
+    """
+    flat, parts = weights.flatten(1), []
+    for members, taken, entries in sums.groups:
+        shape = (members, len(taken) // members)
+        own = flat.index_select(1, index_of(entries, flat.device)).unflatten(1, shape)
+        if members == 1 and taken == tuple(range(sources.shape[1])):
+            terms = sources.unsqueeze(1)
+        else:
+            terms = sources.index_select(1, index_of(taken, sources.device)).unflatten(1, shape)
+        parts.append((own.unsqueeze(2) @ terms).squeeze(2) if multiplies else (own.unsqueeze(3) * terms).sum(2))
+    done = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return done.index_select(1, index_of(sums.order, done.device)) if sums.order else done
+
+
+def _product(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool) -> Tensor:
+    """``weights @ sources``, or with the weights transposed, of what is weighed alone."""
+    dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources)
+    if plan.weighs_all or looks_finite(dense):
+        return dense
+    return sum_weighted(_expert_sums(plan) if backward else mixture_sums(plan), weights, sources)
+
+
+def combine(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
+    """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
+    return _product(plan, weights, h.to(weights.dtype), backward=False).to(h.dtype)
+
+
+def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
+    return _product(plan, weights, dy.to(weights.dtype), backward=True).to(dy.dtype)
+
+
+def combine_dense(weights: Tensor, h: Tensor) -> Tensor:
+    """``combine`` where every mixture weighs every expert."""
     return torch.bmm(weights, h.to(weights.dtype)).to(h.dtype)

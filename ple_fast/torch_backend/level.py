@@ -216,7 +216,7 @@ class Run:
         h = parts[0][0] if len(parts) == 1 else torch.cat([done for done, _ in parts], dim=1)
         gated, hidden, logits, mean, var, kept = gate
         weights = gates.mixture_weights(plan, gated, inputs.gate.offset, h.shape[0], h)
-        y = gates.combine(weights, h)
+        y = gates.combine(plan, weights, h)
         keeps_hidden = (
             hidden is not None
             and needs.logits
@@ -353,7 +353,7 @@ class Run:
     ) -> list[Steps[None]]:
         inputs, blocks = self.inputs, self.inputs.plan.blocks
         assert kept.weights is not None
-        dh = torch.bmm(kept.weights.transpose(1, 2), rows_of(dy, rows).to(kept.weights.dtype)).to(dy.dtype)
+        dh = gates.combine_backward(inputs.plan, kept.weights, rows_of(dy, rows))
         steps = []
         for j, mlp in enumerate(blocks):
             d = dh if len(blocks) == 1 else dh[:, mlp.start : mlp.start + len(mlp.slots)].contiguous()

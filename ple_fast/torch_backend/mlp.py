@@ -16,6 +16,7 @@ from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
 from .barriers import Steps
 from .dropout import keep_mask
+from .finite import looks_finite
 from .grouped_linear import slots_linear_backward, slots_linear_forward, stacked_linear_backward
 from .norms import (
     BatchNormSaved,
@@ -276,13 +277,14 @@ def after_linear_backward(
     """Backward of ``after_linear``, activation included: ``d``, ``(rows, n, H)``, may be overwritten.
 
     ``own``: the layer's gradients in the order of ``LayerTensors``, those of norm and slope are accumulated.
-    ``replayed``: the layer, if it is one to be replayed.
+    ``replayed``: the layer, if it is one to be replayed, or up to its dropout.
     """
     _, act, normed = replayed or (None, keep.act, None)
+    is_again = replayed is not None
     replayed = None  # nothing that is large outlives a barrier
     if state.dropout:
         assert seed is not None
-        if not _relu_drops(spec, state):
+        if is_again or not _relu_drops(spec, state):
             d.mul_(keep_mask(seed, position, start, d, state.dropout))
         d.div_(1.0 - state.dropout)
     if state.norm is not None and spec.norm_position == "after":
@@ -302,6 +304,36 @@ def after_linear_backward(
     if state.norm is not None and spec.norm_position == "before":
         d = yield from _norm_backward(d, normed, tensor, state, need, keep, own, shared, position)
     return d
+
+
+def _up_to_dropout(
+    specs: Sequence[LayerSpec],
+    tensors: Sequence[LayerTensors],
+    states: Sequence[LayerState],
+    needs: Sequence[LayerNeeds],
+    kept: Sequence[LayerKept],
+    i: int,
+    source: tuple[Slots, slice, Groups],
+) -> Replayed:
+    """Layer ``i`` as it was before dropout: where an element was dropped, what is kept does not tell whether ReLU let
+    it through, and a gradient that is not finite is NaN there if it did.
+
+    Where the layer's weight is frozen its input may not have been kept, and it is what is kept.
+    """
+    tensor, act = tensors[i], kept[i].act
+    assert act is not None
+    if states[i].norm is not None:
+        return replay(specs[i], tensor, states[i], kept[i])
+    if i == 0:
+        out = slots_linear_forward(*source, tensor.weight, tensor.bias, relu=True)
+        return Replayed(out, out, None)
+    a = kept[i].a
+    if a is None and is_replayed(states[i - 1], needs[i - 1]):
+        a = replay(specs[i - 1], tensors[i - 1], states[i - 1], kept[i - 1]).output
+    if a is None:
+        return Replayed(act, act, None)
+    out = grouped(a, tensor.weight, tensor.bias, relu=True)
+    return Replayed(out, out, None)
 
 
 def mlp_backward(
@@ -332,6 +364,8 @@ def mlp_backward(
         own = grads[i]
         if last is None and is_replayed(state, need):
             last = replay(spec, tensor, state, keep)
+        elif keep.act is not None and _relu_drops(spec, state) and not (looks_finite(d) and looks_finite(keep.act)):
+            last = _up_to_dropout(plan.layers, tensors, states, needs, kept, i, (slots, rows, groups))
         steps = after_linear_backward(
             d, spec, tensor, state, need, keep, own, seed, plan.position + i, rows.start, last, shared
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..plan import NormState
 from .barriers import Steps
+from .finite import looks_finite
 
 aten = torch.ops.aten
 
@@ -24,6 +25,14 @@ class BatchNormSaved(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     """Batch statistics: ``1 / sqrt(var + eps)``; running ones: the variance itself."""
+
+
+def take_up(norm: NormState, mean: Tensor, var: Tensor) -> None:
+    """Running statistics take up those of a batch; the variance is the unbiased one."""
+    for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+        if running is not None:
+            # lerp_ would subtract first: of two infinities that is NaN.
+            running.mul_(1.0 - norm.factor).add_(new.to(running.dtype), alpha=norm.factor)
 
 
 class Shared:
@@ -47,9 +56,8 @@ class Shared:
             share = torch.tensor(rows, dtype=every.dtype, device=every.device).div_(total).unsqueeze(1)
             mean = (every * share).sum(0)
             var = (torch.stack(variances).add_((every - mean).square_()) * share).sum(0)
-            if norm.factor > 0.0 and norm.running_mean is not None and norm.running_var is not None:
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.factor)
-                norm.running_var.lerp_((var * (total / (total - 1))).to(norm.running_var.dtype), norm.factor)
+            if norm.moves:
+                take_up(norm, mean, var * (total / (total - 1)))
             self._moments[number] = BatchNormSaved(mean, var.add_(norm.eps).rsqrt_())
         return self._moments[number]
 
@@ -154,11 +162,15 @@ def batch_norm_backward_steps(
     rows, dw_sum, db_sum = shared.sums(number)
     assert saved.mean is not None and saved.var is not None
     # scale (d - mean(d) - normed mean(d normed)), with normed = (z - mean) / deviation.
-    scale = saved.var if weight is None else saved.var * weight
-    slope = (scale * saved.var * dw_sum).div_(-rows)
-    constant = torch.addcmul(db_sum * scale / -rows, slope, saved.mean, value=-1)
     shape = z.shape[1:]
-    dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).addcmul_(d, scale.view(shape))
+    scale = saved.var if weight is None else saved.var * weight
+    slope = (saved.var * dw_sum).div_(-rows)
+    constant = torch.addcmul(db_sum / -rows, slope, saved.mean, value=-1)
+    if looks_finite(scale):  # it may be multiplied first, which takes a pass less
+        constant, slope = constant.mul_(scale), slope.mul_(scale)
+        dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).addcmul_(d, scale.view(shape))
+    else:
+        dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).add_(d).mul_(scale.view(shape))
     return dx, dw if affine else None, db if affine else None
 
 

@@ -1,9 +1,9 @@
 """The two matrix products that everything is made of, by the faster library of the machine.
 
 PyTorch's own ``mm`` and ``bmm`` call MKL for float32. MKL does not use AVX-512 on processors that are not Intel's;
-oneDNN does, and there its inner products and grouped 1x1 convolutions run at twice the rate and apply bias and ReLU on
-the way (`fast_mm` in the README's table is without it). Elsewhere, and for other dtypes or few rows, PyTorch's own are
-used.
+oneDNN does, and there its inner products and grouped 1x1 convolutions run at twice the rate (`fast_mm` in the README's
+table is without it). Elsewhere, and for other dtypes or few rows, PyTorch's own are used. ReLU is a pass of its own:
+oneDNN's, which it would apply on the way, turns NaN into 0.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     if x.shape[0] * weight.numel() >= LINEAR_WORK and by_onednn(x):
         if not _is_dense(weight):
             weight = weight.contiguous()
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
-        return out
-    out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     return out.relu_() if relu else out
 
 
@@ -76,14 +76,14 @@ def grouped(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
         image = x.as_strided((1, n * width, 1, rows), (rows * n * width, 1, rows * n * width, n * width))
         kernel = weight.contiguous().view(n * units, width, 1, 1)
         flat = None if bias is None else bias.reshape(n * units)
-        attribute: Any = "relu" if relu else "none"
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            image, kernel, flat, [0, 0], [1, 1], [1, 1], n, attribute, [], ""
+            image, kernel, flat, [0, 0], [1, 1], [1, 1], n, "none", [], ""
         )
-        return y.permute(0, 2, 3, 1).reshape(rows, n, units)
-    out = torch.empty((rows, n, units), dtype=x.dtype, device=x.device)
-    if bias is None:
-        torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+        out = y.permute(0, 2, 3, 1).reshape(rows, n, units)
     else:
-        torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+        out = torch.empty((rows, n, units), dtype=x.dtype, device=x.device)
+        if bias is None:
+            torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+        else:
+            torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
     return out.relu_() if relu else out

@@ -10,7 +10,7 @@ def row_dice_forward(z: Tensor, alpha: Tensor, eps: float) -> Tensor:
     """``p z + (1 - p) alpha z``, ``p = sigmoid((z - m) / sqrt(sum((z - m)^2 + eps)))``; mean and sum over ``H``."""
     p = torch.sigmoid(_scores(z, eps)[0])
     wide = alpha.to(p.dtype).view(-1, 1)
-    return (z * (wide + p * (1 - wide))).to(z.dtype)
+    return (p * z + (1 - p) * wide * z).to(z.dtype)
 
 
 def row_dice_backward(
@@ -24,7 +24,7 @@ def row_dice_backward(
     da = (dz_p * (1 - p)).sum(2).sum(0).to(alpha.dtype) if alpha_grad else None
     du = dz_p * (1 - wide) * p * (1 - p)
     through = scale * (du - u * (du * u).sum(2, keepdim=True))
-    direct = d * (wide + p * (1 - wide))
+    direct = d * p + d * (1 - p) * wide
     return (direct + through - through.mean(2, keepdim=True)).to(z.dtype), da
 
 
