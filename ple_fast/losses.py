@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .scalars import check_count, check_number
+
 __all__ = ["MISSING_CLASS", "JointLoss", "JointLossResult", "TaskLoss", "entire_space"]
 
 Kind = Literal["binary", "regression", "multiclass"]
@@ -33,8 +35,10 @@ class TaskLoss:
         weight: the loss weight w_k,0 at epoch 0, above 0.
         gamma: the ratio gamma_k, above 0, by which the weight changes per epoch (eq. 10).
 
+    Numbers may be NumPy's; they are kept as int and float.
+
     Raises:
-        TypeError: the name is no string.
+        TypeError: the name is no string, the classes are no int, or a weight or ratio is no number.
         ValueError: an unknown kind, classes that do not fit it, or a weight or ratio that is not above 0 and finite.
     """
 
@@ -50,17 +54,20 @@ class TaskLoss:
         if self.kind not in get_args(Kind):
             raise ValueError(f"task {self.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.kind == "multiclass":
-            if not isinstance(self.num_classes, int) or self.num_classes < 2:
-                raise ValueError(f"task {self.name!r}: expected num_classes of at least 2, got {self.num_classes!r}")
+            where = f"task {self.name!r}: num_classes of kind='multiclass'"
+            if self.num_classes is None:
+                raise ValueError(f"{where}: expected 2 or more, got None")
+            object.__setattr__(self, "num_classes", check_count(where, self.num_classes, least=2))
         elif self.num_classes is not None:
             raise ValueError(
                 f"task {self.name!r}: num_classes={self.num_classes!r} is for kind='multiclass'; "
                 f"leave it out for {self.kind!r}"
             )
         for field in ("weight", "gamma"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            value = check_number(f"task {self.name!r}: {field}", getattr(self, field))
+            if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"task {self.name!r}: expected a finite {field} above 0, got {value!r}")
+            object.__setattr__(self, field, value)
 
     @property
     def num_outputs(self) -> int:
@@ -149,11 +156,16 @@ class JointLoss(nn.Module):
             masks: by task, bool, ``(B,)`` or ``(B, 1)``; False takes a sample out as well. Tasks may be absent.
 
         Raises:
-            TypeError: a prediction that is not floating, a complex label, a mask that is not bool.
+            TypeError: not tensors by task, a prediction that is not floating, a complex label, a mask that is not bool.
             ValueError: a missing or unknown task, or shapes or devices that do not agree.
         """
         masks = {} if masks is None else masks
         names = [task.name for task in self.tasks]
+        for source, given in (("predictions", predictions), ("labels", labels), ("masks", masks)):
+            if isinstance(given, (Tensor, list, tuple)):
+                raise TypeError(
+                    f"{source}: expected tensors by task, such as {{{names[0]!r}: tensor}}, got {type(given).__name__}"
+                )
         for source, given in (("predictions", predictions), ("masks", masks)):
             for name in given:
                 if name not in names:
@@ -174,7 +186,7 @@ class JointLoss(nn.Module):
             dist.all_reduce(count_of, group=self.process_group)
             ranks = dist.get_world_size(self.process_group)
         losses = [ranks * total / count for total, count in zip(sums, count_of.clamp(min=1).unbind(), strict=True)]
-        terms = [self._weight(task) * loss for task, loss in zip(self.tasks, losses, strict=True)]
+        terms = [self._weight(task, loss.dtype) * loss for task, loss in zip(self.tasks, losses, strict=True)]
         return JointLossResult(
             total=torch.stack(terms).sum(),
             per_task=dict(zip(names, losses, strict=True)),
@@ -212,11 +224,23 @@ class JointLoss(nn.Module):
                     f"labels[{task.name!r}]: expected {expected}; got {int(wrong.sum())} others, such as {some}"
                 )
 
+    def unlabelled(self, labels: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tasks that have no label at all in whole label columns (``MISSING_CLASS`` and NaN are none)."""
+        found = []
+        for task in self.tasks:
+            missing = labels[task.name].isnan()
+            if task.kind == "multiclass":
+                missing = missing | (labels[task.name].to(torch.float64) == MISSING_CLASS)  # in uint8, -1 is 255
+            if bool(missing.all()):
+                found.append(task.name)
+        return found
+
     def extra_repr(self) -> str:
         return "\n".join(map(repr, self.tasks))
 
-    def _weight(self, task: TaskLoss) -> Tensor | float:
-        return task.weight if task.gamma == 1 else task.weight * task.gamma ** self.epoch.to(torch.float32)
+    def _weight(self, task: TaskLoss, dtype: torch.dtype) -> Tensor | float:
+        """In the dtype of the loss: two tensors of one element each are multiplied in the wider of theirs."""
+        return task.weight if task.gamma == 1 else task.weight * task.gamma ** self.epoch.to(dtype)
 
 
 def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
