@@ -130,16 +130,15 @@ def test_what_cannot_be_drawn_is_refused(arguments: dict[str, Any], match: str) 
 
 def test_scalar_options_of_numpy_draw_the_same() -> None:
     expected = synthetic_tasks(10, 4, 3, cosine=0.5, scale=2.0, num_sinusoids=2, noise_std=0.5, seed=3)
-    got = synthetic_tasks(
-        np.int64(10),
-        np.uint8(4),
-        np.int32(3),
-        cosine=np.float32(0.5),
-        scale=np.float32(2.0),
-        num_sinusoids=np.int16(2),
-        noise_std=np.float16(0.5),
-        seed=np.uint64(3),
-    )
+    sizes: list[Any] = [np.int64(10), np.uint8(4), np.int32(3)]
+    options: dict[str, Any] = {
+        "cosine": np.float32(0.5),
+        "scale": np.float32(2.0),
+        "num_sinusoids": np.int16(2),
+        "noise_std": np.float16(0.5),
+        "seed": np.uint64(3),
+    }
+    got = synthetic_tasks(*sizes, **options)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
 
 

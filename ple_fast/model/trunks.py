@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..modules import (
     CGC,
@@ -20,6 +21,7 @@ from ..modules import (
     MMoE,
     SingleTask,
 )
+from .eval_view import eval_view
 
 CUSTOM = "custom"
 
@@ -68,19 +70,31 @@ def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[st
     return TRUNKS[kind](in_features, num_tasks, **options)
 
 
+def _is_lazy(trunk: nn.Module) -> bool:
+    return any(isinstance(parameter, UninitializedParameter) for parameter in trunk.parameters())
+
+
+def _first_call(trunk: nn.Module, x: Tensor) -> Any:
+    """In eval mode; nobody else can use a trunk that has no weights yet, so its own flags may be set."""
+    modes = [(module, module.training) for module in trunk.modules()]
+    try:
+        return trunk.eval()(x)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def trunk_width(trunk: nn.Module, in_features: int, num_tasks: int, like: Tensor) -> int:
     """H of a trunk that returns ``(B, T, H)``, from one call in eval mode on two rows of zeros.
 
+    A trunk that is not initialised (``nn.LazyLinear``) is so afterwards.
+
     Raises:
         ValueError: it returns something else.
     """
-    modes = [(module, module.training) for module in trunk.modules()]
-    try:
-        y = trunk.eval()(like.new_zeros(2, in_features))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    zeros = like.new_zeros(2, in_features)
+    y = _first_call(trunk, zeros) if _is_lazy(trunk) else eval_view(trunk)(zeros)
     if not isinstance(y, Tensor) or y.dim() != 3 or tuple(y.shape[:2]) != (2, num_tasks):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
