@@ -334,7 +334,8 @@ def test_missing_labels_teach_nothing() -> None:
     data, labels = table()
     first, second = model(), model()
     gaps = labels | {"watch": np.full(64, np.nan), "rating": np.full(64, -1)}
-    first.fit(data, gaps, epochs=1, batch_size=16)
+    with pytest.warns(UserWarning, match="none at all for 'watch', 'rating'"):
+        first.fit(data, gaps, epochs=1, batch_size=16)
     assert first(data)["watch"].isfinite().all()
     for ours, initial in zip(first.towers[1].parameters(), second.towers[1].parameters(), strict=True):
         assert torch.equal(ours, initial)
