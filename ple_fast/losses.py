@@ -112,6 +112,8 @@ class JointLoss(nn.Module):
 
     def __init__(self, tasks: Sequence[TaskLoss], *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        if isinstance(tasks, TaskLoss):
+            raise TypeError(f"tasks: expected a sequence of TaskLoss, got one: [{tasks!r}] is one")
         self.tasks = tuple(tasks)
         if not self.tasks:
             raise ValueError("tasks: expected at least one TaskLoss, got none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,24 +17,16 @@ from ..losses import JointLoss, TaskLoss, entire_space
 from ..scalars import check_count
 from ..topology import Topology
 from . import storage
-from .columns import Array, Column, Encoded, Table, check_names, encode, from_json, to_json
+from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
+from .columns import Array, Column, Encoded, Table, encode, from_json, to_json
 from .embedding import FeatureEmbedding
 from .eval_view import eval_view, is_training
-from .labels import has_no_names, kind_of, label_tensors, warn_of_unlabelled
 from .run import Run, run_for
 from .scoring import Score, Scorer
+from .towers import build_tower, tower_options
 from .training import EpochResult, Progress, progress_bar, train
 from .trunks import CUSTOM, build_trunk, plain, trunk_width
 
-TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "prelu": nn.PReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
 Trunk = str | nn.Module | Callable[[int], nn.Module]
 
 
@@ -81,21 +72,23 @@ class MultiTaskModel(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
-        check_names([column.name for column in self.columns])
+        self.columns = check_columns(columns)
         self.joint_loss = JointLoss(tasks, process_group=process_group)
         self.tasks = self.joint_loss.tasks
-        self.given = dict(given or {})
-        _check_given(self.given, self.tasks)
-        if tower_activation not in TOWER_ACTIVATIONS:
-            known = ", ".join(TOWER_ACTIVATIONS)
-            raise ValueError(f"tower_activation: expected one of {known}, got {tower_activation!r}")
+        self.given = dict(mapping("given", given))
+        check_given(self.given, self.tasks)
+        units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         self.embedding = FeatureEmbedding(self.columns)
-        width, options = self.embedding.out_features, dict(plain("trunk_options", dict(trunk_options or {})))
+        width, options = (
+            self.embedding.out_features,
+            dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options)))),
+        )
         if not isinstance(trunk, str) and options:
             raise ValueError(f"trunk_options: expected none with a trunk of your own, got {sorted(options)}")
         if isinstance(trunk, str):
             self.trunk = build_trunk(trunk, width, len(self.tasks), options)
+        elif not callable(trunk):
+            raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {trunk!r}")
         else:
             self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
             if not isinstance(self.trunk, nn.Module):
@@ -103,15 +96,15 @@ class MultiTaskModel(nn.Module):
         like = next(self.trunk.parameters(), torch.empty(0))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
-            _tower([hidden, *tower_units], task.num_outputs, tower_activation, tower_dropout) for task in self.tasks
+            build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
         )
         self._config: dict[str, Any] = {
             "trunk": {"kind": trunk, "options": options}
             if isinstance(trunk, str)
             else {"kind": CUSTOM, "class": type(self.trunk).__qualname__},
-            "tower_units": list(tower_units),
+            "tower_units": list(units),
             "tower_activation": tower_activation,
-            "tower_dropout": tower_dropout,
+            "tower_dropout": dropout,
             "given": self.given,
         }
 
@@ -327,19 +320,24 @@ class MultiTaskModel(nn.Module):
         """Copies and pickles begin a training of their own: an optimizer may hold what cannot be copied."""
         return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *rest: Any
-    ) -> None:
-        """As in PyTorch; a state of another number of tasks is refused before anything is loaded."""
-        start = f"{prefix}towers."
-        saved = {name.removeprefix(start).partition(".")[0] for name in state_dict if name.startswith(start)}
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; a state of another number of tasks is refused before anything is loaded.
+
+        Raises:
+            ValueError: ``strict``, and the state has more or fewer towers.
+        """
+        saved = {name.split(".")[1] for name in state_dict if name.startswith("towers.")}
         if strict and saved and len(saved) != len(self.tasks):
             raise ValueError(
                 f"load_state_dict: expected the state of a model of {len(self.tasks)} tasks, {self.task_names}, got "
                 f"one of {len(saved)}; build the model with the tasks that were saved, in their order"
             )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Called for each module that a state is loaded into: what ``fit`` kept is of other weights."""
         self._run = None
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        super()._load_from_state_dict(*arguments)
 
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors`` and ``config.json`` into a directory, each file at once.
@@ -392,24 +390,3 @@ class MultiTaskModel(nn.Module):
         model.to(dtype=getattr(torch, config["dtype"]))
         storage.read_weights(model, directory)
         return model.to(device).eval()
-
-
-def _tower(widths: Sequence[int], outputs: int, activation: str, dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for first, second in itertools.pairwise(widths):
-        layers += [nn.Linear(first, second), TOWER_ACTIVATIONS[activation]()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
-
-
-def _check_given(given: Mapping[str, str], tasks: Sequence[TaskLoss]) -> None:
-    kinds = {task.name: task.kind for task in tasks}
-    names = list(kinds)
-    for name, condition in given.items():
-        if name not in names or condition not in names[: names.index(name)]:
-            raise ValueError(
-                f"given: expected two of the tasks {names}, the condition first, got {name!r} given {condition!r}"
-            )
-        if kinds[name] != "binary" or kinds[condition] != "binary":
-            raise ValueError(f"given: expected binary tasks, got {name!r} ({kinds[name]}) given {condition!r}")

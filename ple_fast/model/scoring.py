@@ -11,9 +11,9 @@ from torch import nn
 
 from ..losses import JointLoss
 from ..scalars import check_number
+from .arguments import kind_of, label_tensors
 from .columns import Array, Encoded, Table
 from .eval_view import eval_view
-from .labels import kind_of, label_tensors
 from .training import Labels
 
 if TYPE_CHECKING:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,6 +23,7 @@ from ..modules import (
     MMoE,
     SingleTask,
 )
+from ..scalars import as_tuple, own_scalar
 from .eval_view import eval_view
 
 CUSTOM = "custom"
@@ -43,13 +46,18 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
 def plain(name: str, value: Any) -> Any:
     """A value that JSON can hold, lists as tuples, so that a model and its saved copy are built from the same.
 
+    Scalars and arrays of NumPy become Python's own.
+
     Raises:
         ValueError: it holds anything else.
     """
-    if value is None or type(value) in (bool, int, float, str):
+    value = own_scalar(value)
+    if isinstance(value, str):
+        return str(value)  # np.str_ is one
+    if value is None or type(value) in (bool, int, float):
         return value
-    if type(value) in (list, tuple):
-        return tuple(plain(f"{name}[{place}]", item) for place, item in enumerate(value))
+    if type(value) in (list, tuple, range, np.ndarray):
+        return tuple(plain(f"{name}[{place}]", item) for place, item in enumerate(as_tuple(value)))
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
     raise ValueError(
@@ -58,15 +66,30 @@ def plain(name: str, value: Any) -> Any:
     )
 
 
+def options_of(kind: str) -> dict[str, bool]:
+    """The options of the trunk of a name, each with whether it has to be given."""
+    given = ("in_features", "num_tasks")
+    parameters = inspect.signature(TRUNKS[kind]).parameters.values()
+    # A model is built where its user says with model.to, in the dtype that its towers have.
+    return {p.name: p.default is p.empty for p in parameters if p.name not in (*given, "device", "dtype")}
+
+
 def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[str, Any]) -> nn.Module:
     """The trunk of that name.
 
     Raises:
         ValueError: an unknown name, or options that the trunk refuses.
-        TypeError: an option that the trunk does not have.
+        TypeError: an option that the trunk does not have, or one that it needs is missing.
     """
     if kind not in TRUNKS:
         raise ValueError(f"trunk: expected one of {', '.join(TRUNKS)}, a module or a function, got {kind!r}")
+    known = options_of(kind)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"trunk_options: expected options of {kind!r}, {', '.join(known)}; got {unknown}")
+    missing = [name for name, needed in known.items() if needed and name not in options]
+    if missing:
+        raise TypeError(f"trunk_options: expected {', '.join(missing)}, which {kind!r} needs, got {sorted(options)}")
     return TRUNKS[kind](in_features, num_tasks, **options)
 
 

@@ -1,17 +1,20 @@
-"""What a user hands to the model as a table: told from what is none, and labels as tensors."""
+"""What a user hands to the model: told from what it is not, and labels as tensors."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses import JointLoss
-from .columns import Table, column_of
+from ..losses import JointLoss, TaskLoss
+from .columns import Categorical, Column, Numeric, Table, check_names, column_of
 from .training import Labels
+
+COLUMN_TYPES = (Categorical, Numeric)
 
 
 def has_no_names(data: Any) -> bool:
@@ -66,3 +69,40 @@ def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect
             f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}",
             stacklevel=3,
         )
+
+
+def check_columns(columns: Any) -> tuple[Column, ...]:
+    """The columns of a model.
+
+    Raises:
+        TypeError: other than columns.
+        ValueError: a name twice.
+    """
+    if isinstance(columns, (str, *COLUMN_TYPES)) or not isinstance(columns, Iterable):
+        raise TypeError(f"columns: expected a sequence of Categorical and Numeric, got {kind_of(columns)}")
+    found = tuple(columns)
+    for column in found:
+        if not isinstance(column, COLUMN_TYPES):
+            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {column!r}")
+    check_names([column.name for column in found])
+    return found
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping; an empty one for None. TypeError for anything else."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a dict, got {value!r}")
+    return value or {}
+
+
+def check_given(given: Mapping[str, str], tasks: Sequence[TaskLoss]) -> None:
+    """ValueError where ``given`` names other than a binary task and one of those before it."""
+    kinds = {task.name: task.kind for task in tasks}
+    names = list(kinds)
+    for name, condition in given.items():
+        if name not in names or condition not in names[: names.index(name)]:
+            raise ValueError(
+                f"given: expected two of the tasks {names}, the condition first, got {name!r} given {condition!r}"
+            )
+        if kinds[name] != "binary" or kinds[condition] != "binary":
+            raise ValueError(f"given: expected binary tasks, got {name!r} ({kinds[name]}) given {condition!r}")
