@@ -164,10 +164,7 @@ class JointLoss(nn.Module):
         masks = {} if masks is None else masks
         names = [task.name for task in self.tasks]
         for source, given in (("predictions", predictions), ("labels", labels), ("masks", masks)):
-            if isinstance(given, (Tensor, list, tuple)):
-                raise TypeError(
-                    f"{source}: expected tensors by task, such as {{{names[0]!r}: tensor}}, got {type(given).__name__}"
-                )
+            _check_named(source, given, names[0])
         for source, given in (("predictions", predictions), ("masks", masks)):
             for name in given:
                 if name not in names:
@@ -199,12 +196,15 @@ class JointLoss(nn.Module):
         """Looks at the values of whole label columns, which ``forward`` does not (it would wait for the device).
 
         Raises:
+            TypeError: not tensors by task.
             ValueError: a task without labels, a binary label outside [0, 1], a class that is none of 0 to C - 1
                 (or -1: missing), an infinite regression label; NaN (missing) is fine everywhere.
         """
+        _check_named("labels", labels, self.tasks[0].name)
         for task in self.tasks:
             if task.name not in labels:
                 raise ValueError(f"labels: expected an entry for task {task.name!r}, got {sorted(labels)}")
+            _check_tensor(f"labels[{task.name!r}]", labels[task.name])
             label = labels[task.name].to(torch.float64)  # in uint8, -1 is 255
             label = label[~label.isnan()]
             if task.kind == "binary":
@@ -260,10 +260,11 @@ def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
         The same shape; float32, or float64 where an argument is.
 
     Raises:
-        TypeError: an argument is not floating.
+        TypeError: an argument is no tensor, or not floating.
         ValueError: the shapes differ: ``(B,)`` and ``(B, 1)`` would silently become ``(B, B)``.
     """
     for name, logit in (("ctr_logit", ctr_logit), ("cvr_logit", cvr_logit)):
+        _check_tensor(name, logit)
         if not logit.is_floating_point():
             raise TypeError(f"{name}: expected floating logits, got {logit.dtype}")
     if ctr_logit.shape != cvr_logit.shape:
@@ -285,6 +286,8 @@ def _wide(x: Tensor) -> Tensor:
 def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum of a task's losses over its sample space, and the size of the space (int64)."""
     where = f"[{task.name!r}]"
+    _check_tensor("predictions" + where, prediction)
+    _check_tensor("labels" + where, label)
     if not prediction.is_floating_point():
         raise TypeError(f"predictions{where}: expected floating {task.kind} outputs, got {prediction.dtype}")
     if label.is_complex():
@@ -304,6 +307,7 @@ def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | 
         valid = valid & (label != MISSING_CLASS)
     rows = {f"predictions{where}": prediction, f"labels{where}": label}
     if mask is not None:
+        _check_tensor("masks" + where, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"masks{where}: expected bool, got {mask.dtype}; say `mask.bool()`")
         rows[f"masks{where}"] = mask = _column("masks" + where, mask)
@@ -327,6 +331,16 @@ def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | 
         per_sample = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
         loss = per_sample(prediction, target, reduction="none")
     return torch.where(valid, loss, 0.0).sum(), valid.sum()
+
+
+def _check_named(source: str, given: object, task: str) -> None:
+    if isinstance(given, (Tensor, list, tuple)):
+        raise TypeError(f"{source}: expected tensors by task, such as {{{task!r}: tensor}}, got {type(given).__name__}")
+
+
+def _check_tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; torch.as_tensor makes one")
 
 
 def _column(name: str, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 import weakref
 from collections import defaultdict
@@ -16,9 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from ple_fast import PLE
+from ple_fast import PLE, accelerate
 from ple_fast.model.eval_view import eval_view, is_training
 from ple_fast.model.trunks import trunk_width
+from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.swap_proof import Case, flat, shaken
+
+PEERS = [library.CASES[0] for library in (adatt, fuxictr, mtreclib, torcheasyrec)]
 
 
 class Net(nn.Module):
@@ -171,6 +176,23 @@ def test_a_view_computes_in_eval_mode_and_leaves_modes_and_state(change: Callabl
     assert torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("is_accelerated", [False, True], ids=["original", "accelerated"])
+@pytest.mark.parametrize("case", PEERS, ids=str)
+def test_a_view_of_a_model_of_another_library_is_in_eval_mode(case: Case, is_accelerated: bool) -> None:
+    model = shaken(case.make()).train()
+    if is_accelerated:
+        accelerate(model)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = case.arguments(torch.float32)
+    with torch.no_grad():
+        got = flat(eval_view(model)(*arguments))
+        assert all(module.training for module in model.modules())
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+        expected = flat(model.eval()(*arguments))
+    assert len(got) == len(expected) > 0
+    assert all(map(torch.equal, got, expected))
+
+
 def test_a_model_in_eval_mode_is_its_own_view() -> None:
     model = net().eval()
     assert eval_view(model) is model
@@ -185,6 +207,19 @@ def test_a_view_sees_weights_and_buffers_that_are_replaced_in_the_model() -> Non
         model.last[0].running_mean = torch.full((4,), 3.0)
         got = view(x)
         assert torch.equal(got, model.eval()(x))
+
+
+def test_views_are_gone_with_their_last_reference_without_waiting_for_the_collector() -> None:
+    model = net()
+    gc.collect()
+    gc.disable()
+    try:
+        views = [weakref.ref(eval_view(model)) for _ in range(3)]
+        inner = weakref.ref(eval_view(model).trunk.levels[0])
+    finally:
+        gc.enable()
+    assert [view() for view in views] == [None] * 3
+    assert inner() is None
 
 
 def test_modules_held_twice_are_one_in_the_view() -> None:

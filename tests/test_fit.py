@@ -376,6 +376,20 @@ def test_a_task_without_validation_labels_leaves_the_score_to_the_others() -> No
     assert found[0].score == pytest.approx(-expected, rel=1e-5)
 
 
+def test_a_score_that_puts_the_model_into_eval_mode_is_told() -> None:
+    data, labels = table()
+    net = model()
+
+    def careless(predictions: Any, _: Any) -> float:
+        net.eval()
+        return float(predictions["click"].mean())
+
+    with pytest.warns(UserWarning, match=r"score careless: it called eval\(\) on the model") as caught:
+        net.fit(data, labels, epochs=3, batch_size=16, validation=(data, labels), score=careless)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
 def auc_of_one_class(_predictions: Any, _labels: Any) -> float:
     return float("nan")
 

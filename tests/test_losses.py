@@ -399,6 +399,28 @@ def test_what_is_not_named_by_task_is_refused_in_a_sentence(given: Any, place: i
         JointLoss([TaskLoss("a")])(*arguments)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_no_tensor_is_refused_in_a_sentence(place: int) -> None:
+    arguments: list[Any] = [{"a": torch.zeros(4)}, {"a": torch.zeros(4)}, {"a": torch.ones(4, dtype=torch.bool)}]
+    arguments[place] = {"a": np.zeros(4)}
+    with pytest.raises(TypeError, match=r"(predictions|labels|masks)\['a'\]: expected a tensor, got ndarray"):
+        JointLoss([TaskLoss("a")])(*arguments)
+
+
+def test_whole_label_columns_are_refused_in_sentences() -> None:
+    loss = JointLoss([TaskLoss("a")])
+    given: list[tuple[Any, str]] = [
+        (torch.zeros(4, 1), r"labels: expected tensors by task, such as \{'a': tensor\}, got Tensor"),
+        ({"a": np.zeros(4)}, r"labels\['a'\]: expected a tensor, got ndarray"),
+    ]
+    for labels, says in given:
+        with pytest.raises(TypeError, match=says):
+            loss.check_labels(labels)
+    logit: Any = 0.5
+    with pytest.raises(TypeError, match="cvr_logit: expected a tensor, got float"):
+        entire_space(torch.zeros(2), logit)
+
+
 def test_tasks_are_at_least_one_and_named_apart() -> None:
     with pytest.raises(ValueError, match="at least one TaskLoss"):
         JointLoss([])

@@ -51,7 +51,7 @@ class Run:
         kept, self._kept = self._kept, None
         if kept is not None:
             return kept
-        made = self.make(self.parameters, lr=self.lr)
+        made = self.make(list(self.parameters), lr=self.lr)
         if not callable(getattr(made, "step", None)) or not callable(getattr(made, "zero_grad", None)):
             raise TypeError(f"optimizer: expected the function to return an optimizer, got {made!r}")
         return made

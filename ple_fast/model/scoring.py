@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..losses import JointLoss
 from ..scalars import check_number
 from .arguments import kind_of, label_tensors
 from .columns import Array, Encoded, Table
-from .eval_view import eval_view
+from .eval_view import eval_view, is_training
 from .training import Labels
 
 if TYPE_CHECKING:
@@ -54,7 +55,15 @@ class Scorer:
 
     def _given(self, score: Score, epoch: int) -> float:
         name = getattr(score, "__name__", type(score).__name__)
-        found = score(self.model.predict(self.rows, batch_size=self.batch_size), self.labels)
+        predictions, was_training = self.model.predict(self.rows, batch_size=self.batch_size), is_training(self.model)
+        found = score(predictions, self.labels)
+        if was_training and not is_training(self.model):
+            warnings.warn(
+                f"score {name}: it called eval() on the model, whose training goes on without dropout and with batch "
+                "statistics that stand still; read the predictions it is given, or model.predict, which leave modes "
+                "as they are",
+                stacklevel=5,  # at whoever called fit
+            )
         value = check_number(f"score {name}", found, "one number, higher is better")
         if not np.isfinite(value):
             raise FloatingPointError(
