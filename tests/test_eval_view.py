@@ -76,6 +76,31 @@ class Doubled(nn.Module):
         return y + dropped
 
 
+class Switched(nn.Linear):
+    """Whose mode is more than a flag: noise, and weights that are merged in eval mode."""
+
+    noise = True
+
+    def train(self, mode: bool = True) -> Switched:
+        if self.noise and not mode:
+            self.weight.data += 1.0
+        self.noise = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + torch.randn(y.shape) if self.noise else y
+
+
+class Frozen(nn.Sequential):
+    """That keeps its norm in eval mode."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
 def net() -> Net:
     torch.manual_seed(0)
     made = Net()
@@ -151,6 +176,11 @@ def _bound_hook(model: Net) -> None:
 
 def _tied(model: Net) -> None:
     model.last.append(model.drop).append(model.last[0])
+
+
+def _modes_of_a_class(model: Net) -> None:
+    model.last = Frozen(*model.last).train()
+    model.layer = nn.Sequential(Switched(4, 4), Doubled(model))
 
 
 SERVED = [value for name, value in list(globals().items()) if name.startswith("_") and hasattr(value, "__code__")]
@@ -251,14 +281,11 @@ def test_a_view_of_a_distributed_module_is_in_eval_mode() -> None:
 # What it cannot serve, it says.
 
 
-class Switched(nn.Linear):
-    """Whose mode is more than a flag."""
+class Uncopied(Switched):
+    """Which no view and no copy serves."""
 
-    noise = True
-
-    def train(self, mode: bool = True) -> Switched:
-        self.noise = mode
-        return super().train(mode)
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("no")
 
 
 class Slotted:
@@ -292,7 +319,10 @@ def _closure(model: Net) -> Callable[[Tensor], Tensor]:
             lambda model: model.layer.register_forward_hook(lambda m, x, y: model.drop(y)),
             r"its _forward_hooks refers",
         ),
-        (lambda model: setattr(model, "layer", Switched(4, 4)), r"layer \(Switched\).*its class has a train\(\)"),
+        (
+            lambda model: setattr(model, "layer", Uncopied(4, 4)),
+            r"layer \(Uncopied\).*copied.*fails \(no\)",
+        ),
         (lambda model: model.last.append(nn.LazyLinear(2)), r"last\.3 \(LazyLinear\).*not initialised"),
     ],
 )
@@ -352,3 +382,37 @@ def test_the_trial_call_initialises_a_lazy_trunk() -> None:
     assert trunk_width(trunk, 3, 2, trunk[0].weight) == 3
     assert type(trunk[1]) is nn.Linear
     assert is_training(trunk) and trunk[2].training
+
+
+class BuiltModule(nn.Module):
+    """That makes a layer at its first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "layer"):
+            self.layer = nn.Linear(x.shape[1], 6)
+        y: Tensor = self.layer(x)
+        return y.view(-1, 2, 3)
+
+
+class BuiltParameter(nn.Module):
+    """That makes a parameter at its first call, and notes that it has."""
+
+    is_built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_built:
+            self.weight = nn.Parameter(torch.randn(x.shape[1], 6))
+            self.is_built = True
+        return (x @ self.weight).view(-1, 2, 3)
+
+
+@pytest.mark.parametrize("kind", [BuiltModule, BuiltParameter])
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_trial_call_builds_a_trunk_that_is_built_at_its_first_call(kind: type[nn.Module], mode: bool) -> None:
+    trunk = kind().train(mode)
+    assert trunk_width(trunk, 4, 2, torch.empty(0)) == 3
+    built = list(trunk.parameters())
+    assert built
+    trunk(torch.zeros(2, 4))
+    assert [id(parameter) for parameter in trunk.parameters()] == [id(parameter) for parameter in built]
+    assert trunk.training is mode

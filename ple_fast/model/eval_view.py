@@ -39,8 +39,9 @@ def eval_view(model: M) -> M:
 
     A view has module objects of its own, in eval mode, which share parameters, buffers and hooks with the model's; a
     module that the model holds twice is one in the view too, and references between modules lead to those of the view.
-    A compiled module runs uncompiled there (its program is bound to the module), one of TorchScript is copied (its mode
-    is inside it). What ``forward`` sets as an attribute of its module is gone with the view.
+    A compiled module runs uncompiled there (its program is bound to the module). A module of TorchScript, whose mode is
+    inside it, and one of a class with a ``train()`` of its own, which may do more than set modes, are copied with their
+    weights. What ``forward`` sets as an attribute of its module is gone with the view.
 
     Raises:
         ValueError: a module that only ``eval()`` can bring into eval mode; the message names it.
@@ -60,6 +61,16 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 rest.append(child)
 
 
+def _needs_copy(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    kind = type(module)
+    if kind.train is nn.Module.train and kind.eval is nn.Module.eval:
+        return False
+    owners = [next(base for base in kind.__mro__ if name in vars(base)) for name in ("train", "eval")]
+    return any(owner.__module__.partition(".")[0] != "torch" for owner in owners)  # PyTorch's own set modes only
+
+
 class _Bound(Exception):
     """Something refers to a module of the model in a way that cannot be led to the view."""
 
@@ -71,19 +82,31 @@ class _View:
         self.model = model
         self.sharded = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
         self.compiled = _loaded("torch._dynamo.eval_frame", "OptimizedModule")
+        self.twins: dict[int, Any] = {}
         modules = list(_modules(model))
-        self.twins: dict[int, Any] = {id(module): self._blank(module) for module in modules}
         for module in modules:
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._fill(module)
+            if id(module) not in self.twins and _needs_copy(module):
+                self._copy(module)
+        blank = [module for module in modules if id(module) not in self.twins]
+        self.twins |= {id(module): self._blank(module) for module in blank}
+        for module in blank:
+            self._fill(module)
         self.built: Any = self.twins[id(model)]
+
+    def _copy(self, module: nn.Module) -> None:
+        if not is_training(module):
+            copied = module
+        else:
+            try:
+                copied = copy.deepcopy(module).eval()
+            except Exception as error:
+                self._refuse(module, f"it has to be copied for that, which fails ({error});")
+        # Those below are led to the copy too, unless the copy of one above was first.
+        for original, twin in zip(_modules(module), _modules(copied), strict=False):
+            self.twins.setdefault(id(original), twin)
 
     def _blank(self, module: nn.Module) -> nn.Module:
         kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            return copy.deepcopy(module).eval() if is_training(module) else module
-        if kind.train is not nn.Module.train or kind.eval is not nn.Module.eval:
-            self._check_mode_methods(module)
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             self._refuse(module, "its parameters are not initialised; run a first batch through the model, or")
         if isinstance(module, self.sharded):
@@ -94,17 +117,6 @@ class _View:
             return object.__new__(kind)
         except TypeError:
             self._refuse(module, "its class is built in;")
-
-    def _check_mode_methods(self, module: nn.Module) -> None:
-        """PyTorch's own classes set modes only; what another class does there, a view cannot do for it."""
-        for name in ("train", "eval"):
-            owner = next(base for base in type(module).__mro__ if name in vars(base))
-            if owner.__module__.partition(".")[0] != "torch":
-                self._refuse(
-                    module,
-                    f"its class has a {name}() of its own, which may do more than set modes (one that only keeps parts "
-                    "in eval mode is not needed: fit leaves every mode as it is);",
-                )
 
     def _fill(self, module: nn.Module) -> None:
         state = module.__dict__.copy()

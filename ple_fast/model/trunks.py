@@ -93,8 +93,8 @@ def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[st
     return TRUNKS[kind](in_features, num_tasks, **options)
 
 
-def _is_lazy(trunk: nn.Module) -> bool:
-    return any(isinstance(parameter, UninitializedParameter) for parameter in trunk.parameters())
+def _parts(trunk: nn.Module) -> set[int]:
+    return {id(part) for part in (*trunk.modules(), *trunk.parameters(), *trunk.buffers())}
 
 
 def _first_call(trunk: nn.Module, x: Tensor) -> Any:
@@ -111,13 +111,20 @@ def _first_call(trunk: nn.Module, x: Tensor) -> Any:
 def trunk_width(trunk: nn.Module, in_features: int, num_tasks: int, like: Tensor) -> int:
     """H of a trunk that returns ``(B, T, H)``, from one call in eval mode on two rows of zeros.
 
-    A trunk that is not initialised (``nn.LazyLinear``) is so afterwards.
+    A trunk that makes its parameters at the first call (``nn.LazyLinear``) has them afterwards.
 
     Raises:
         ValueError: it returns something else.
     """
     zeros = like.new_zeros(2, in_features)
-    y = _first_call(trunk, zeros) if _is_lazy(trunk) else eval_view(trunk)(zeros)
+    if any(isinstance(parameter, UninitializedParameter) for parameter in trunk.parameters()):
+        y = _first_call(trunk, zeros)
+    else:
+        view = eval_view(trunk)
+        before = _parts(trunk), _parts(view)
+        y = view(zeros)
+        if view is not trunk and (_parts(trunk), _parts(view)) != before:  # which went to the view
+            y = _first_call(trunk, zeros)
     if not isinstance(y, Tensor) or y.dim() != 3 or tuple(y.shape[:2]) != (2, num_tasks):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
