@@ -19,7 +19,9 @@ COLUMN_TYPES = (Categorical, Numeric)
 
 def has_no_names(data: Any) -> bool:
     """Whether something is no table: arrays, tensors and series have entries, but no columns by name."""
-    if isinstance(data, (Tensor, np.ndarray, list, tuple, set, str, bytes)) or getattr(data, "ndim", 2) == 1:
+    if isinstance(data, np.ndarray):
+        return data.dtype.names is None
+    if isinstance(data, (Tensor, list, tuple, set, str, bytes)) or getattr(data, "ndim", 2) == 1:
         return True
     return not hasattr(type(data), "__getitem__")
 
