@@ -741,9 +741,7 @@ def test_labels_of_two_axes_are_refused_by_their_shape() -> None:
     data, labels = table()
     with pytest.raises(TypeError, match=r"got ndarray of shape \(64, 2\)"):
         model().fit(data, np.zeros((64, 2)))  # type: ignore[arg-type]  # what is tested
-    with pytest.raises(
-        ValueError, match=r"labels\['click'\]: expected one label per row, \(64,\), got shape \(64, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"labels\['click'\]: expected one .* per row.*got shape \(64, 2\)"):
         model().fit(data, labels | {"click": np.zeros((64, 2))})
 
 
