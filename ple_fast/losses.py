@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .scalars import check_count, check_number
+
 __all__ = ["MISSING_CLASS", "JointLoss", "JointLossResult", "TaskLoss", "entire_space"]
 
 Kind = Literal["binary", "regression", "multiclass"]
@@ -33,8 +35,10 @@ class TaskLoss:
         weight: the loss weight w_k,0 at epoch 0, above 0.
         gamma: the ratio gamma_k, above 0, by which the weight changes per epoch (eq. 10).
 
+    Numbers may be NumPy's; they are kept as int and float.
+
     Raises:
-        TypeError: the name is no string.
+        TypeError: the name is no string, the classes are no int, or a weight or ratio is no number.
         ValueError: an unknown kind, classes that do not fit it, or a weight or ratio that is not above 0 and finite.
     """
 
@@ -50,17 +54,20 @@ class TaskLoss:
         if self.kind not in get_args(Kind):
             raise ValueError(f"task {self.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.kind == "multiclass":
-            if not isinstance(self.num_classes, int) or self.num_classes < 2:
-                raise ValueError(f"task {self.name!r}: expected num_classes of at least 2, got {self.num_classes!r}")
+            where = f"task {self.name!r}: num_classes of kind='multiclass'"
+            if self.num_classes is None:
+                raise ValueError(f"{where}: expected 2 or more, got None")
+            object.__setattr__(self, "num_classes", check_count(where, self.num_classes, least=2))
         elif self.num_classes is not None:
             raise ValueError(
                 f"task {self.name!r}: num_classes={self.num_classes!r} is for kind='multiclass'; "
                 f"leave it out for {self.kind!r}"
             )
         for field in ("weight", "gamma"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            value = check_number(f"task {self.name!r}: {field}", getattr(self, field))
+            if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"task {self.name!r}: expected a finite {field} above 0, got {value!r}")
+            object.__setattr__(self, field, value)
 
     @property
     def num_outputs(self) -> int:
@@ -105,6 +112,8 @@ class JointLoss(nn.Module):
 
     def __init__(self, tasks: Sequence[TaskLoss], *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        if isinstance(tasks, TaskLoss):
+            raise TypeError(f"tasks: expected a sequence of TaskLoss, got one: [{tasks!r}] is one")
         self.tasks = tuple(tasks)
         if not self.tasks:
             raise ValueError("tasks: expected at least one TaskLoss, got none")
@@ -149,11 +158,13 @@ class JointLoss(nn.Module):
             masks: by task, bool, ``(B,)`` or ``(B, 1)``; False takes a sample out as well. Tasks may be absent.
 
         Raises:
-            TypeError: a prediction that is not floating, a complex label, a mask that is not bool.
+            TypeError: not tensors by task, a prediction that is not floating, a complex label, a mask that is not bool.
             ValueError: a missing or unknown task, or shapes or devices that do not agree.
         """
         masks = {} if masks is None else masks
         names = [task.name for task in self.tasks]
+        for source, given in (("predictions", predictions), ("labels", labels), ("masks", masks)):
+            _check_named(source, given, names[0])
         for source, given in (("predictions", predictions), ("masks", masks)):
             for name in given:
                 if name not in names:
@@ -174,7 +185,7 @@ class JointLoss(nn.Module):
             dist.all_reduce(count_of, group=self.process_group)
             ranks = dist.get_world_size(self.process_group)
         losses = [ranks * total / count for total, count in zip(sums, count_of.clamp(min=1).unbind(), strict=True)]
-        terms = [self._weight(task) * loss for task, loss in zip(self.tasks, losses, strict=True)]
+        terms = [self._weight(task, loss.dtype) * loss for task, loss in zip(self.tasks, losses, strict=True)]
         return JointLossResult(
             total=torch.stack(terms).sum(),
             per_task=dict(zip(names, losses, strict=True)),
@@ -185,12 +196,15 @@ class JointLoss(nn.Module):
         """Looks at the values of whole label columns, which ``forward`` does not (it would wait for the device).
 
         Raises:
+            TypeError: not tensors by task.
             ValueError: a task without labels, a binary label outside [0, 1], a class that is none of 0 to C - 1
                 (or -1: missing), an infinite regression label; NaN (missing) is fine everywhere.
         """
+        _check_named("labels", labels, self.tasks[0].name)
         for task in self.tasks:
             if task.name not in labels:
                 raise ValueError(f"labels: expected an entry for task {task.name!r}, got {sorted(labels)}")
+            _check_tensor(f"labels[{task.name!r}]", labels[task.name])
             label = labels[task.name].to(torch.float64)  # in uint8, -1 is 255
             label = label[~label.isnan()]
             if task.kind == "binary":
@@ -212,11 +226,23 @@ class JointLoss(nn.Module):
                     f"labels[{task.name!r}]: expected {expected}; got {int(wrong.sum())} others, such as {some}"
                 )
 
+    def unlabelled(self, labels: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tasks that have no label at all in whole label columns (``MISSING_CLASS`` and NaN are none)."""
+        found = []
+        for task in self.tasks:
+            missing = labels[task.name].isnan()
+            if task.kind == "multiclass":
+                missing = missing | (labels[task.name].to(torch.float64) == MISSING_CLASS)  # in uint8, -1 is 255
+            if bool(missing.all()):
+                found.append(task.name)
+        return found
+
     def extra_repr(self) -> str:
         return "\n".join(map(repr, self.tasks))
 
-    def _weight(self, task: TaskLoss) -> Tensor | float:
-        return task.weight if task.gamma == 1 else task.weight * task.gamma ** self.epoch.to(torch.float32)
+    def _weight(self, task: TaskLoss, dtype: torch.dtype) -> Tensor | float:
+        """In the dtype of the loss: two tensors of one element each are multiplied in the wider of theirs."""
+        return task.weight if task.gamma == 1 else task.weight * task.gamma ** self.epoch.to(dtype)
 
 
 def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
@@ -234,10 +260,11 @@ def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
         The same shape; float32, or float64 where an argument is.
 
     Raises:
-        TypeError: an argument is not floating.
+        TypeError: an argument is no tensor, or not floating.
         ValueError: the shapes differ: ``(B,)`` and ``(B, 1)`` would silently become ``(B, B)``.
     """
     for name, logit in (("ctr_logit", ctr_logit), ("cvr_logit", cvr_logit)):
+        _check_tensor(name, logit)
         if not logit.is_floating_point():
             raise TypeError(f"{name}: expected floating logits, got {logit.dtype}")
     if ctr_logit.shape != cvr_logit.shape:
@@ -259,6 +286,8 @@ def _wide(x: Tensor) -> Tensor:
 def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum of a task's losses over its sample space, and the size of the space (int64)."""
     where = f"[{task.name!r}]"
+    _check_tensor("predictions" + where, prediction)
+    _check_tensor("labels" + where, label)
     if not prediction.is_floating_point():
         raise TypeError(f"predictions{where}: expected floating {task.kind} outputs, got {prediction.dtype}")
     if label.is_complex():
@@ -278,6 +307,7 @@ def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | 
         valid = valid & (label != MISSING_CLASS)
     rows = {f"predictions{where}": prediction, f"labels{where}": label}
     if mask is not None:
+        _check_tensor("masks" + where, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"masks{where}: expected bool, got {mask.dtype}; say `mask.bool()`")
         rows[f"masks{where}"] = mask = _column("masks" + where, mask)
@@ -301,6 +331,16 @@ def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | 
         per_sample = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
         loss = per_sample(prediction, target, reduction="none")
     return torch.where(valid, loss, 0.0).sum(), valid.sum()
+
+
+def _check_named(source: str, given: object, task: str) -> None:
+    if isinstance(given, (Tensor, list, tuple)):
+        raise TypeError(f"{source}: expected tensors by task, such as {{{task!r}: tensor}}, got {type(given).__name__}")
+
+
+def _check_tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; torch.as_tensor makes one")
 
 
 def _column(name: str, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .scalars import check_count, check_number
+
 __all__ = ["synthetic_tasks"]
 
 Correlation = float | Sequence[Sequence[float]] | Tensor
@@ -50,15 +52,18 @@ def synthetic_tasks(
         ``x (num_samples, in_features)`` and ``y (num_samples, num_tasks)``, float32 on the CPU.
 
     Raises:
+        TypeError: a size or seed that is no int, a ``scale`` or ``noise_std`` that is no number (NumPy's are).
         ValueError: both or none of ``correlation`` and ``cosine``; a value outside [-1, 1]; a correlation that these
             labels cannot have; cosines that no vectors have (T tasks of one cosine: below ``-1 / (T - 1)``); a size
             that is negative or too small.
     """
-    if num_samples < 0 or num_sinusoids < 0 or num_tasks < 1:
-        raise ValueError(
-            "expected num_samples and num_sinusoids of at least 0 and num_tasks of at least 1, "
-            f"got {num_samples}, {num_sinusoids} and {num_tasks}"
-        )
+    num_samples, num_tasks = check_count("num_samples", num_samples, least=0), check_count("num_tasks", num_tasks)
+    in_features, num_sinusoids = (
+        check_count("in_features", in_features),
+        check_count("num_sinusoids", num_sinusoids, least=0),
+    )
+    seed = check_count("seed", seed, least=-(2**63))
+    scale, noise_std = check_number("scale", scale), check_number("noise_std", noise_std)
     if in_features < num_tasks:
         raise ValueError(f"in_features: expected at least one per task ({num_tasks}), got {in_features}")
     if not (0 < scale < float("inf") and 0 <= noise_std < float("inf")):

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -319,6 +320,30 @@ def test_entire_space_trains_both_towers_on_all_impressions() -> None:
     assert (b.grad != 0).all(), "the conversion tower learns from impressions without a click as well"
 
 
+def test_weights_have_the_precision_of_float64_predictions() -> None:
+    tasks = (TaskLoss("a", "regression", weight=0.1, gamma=0.9), TaskLoss("b", "regression", weight=0.3, gamma=1.1))
+    loss = JointLoss(tasks)
+    for _ in range(7):
+        loss.step_epoch()
+    result = loss(
+        {"a": torch.full((3,), 2.0, dtype=torch.float64), "b": torch.full((3,), 3.0, dtype=torch.float64)},
+        {"a": torch.zeros(3), "b": torch.zeros(3)},
+    )
+    assert result.total.item() == pytest.approx(0.1 * 0.9**7 * 4 + 0.3 * 1.1**7 * 9, rel=1e-15)
+
+
+def test_unlabelled_tasks_are_named_whatever_marks_a_missing_label() -> None:
+    tasks = (*MIXED, TaskLoss("other", "multiclass", num_classes=2))
+    labels = {
+        "click": torch.tensor([NAN, NAN]),
+        "minutes": torch.tensor([NAN, 1.0]),
+        "rating": torch.tensor([-1, -1]),
+        "other": torch.tensor([NAN, -1.0]),
+    }
+    assert JointLoss(tasks).unlabelled(labels) == ["click", "rating", "other"]
+    assert JointLoss(tasks).unlabelled(labels | {"rating": torch.tensor([2, -1])}) == ["click", "other"]
+
+
 # Errors
 
 
@@ -327,19 +352,73 @@ def test_entire_space_trains_both_towers_on_all_impressions() -> None:
     [
         ({"name": 3}, TypeError, "expected a string, got 3"),
         ({"kind": "ranking"}, ValueError, "binary, regression, multiclass, got 'ranking'"),
-        ({"kind": "multiclass"}, ValueError, "num_classes of at least 2, got None"),
-        ({"kind": "multiclass", "num_classes": 1}, ValueError, "num_classes of at least 2, got 1"),
+        ({"kind": "multiclass"}, ValueError, "num_classes of kind='multiclass': expected 2 or more, got None"),
+        ({"kind": "multiclass", "num_classes": 1}, ValueError, "expected 2 or more, got 1"),
         ({"num_classes": 2}, ValueError, "leave it out for 'binary'"),
         ({"weight": 0.0}, ValueError, "finite weight above 0, got 0.0"),
         ({"weight": -1}, ValueError, "finite weight above 0, got -1"),
         ({"weight": NAN}, ValueError, "finite weight above 0, got nan"),
         ({"gamma": 0}, ValueError, "finite gamma above 0, got 0"),
         ({"gamma": float("inf")}, ValueError, "finite gamma above 0, got inf"),
+        ({"weight": "2"}, TypeError, "'a': weight: expected a number, got '2'"),
+        ({"gamma": torch.ones(1)}, TypeError, "gamma: expected a number, got tensor"),
+        ({"kind": "multiclass", "num_classes": 3.0}, TypeError, "num_classes.*: expected an int, got 3.0"),
+        ({"kind": "multiclass", "num_classes": True}, TypeError, "num_classes.*: expected an int, got True"),
+        ({"kind": "multiclass", "num_classes": np.True_}, TypeError, "num_classes.*: expected an int, got"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         TaskLoss(**{"name": "a", **arguments})
+
+
+@pytest.mark.parametrize("scalar", [np.float32, np.float64, np.float16, torch.tensor, np.array])
+def test_scalar_options_of_other_libraries_are_numbers(scalar: Any) -> None:
+    task = TaskLoss("a", weight=scalar(0.5), gamma=scalar(0.25))
+    assert task == TaskLoss("a", weight=0.5, gamma=0.25)
+    assert (type(task.weight), type(task.gamma)) == (float, float)
+
+
+@pytest.mark.parametrize("scalar", [np.int64, np.uint8, torch.tensor, np.array])
+def test_counts_of_other_libraries_are_ints(scalar: Any) -> None:
+    task = TaskLoss("a", "multiclass", num_classes=scalar(3), weight=scalar(2))
+    assert task == TaskLoss("a", "multiclass", num_classes=3, weight=2.0)
+    assert (type(task.num_classes), type(task.weight)) == (int, float)
+
+
+@pytest.mark.parametrize(
+    "given", [torch.zeros(4, 2), [torch.zeros(4)], (torch.zeros(4),)], ids=["tensor", "list", "tuple"]
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_named_by_task_is_refused_in_a_sentence(given: Any, place: int) -> None:
+    arguments: list[Any] = [{"a": torch.zeros(4)}, {"a": torch.zeros(4)}, None]
+    arguments[place] = given
+    with pytest.raises(
+        TypeError, match=r"(predictions|labels|masks): expected tensors by task, such as \{'a': tensor\}"
+    ):
+        JointLoss([TaskLoss("a")])(*arguments)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_no_tensor_is_refused_in_a_sentence(place: int) -> None:
+    arguments: list[Any] = [{"a": torch.zeros(4)}, {"a": torch.zeros(4)}, {"a": torch.ones(4, dtype=torch.bool)}]
+    arguments[place] = {"a": np.zeros(4)}
+    with pytest.raises(TypeError, match=r"(predictions|labels|masks)\['a'\]: expected a tensor, got ndarray"):
+        JointLoss([TaskLoss("a")])(*arguments)
+
+
+def test_whole_label_columns_are_refused_in_sentences() -> None:
+    loss = JointLoss([TaskLoss("a")])
+    given: list[tuple[Any, str]] = [
+        (torch.zeros(4, 1), r"labels: expected tensors by task, such as \{'a': tensor\}, got Tensor"),
+        ({"a": np.zeros(4)}, r"labels\['a'\]: expected a tensor, got ndarray"),
+    ]
+    for labels, says in given:
+        with pytest.raises(TypeError, match=says):
+            loss.check_labels(labels)
+    logit: Any = 0.5
+    with pytest.raises(TypeError, match="cvr_logit: expected a tensor, got float"):
+        entire_space(torch.zeros(2), logit)
 
 
 def test_tasks_are_at_least_one_and_named_apart() -> None:

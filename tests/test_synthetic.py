@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -116,8 +117,8 @@ def test_one_task_and_no_sample() -> None:
         ({"cosine": [[0.5, 0, 0], [0, 1, 0], [0, 0, 1]]}, "symmetric matrix with ones"),
         ({"correlation": -1.0}, "the labels of this seed correlate by -0.* at least, got -1.0"),
         ({"cosine": 0.5, "in_features": 2}, r"in_features: expected at least one per task \(3\), got 2"),
-        ({"cosine": 0.5, "num_samples": -1}, "at least 0"),
-        ({"cosine": 0.5, "num_tasks": 0}, "num_tasks of at least 1, got 10, 10 and 0"),
+        ({"cosine": 0.5, "num_samples": -1}, "num_samples: expected 0 or more, got -1"),
+        ({"cosine": 0.5, "num_tasks": 0}, "num_tasks: expected 1 or more, got 0"),
         ({"cosine": 0.5, "scale": 0.0}, "scale above 0"),
         ({"cosine": 0.5, "noise_std": -1.0}, "noise_std of at least 0"),
     ],
@@ -125,3 +126,34 @@ def test_one_task_and_no_sample() -> None:
 def test_what_cannot_be_drawn_is_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         synthetic_tasks(**{"num_samples": 10, "in_features": 4, "num_tasks": 3, **arguments})
+
+
+def test_scalar_options_of_numpy_draw_the_same() -> None:
+    expected = synthetic_tasks(10, 4, 3, cosine=0.5, scale=2.0, num_sinusoids=2, noise_std=0.5, seed=3)
+    sizes: list[Any] = [np.int64(10), np.uint8(4), np.int32(3)]
+    options: dict[str, Any] = {
+        "cosine": np.float32(0.5),
+        "scale": np.float32(2.0),
+        "num_sinusoids": np.int16(2),
+        "noise_std": np.float16(0.5),
+        "seed": np.uint64(3),
+    }
+    got = synthetic_tasks(*sizes, **options)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_samples", 10.0),
+        ("in_features", True),
+        ("num_tasks", "3"),
+        ("seed", None),
+        ("scale", "1"),
+        ("noise_std", [1]),
+    ],
+)
+def test_what_is_no_scalar_is_refused_by_name(name: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"num_samples": 10, "in_features": 4, "num_tasks": 3, "cosine": 0.5, name: value}
+    with pytest.raises(TypeError, match=f"{name}: expected an? (int|number), got"):
+        synthetic_tasks(**arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,22 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses import JointLoss, TaskLoss, entire_space
-from ..topology import Topology, check_count
+from ..scalars import check_count
+from ..topology import Topology
 from . import storage
-from .columns import Array, Column, Encoded, Table, check_names, column_of, encode, from_json, to_json
+from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
+from .columns import Array, Column, Encoded, Table, encode, from_json, to_json
 from .embedding import FeatureEmbedding
-from .training import EpochResult, Labels, Progress, mean_loss, modes_kept, progress_bar, train
+from .eval_view import eval_view, is_training
+from .run import Run, run_for
+from .scoring import Score, Scorer
+from .towers import build_tower, tower_options
+from .training import EpochResult, Progress, progress_bar, train
 from .trunks import CUSTOM, build_trunk, plain, trunk_width
 
-TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "prelu": nn.PReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
 Trunk = str | nn.Module | Callable[[int], nn.Module]
 
 
@@ -58,6 +55,9 @@ class MultiTaskModel(nn.Module):
         ValueError: a column or task twice, an unknown trunk or activation, a trunk that does not return ``(B, T, H)``.
     """
 
+    _run: Run | None = None
+    """What the last call of ``fit`` hands on to the next."""
+
     def __init__(
         self,
         columns: Sequence[Column],
@@ -72,21 +72,23 @@ class MultiTaskModel(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
-        check_names([column.name for column in self.columns])
+        self.columns = check_columns(columns)
         self.joint_loss = JointLoss(tasks, process_group=process_group)
         self.tasks = self.joint_loss.tasks
-        self.given = dict(given or {})
-        _check_given(self.given, self.tasks)
-        if tower_activation not in TOWER_ACTIVATIONS:
-            known = ", ".join(TOWER_ACTIVATIONS)
-            raise ValueError(f"tower_activation: expected one of {known}, got {tower_activation!r}")
+        self.given = dict(mapping("given", given))
+        check_given(self.given, self.tasks)
+        units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         self.embedding = FeatureEmbedding(self.columns)
-        width, options = self.embedding.out_features, dict(plain("trunk_options", dict(trunk_options or {})))
+        width, options = (
+            self.embedding.out_features,
+            dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options)))),
+        )
         if not isinstance(trunk, str) and options:
             raise ValueError(f"trunk_options: expected none with a trunk of your own, got {sorted(options)}")
         if isinstance(trunk, str):
             self.trunk = build_trunk(trunk, width, len(self.tasks), options)
+        elif not callable(trunk):
+            raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {trunk!r}")
         else:
             self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
             if not isinstance(self.trunk, nn.Module):
@@ -94,15 +96,15 @@ class MultiTaskModel(nn.Module):
         like = next(self.trunk.parameters(), torch.empty(0))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
-            _tower([hidden, *tower_units], task.num_outputs, tower_activation, tower_dropout) for task in self.tasks
+            build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
         )
         self._config: dict[str, Any] = {
             "trunk": {"kind": trunk, "options": options}
             if isinstance(trunk, str)
             else {"kind": CUSTOM, "class": type(self.trunk).__qualname__},
-            "tower_units": list(tower_units),
+            "tower_units": list(units),
             "tower_activation": tower_activation,
-            "tower_dropout": tower_dropout,
+            "tower_dropout": dropout,
             "given": self.given,
         }
 
@@ -133,9 +135,16 @@ class MultiTaskModel(nn.Module):
         """Raw columns as codes and numbers (on the CPU). Do it once for data that is read several times.
 
         Raises:
-            TypeError, ValueError: a column is missing or holds what it was not declared to.
+            TypeError, ValueError: no columns by name, or a column is missing or holds what it was not declared to.
         """
-        return data if isinstance(data, Encoded) else encode(data, self.columns)
+        if isinstance(data, Encoded):
+            return data
+        if has_no_names(data):
+            raise TypeError(
+                "data: expected columns by name, a mapping of arrays or a data frame with "
+                f"{[column.name for column in self.columns][:60]}, or what encode made of one, got {kind_of(data)}"
+            )
+        return encode(data, self.columns)
 
     def forward(self, batch: Table | Encoded) -> dict[str, Tensor]:
         """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass)."""
@@ -166,20 +175,30 @@ class MultiTaskModel(nn.Module):
         lr: float = 1e-3,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         validation: tuple[Table | Encoded, Table] | None = None,
-        score: Callable[[dict[str, Array], Table], float] | None = None,
+        score: Score | None = None,
         patience: int | None = None,
         seed: int = 0,
         progress: bool | Progress | None = None,
     ) -> list[EpochResult]:
         """Trains on all rows of ``data``, in an order of its own generator.
 
+        Every module stays in the mode it is in: of what ``eval()`` was called on before, dropout is off and batch norm
+        keeps its statistics.
+
+        A later call goes on where the last one ended, with the next order of the rows and the optimizer with its state:
+        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr`` or ``optimizer`` (another
+        function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or elsewhere,
+        or of another dtype) and ``load_state_dict`` begin anew. The optimizer alone is a new one after a call that
+        raised, or that put the weights of an earlier epoch back, because its state is not that of the weights. The
+        state stays in memory with the model, and is no part of its copies, pickles and files.
+
         Args:
             data: columns by name, or what :meth:`encode` made of them.
             labels: by task, ``(N,)``; NaN where a label is missing (multiclass: also -1).
             epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before.
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
-            validation: data and labels that are scored after each epoch. The weights of the best epoch are restored at
-                the end, also when training is interrupted.
+            validation: data and labels that are scored after each epoch, in eval mode. The weights of this call's best
+                epoch are restored at the end, also when training is interrupted.
             score: of the predictions (see :meth:`predict`) and the validation labels, higher is better; default: minus
                 the joint loss.
             patience: stop after so many epochs without a better score.
@@ -190,23 +209,40 @@ class MultiTaskModel(nn.Module):
         Returns:
             One result per epoch that ran.
 
+        Warns:
+            UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
+                labels (where no task has any, the default score is None, and nothing is stopped or restored by it).
+
         Raises:
-            ValueError: no rows, labels that are missing, of another length or out of range, or options that need
-                ``validation`` without it.
+            TypeError: an argument of another type.
+            ValueError: no rows, labels that are missing, of another length or out of range, options that need
+                ``validation`` without it, or a module that cannot be scored in train mode.
             FloatingPointError: the loss or the score is not finite.
         """
-        for name, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-            if count is not None:
-                check_count(name, count)
+        epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
+        patience = None if patience is None else check_count("patience", patience)
         if validation is None and (score is not None or patience is not None):
             raise ValueError("score, patience: expected validation=(data, labels) with them, got none")
+        for name, function in (("score", score), ("progress", progress)):
+            if not (function is None or callable(function) or (name == "progress" and isinstance(function, bool))):
+                raise TypeError(f"{name}: expected a function, got {function!r}")
         rows = self.encode(data)
-        targets = self._labels(labels, len(rows), "labels")
-        scorer = None if validation is None else self._scorer(*validation, score, batch_size)
-        generator = torch.Generator().manual_seed(seed)
-        steps = optimizer([parameter for parameter in self.parameters() if parameter.requires_grad], lr=lr)
-        with modes_kept(self), progress_bar(progress) as report:
-            return train(
+        targets = label_tensors(labels, len(rows), self.joint_loss, "labels")
+        scorer = None if validation is None else Scorer(self, validation, score, batch_size)
+        run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
+        warn_of_unlabelled(self.joint_loss, targets, "labels", "they are not trained")
+        if scorer is not None:
+            effect = "the default score leaves them out"
+            warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
+        if not is_training(self):
+            warnings.warn(
+                "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of batch "
+                "norm stand still; call model.train() first if that is not wanted",
+                stacklevel=2,
+            )
+        self._run, steps = run, run.take_optimizer()
+        with progress_bar(progress) as report:
+            results, is_put_back = train(
                 self,
                 self.joint_loss,
                 rows,
@@ -214,55 +250,28 @@ class MultiTaskModel(nn.Module):
                 optimizer=steps,
                 epochs=epochs,
                 batch_size=batch_size,
-                generator=generator,
+                generator=run.generator,
                 score=scorer,
                 patience=patience,
                 progress=report,
             )
-
-    def _scorer(
-        self,
-        data: Table | Encoded,
-        labels: Table,
-        score: Callable[[dict[str, Array], Table], float] | None,
-        batch_size: int,
-    ) -> Callable[[], float]:
-        rows = self.encode(data)
-        targets = self._labels(labels, len(rows), "validation labels")
-        if score is not None:
-            return lambda: score(self.predict(rows, batch_size=max(batch_size, 8192)), labels)
-
-        def minus_loss() -> float:
-            with modes_kept(self):
-                self.eval()
-                return -mean_loss(self, self.joint_loss, rows, targets, max(batch_size, 8192))
-
-        return minus_loss
-
-    def _labels(self, labels: Table, rows: int, what: str) -> Labels:
-        """Labels as float32 tensors, one per task, checked."""
-        if rows == 0:
-            raise ValueError(f"{what}: expected data of at least one row, got none")
-        targets = {}
-        for name in self.task_names:
-            label = np.asarray(column_of(labels, name, what))
-            if label.shape != (rows,):
-                raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
-            try:
-                targets[name] = torch.from_numpy(label.astype(np.float32))
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"{what}[{name!r}]: expected numbers (0 and 1, values, or classes from 0), got {label.dtype}"
-                ) from error
-        self.joint_loss.check_labels(targets)
-        return targets
+        if not is_put_back:
+            run.keep(steps)
+        return results
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.
 
-        In eval mode and without autograd; every module has its own mode back afterwards.
+        In eval mode and without autograd, and no module's mode is touched: any number of threads may share the model,
+        also while it is trained. Where a module is in train mode, a view of the model is read that shares its tensors:
+        compiled parts run uncompiled there, and attributes that a ``forward`` sets on its module do not reach the
+        model. For serving call ``model.eval()`` once.
+
+        Raises:
+            TypeError, ValueError: see :meth:`encode`; or a part in train mode that only ``model.eval()`` can bring into
+                eval mode.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         parts: dict[str, list[Array]] = {name: [] for name in self.task_names}
         for _, outputs in self._evaluate(data, batch_size, gates=False):
             for task in self.tasks:
@@ -277,10 +286,12 @@ class MultiTaskModel(nn.Module):
 
         ``ple_fast.viz.gate_use(model.gate_weights(data), model.topologies, model.task_names)`` sums them up.
 
+        In eval mode, as :meth:`predict` is.
+
         Raises:
             TypeError: the trunk is a module of the user's without ``return_gates``.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         _ = self.topologies  # says what is wrong with a trunk that has no gates
         batches = [gates for gates, _ in self._evaluate(data, batch_size, gates=True)]
         levels = zip(*batches, strict=True)
@@ -290,21 +301,43 @@ class MultiTaskModel(nn.Module):
         self, data: Table | Encoded, batch_size: int, *, gates: bool
     ) -> list[tuple[list[list[Tensor]], dict[str, Tensor]]]:
         """Per batch the gates (or nothing) and the raw outputs; one empty batch where there are no rows."""
-        rows, found = self.encode(data), []
-        with modes_kept(self), torch.inference_mode():
-            self.eval()
+        rows, found, view = self.encode(data), [], eval_view(self)
+        with torch.inference_mode():
             for start in range(0, max(len(rows), 1), batch_size):
-                features = self._features(rows.rows(slice(start, start + batch_size)).to(self.device))
+                features = view._features(rows.rows(slice(start, start + batch_size)).to(view.device))
                 weights: list[list[Tensor]] = []
                 if gates:
-                    mixtures, per_level = self.trunk(features, return_gates=True)
+                    mixtures, per_level = view.trunk(features, return_gates=True)
                     if per_level and isinstance(per_level[0], Tensor):  # one level, not a stack
                         per_level = [per_level]
                     weights = [[weight.cpu() for weight in level] for level in per_level]
                 else:
-                    mixtures = self.trunk(features)
-                found.append((weights, self._outputs(mixtures)))
+                    mixtures = view.trunk(features)
+                found.append((weights, view._outputs(mixtures)))
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin a training of their own: an optimizer may hold what cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; a state of another number of tasks is refused before anything is loaded.
+
+        Raises:
+            ValueError: ``strict``, and the state has more or fewer towers.
+        """
+        saved = {name.split(".")[1] for name in state_dict if name.startswith("towers.")}
+        if strict and saved and len(saved) != len(self.tasks):
+            raise ValueError(
+                f"load_state_dict: expected the state of a model of {len(self.tasks)} tasks, {self.task_names}, got "
+                f"one of {len(saved)}; build the model with the tasks that were saved, in their order"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Called for each module that a state is loaded into: what ``fit`` kept is of other weights."""
+        self._run = None
+        super()._load_from_state_dict(*arguments)
 
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors`` and ``config.json`` into a directory, each file at once.
@@ -357,24 +390,3 @@ class MultiTaskModel(nn.Module):
         model.to(dtype=getattr(torch, config["dtype"]))
         storage.read_weights(model, directory)
         return model.to(device).eval()
-
-
-def _tower(widths: Sequence[int], outputs: int, activation: str, dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for first, second in itertools.pairwise(widths):
-        layers += [nn.Linear(first, second), TOWER_ACTIVATIONS[activation]()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
-
-
-def _check_given(given: Mapping[str, str], tasks: Sequence[TaskLoss]) -> None:
-    kinds = {task.name: task.kind for task in tasks}
-    names = list(kinds)
-    for name, condition in given.items():
-        if name not in names or condition not in names[: names.index(name)]:
-            raise ValueError(
-                f"given: expected two of the tasks {names}, the condition first, got {name!r} given {condition!r}"
-            )
-        if kinds[name] != "binary" or kinds[condition] != "binary":
-            raise ValueError(f"given: expected binary tasks, got {name!r} ({kinds[name]}) given {condition!r}")

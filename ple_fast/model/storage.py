@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ FORMAT, VERSION = "ple_fast.MultiTaskModel", 1
 def write(model: nn.Module, config: Mapping[str, Any], directory: str | Path) -> None:
     """Writes both files, each at once: a reader, or a crash, never sees half a file.
 
-    The configuration holds a checksum of the weights, so that files of two different saves are told apart.
+    The configuration holds a checksum of the weights, so that files of two different saves are told apart. Both files
+    are as readable as the umask lets any new file be.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    fresh = {name: directory / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS, CONFIG)}
+    own = f"{os.getpid()}.{threading.get_ident()}"  # two threads may save at once
+    fresh = {name: directory / f".{name}.{own}.tmp" for name in (WEIGHTS, CONFIG)}
     try:
         save_model(model, str(fresh[WEIGHTS]), metadata={"format": FORMAT})
         whole = {"format": FORMAT, "version": VERSION, **config, "weights_sha256": _sha256(fresh[WEIGHTS])}
@@ -31,6 +35,8 @@ def write(model: nn.Module, config: Mapping[str, Any], directory: str | Path) ->
         for file in fresh.values():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
+        # safetensors makes files that only their owner reads; the other one has the mode of every new file here.
+        fresh[WEIGHTS].chmod(stat.S_IMODE(fresh[CONFIG].stat().st_mode))
         for name, file in fresh.items():
             file.replace(directory / name)
     finally:
@@ -43,9 +49,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON, of another kind or version, or not that of the weights beside it.
+        ValueError: ``directory`` is a file; the configuration is no JSON, of another kind or version, or not that of
+            the weights beside it.
     """
-    file = Path(directory) / CONFIG
+    directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(
+            f"directory: expected the directory that save wrote, got a file in it; load {str(directory.parent)!r}"
+        )
+    file = directory / CONFIG
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -58,7 +70,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{file}: expected version {VERSION}, got {config.get('version')!r}; load it with the release of ple_fast "
             "that wrote it"
         )
-    found = _sha256(Path(directory) / WEIGHTS)
+    found = _sha256(directory / WEIGHTS)
     if found != config.get("weights_sha256"):
         raise ValueError(
             f"{directory}: {WEIGHTS} is not the one that {CONFIG} was written with (sha256 {found[:12]}..., expected "

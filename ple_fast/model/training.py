@@ -40,7 +40,8 @@ class EpochResult:
     loss: float
     """Mean total loss over the epoch's batches, while the weights were changing."""
     score: float | None
-    """On the validation data after the epoch, higher is better; None without validation data."""
+    """On the validation data after the epoch, higher is better; None without validation data, or where they have no
+    label."""
     seconds: float
     """Of training, without validation."""
 
@@ -54,17 +55,6 @@ def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
     if len(starts) > 1 and rows - starts[-1] == 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], rows], strict=True))
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Gives every module its own train or eval mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()
@@ -88,24 +78,30 @@ def train(
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
-    score: Callable[[], float] | None,
+    score: Callable[[int], float | None] | None,
     patience: int | None,
     progress: Progress | None,
-) -> list[EpochResult]:
-    """Trains in place; with ``score``, the weights of the best epoch are back at the end, also after an interruption.
+) -> tuple[list[EpochResult], bool]:
+    """Trains in place, every module in the mode it is in.
+
+    With ``score``, which is called with the number of the epoch, the weights of the best epoch are back at the end,
+    also after an interruption.
+
+    Returns:
+        One result per epoch, and whether weights of an epoch before the last were put back.
 
     Raises:
-        FloatingPointError: the loss of an epoch, or a score, is not finite.
+        FloatingPointError: the loss of an epoch is not finite.
     """
     device = next(model.parameters()).device
     bounds = batch_bounds(len(rows), batch_size)
     results: list[EpochResult] = []
     best: tuple[float, int, list[Tensor]] | None = None
+    is_complete = False
     try:
         for epoch in range(1, epochs + 1):
-            model.train()
             begin = time.perf_counter()
-            order = torch.randperm(len(rows), generator=generator)
+            order = torch.randperm(len(rows), generator=generator, device="cpu")
             summed = torch.zeros((), dtype=torch.float64, device=device)
             for batch, (start, stop) in enumerate(bounds, 1):
                 index = order[start:stop]
@@ -120,38 +116,23 @@ def train(
                     progress(Step(epoch, epochs, batch, len(bounds), detached))
             joint_loss.step_epoch()
             mean, seconds = float(summed) / len(rows), time.perf_counter() - begin
-            value = None if score is None else float(score())
-            for name, number in (("loss", mean), ("validation score", value)):
-                if number is not None and not np.isfinite(number):
-                    raise FloatingPointError(
-                        f"epoch {epoch}: expected a finite {name}, got {number}; a lower lr, or labels of a smaller "
-                        "scale, may mend it"
-                    )
+            if not np.isfinite(mean):
+                raise FloatingPointError(
+                    f"epoch {epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, may "
+                    "mend it"
+                )
+            value = None if score is None else score(epoch)
             results.append(EpochResult(epoch, mean, value, seconds))
             if value is not None and (best is None or value > best[0]):
                 best = value, epoch, _copied(model)
             if patience is not None and best is not None and epoch - best[1] >= patience:
                 break
+        is_complete = True
     finally:
-        if best is not None:
+        is_put_back = best is not None and not (is_complete and best[1] == len(results))
+        if best is not None and is_put_back:
             _restore(model, best[2])
-    return results
-
-
-def mean_loss(model: nn.Module, joint_loss: JointLoss, rows: Encoded, labels: Labels, batch_size: int) -> float:
-    """The joint loss over whole data (each task averaged over its whole sample space), in the model's present mode."""
-    device = next(model.parameters()).device
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            target = {name: label[part].to(device) for name, label in labels.items()}
-            result = joint_loss(model(rows.rows(part).to(device)), target)
-            for name, count in result.counts.items():
-                sums[name] = sums.get(name, 0.0) + float(result.per_task[name]) * int(count)
-                counts[name] = counts.get(name, 0) + int(count)
-    return sum(weight * sums[name] / max(counts[name], 1) for name, weight in joint_loss.weights().items())
+    return results, is_put_back
 
 
 def progress_bar(progress: bool | Progress | None) -> AbstractContextManager[Progress | None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..modules import (
     CGC,
@@ -20,6 +23,8 @@ from ..modules import (
     MMoE,
     SingleTask,
 )
+from ..scalars import as_tuple, own_scalar
+from .eval_view import eval_view
 
 CUSTOM = "custom"
 
@@ -41,13 +46,18 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
 def plain(name: str, value: Any) -> Any:
     """A value that JSON can hold, lists as tuples, so that a model and its saved copy are built from the same.
 
+    Scalars and arrays of NumPy become Python's own.
+
     Raises:
         ValueError: it holds anything else.
     """
-    if value is None or type(value) in (bool, int, float, str):
+    value = own_scalar(value)
+    if isinstance(value, str):
+        return str(value)  # np.str_ is one
+    if value is None or type(value) in (bool, int, float):
         return value
-    if type(value) in (list, tuple):
-        return tuple(plain(f"{name}[{place}]", item) for place, item in enumerate(value))
+    if type(value) in (list, tuple, range, np.ndarray):
+        return tuple(plain(f"{name}[{place}]", item) for place, item in enumerate(as_tuple(value)))
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
     raise ValueError(
@@ -56,31 +66,65 @@ def plain(name: str, value: Any) -> Any:
     )
 
 
+def options_of(kind: str) -> dict[str, bool]:
+    """The options of the trunk of a name, each with whether it has to be given."""
+    given = ("in_features", "num_tasks")
+    parameters = inspect.signature(TRUNKS[kind]).parameters.values()
+    # A model is built where its user says with model.to, in the dtype that its towers have.
+    return {p.name: p.default is p.empty for p in parameters if p.name not in (*given, "device", "dtype")}
+
+
 def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[str, Any]) -> nn.Module:
     """The trunk of that name.
 
     Raises:
         ValueError: an unknown name, or options that the trunk refuses.
-        TypeError: an option that the trunk does not have.
+        TypeError: an option that the trunk does not have, or one that it needs is missing.
     """
     if kind not in TRUNKS:
         raise ValueError(f"trunk: expected one of {', '.join(TRUNKS)}, a module or a function, got {kind!r}")
+    known = options_of(kind)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"trunk_options: expected options of {kind!r}, {', '.join(known)}; got {unknown}")
+    missing = [name for name, needed in known.items() if needed and name not in options]
+    if missing:
+        raise TypeError(f"trunk_options: expected {', '.join(missing)}, which {kind!r} needs, got {sorted(options)}")
     return TRUNKS[kind](in_features, num_tasks, **options)
+
+
+def _parts(trunk: nn.Module) -> set[int]:
+    return {id(part) for part in (*trunk.modules(), *trunk.parameters(), *trunk.buffers())}
+
+
+def _first_call(trunk: nn.Module, x: Tensor) -> Any:
+    """In eval mode; nobody else can use a trunk that has no weights yet, so its own flags may be set."""
+    modes = [(module, module.training) for module in trunk.modules()]
+    try:
+        return trunk.eval()(x)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
 def trunk_width(trunk: nn.Module, in_features: int, num_tasks: int, like: Tensor) -> int:
     """H of a trunk that returns ``(B, T, H)``, from one call in eval mode on two rows of zeros.
 
+    A trunk that makes its parameters at the first call (``nn.LazyLinear``) has them afterwards.
+
     Raises:
         ValueError: it returns something else.
     """
-    modes = [(module, module.training) for module in trunk.modules()]
-    try:
-        y = trunk.eval()(like.new_zeros(2, in_features))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    zeros = like.new_zeros(2, in_features)
+    if any(isinstance(parameter, UninitializedParameter) for parameter in trunk.parameters()):
+        y = _first_call(trunk, zeros)
+    else:
+        view = eval_view(trunk)
+        before = _parts(trunk), _parts(view)
+        y = view(zeros)
+        if view is not trunk and (_parts(trunk), _parts(view)) != before:  # which went to the view
+            y = _first_call(trunk, zeros)
     if not isinstance(y, Tensor) or y.dim() != 3 or tuple(y.shape[:2]) != (2, num_tasks):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(

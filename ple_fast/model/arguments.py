@@ -1,0 +1,110 @@
+"""What a user hands to the model: told from what it is not, and labels as tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..losses import JointLoss, TaskLoss
+from .columns import Categorical, Column, Numeric, Table, check_names, column_of
+from .training import Labels
+
+COLUMN_TYPES = (Categorical, Numeric)
+
+
+def has_no_names(data: Any) -> bool:
+    """Whether something is no table: arrays, tensors and series have entries, but no columns by name."""
+    if isinstance(data, np.ndarray):
+        return data.dtype.names is None
+    if isinstance(data, (Tensor, list, tuple, set, str, bytes)) or getattr(data, "ndim", 2) == 1:
+        return True
+    return not hasattr(type(data), "__getitem__")
+
+
+def kind_of(data: Any) -> str:
+    """What came, without its contents."""
+    if isinstance(data, (str, int, float)):
+        return repr(data)[:60]
+    shape = getattr(data, "shape", None)
+    return type(data).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+
+
+def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) -> Labels:
+    """Labels as float32 tensors ``(rows,)``, one per task, checked.
+
+    Raises:
+        TypeError: no columns by name, or one that holds no numbers.
+        ValueError: no rows; a task's labels are missing, of another length or out of range.
+    """
+    if rows == 0:
+        raise ValueError(f"{what}: expected data of at least one row, got none")
+    if has_no_names(labels):
+        raise TypeError(
+            f"{what}: expected one column ({rows},) per task by name, such as {{{joint_loss.tasks[0].name!r}: array}}, "
+            f"got {kind_of(labels)}"
+        )
+    targets = {}
+    for task in joint_loss.tasks:
+        name = task.name
+        label = np.asarray(column_of(labels, name, what))
+        if label.shape != (rows,):
+            raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
+        try:
+            targets[name] = torch.from_numpy(label.astype(np.float32))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{what}[{name!r}]: expected numbers (0 and 1, values, or classes from 0), got {label.dtype}"
+            ) from error
+    joint_loss.check_labels(targets)
+    return targets
+
+
+def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect: str) -> None:
+    """One warning, at whoever called ``fit``, that names the tasks which have no label at all."""
+    if none := joint_loss.unlabelled(targets):
+        warnings.warn(
+            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}",
+            stacklevel=3,
+        )
+
+
+def check_columns(columns: Any) -> tuple[Column, ...]:
+    """The columns of a model.
+
+    Raises:
+        TypeError: other than columns.
+        ValueError: a name twice.
+    """
+    if isinstance(columns, (str, *COLUMN_TYPES)) or not isinstance(columns, Iterable):
+        raise TypeError(f"columns: expected a sequence of Categorical and Numeric, got {kind_of(columns)}")
+    found = tuple(columns)
+    for column in found:
+        if not isinstance(column, COLUMN_TYPES):
+            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {column!r}")
+    check_names([column.name for column in found])
+    return found
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping; an empty one for None. TypeError for anything else."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a dict, got {value!r}")
+    return value or {}
+
+
+def check_given(given: Mapping[str, str], tasks: Sequence[TaskLoss]) -> None:
+    """ValueError where ``given`` names other than a binary task and one of those before it."""
+    kinds = {task.name: task.kind for task in tasks}
+    names = list(kinds)
+    for name, condition in given.items():
+        if name not in names or condition not in names[: names.index(name)]:
+            raise ValueError(
+                f"given: expected two of the tasks {names}, the condition first, got {name!r} given {condition!r}"
+            )
+        if kinds[name] != "binary" or kinds[condition] != "binary":
+            raise ValueError(f"given: expected binary tasks, got {name!r} ({kinds[name]}) given {condition!r}")
