@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..losses import JointLoss, TaskLoss
-from .columns import Categorical, Column, Numeric, Table, check_names, column_of
+from .columns import Categorical, Column, Numeric
+from .tables import Table, check_names, column_of, label_values
 from .training import Labels
 
 COLUMN_TYPES = (Categorical, Numeric)
@@ -51,15 +52,10 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
     targets = {}
     for task in joint_loss.tasks:
         name = task.name
-        label = np.asarray(column_of(labels, name, what))
+        label = label_values(f"{what}[{name!r}]", column_of(labels, name, what))
         if label.shape != (rows,):
             raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
-        try:
-            targets[name] = torch.from_numpy(label.astype(np.float32))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{what}[{name!r}]: expected numbers (0 and 1, values, or classes from 0), got {label.dtype}"
-            ) from error
+        targets[name] = torch.from_numpy(label)
     joint_loss.check_labels(targets)
     return targets
 

@@ -18,11 +18,12 @@ from ..scalars import check_count
 from ..topology import Topology
 from . import storage
 from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
-from .columns import Array, Column, Encoded, Table, encode, from_json, to_json
+from .columns import Column, Encoded, encode, from_json, to_json
 from .embedding import FeatureEmbedding
 from .eval_view import eval_view, is_training
 from .run import Run, run_for
 from .scoring import Score, Scorer
+from .tables import Array, Table
 from .towers import build_tower, tower_options
 from .training import EpochResult, Progress, progress_bar, train
 from .trunks import CUSTOM, build_trunk, plain, trunk_width

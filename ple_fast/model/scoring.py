@@ -13,8 +13,9 @@ from torch import nn
 from ..losses import JointLoss
 from ..scalars import check_number
 from .arguments import kind_of, label_tensors
-from .columns import Array, Encoded, Table
+from .columns import Encoded
 from .eval_view import eval_view, is_training
+from .tables import Array, Table
 from .training import Labels
 
 if TYPE_CHECKING:
