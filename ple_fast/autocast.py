@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
 from typing import NamedTuple
 
@@ -45,6 +46,14 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
     if like.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Autocast is off for an operator that may run in any region, and whose tensors have their dtypes."""
+    kind = like.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def cast_once(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ple_fast import PLE
+from ple_fast.modules.layers import StackedLayer
 from tests.test_mixed_precision import Casts, build
 
 
@@ -225,3 +226,85 @@ def test_a_cast_is_shared_while_pytorch_shares_its_own() -> None:
                 linear(x)
         assert (ours.count, plain.count) == (sum(1 for _ in ple.parameters()), 2)
     assert len(set(sizes)) == 1
+
+
+class ForeignNorm(nn.BatchNorm1d):
+    """Of a class that a level does not know, so that it is composed of PyTorch's operators."""
+
+
+def _with_foreign_norm() -> PLE:
+    ple = build(norm="batch")
+    for layer in ple.modules():
+        if isinstance(layer, StackedLayer) and isinstance(layer.norm, nn.BatchNorm1d):
+            layer.norm = ForeignNorm(layer.norm.num_features)
+    return ple
+
+
+def _grads(ple: PLE, x: Tensor, run: Callable[[Tensor], Tensor], way: str, *, inside: bool) -> list[Tensor]:
+    """Gradients of the input and the parameters of a step whose backward runs inside or outside its region."""
+    leaves = [x, *ple.parameters()]
+
+    def backward(y: Tensor) -> tuple[Tensor | None, ...]:
+        loss = y.float().square().mean()
+        if way == "create_graph":
+            first = torch.autograd.grad(loss, x, create_graph=True)[0]
+            return torch.autograd.grad(first.float().square().sum(), leaves, allow_unused=True)
+        if way == "batched":
+            rows = torch.stack([torch.ones_like(loss), 2 * torch.ones_like(loss)])
+            return torch.autograd.grad(loss, leaves, rows, is_grads_batched=True)
+        if way == "jacobian":
+            return torch.vmap(lambda d: torch.autograd.grad(loss, leaves, d, retain_graph=True))(torch.ones(2))
+        return torch.autograd.grad(loss, leaves)
+
+    with region():
+        y = run(x)
+        found = backward(y) if inside else None
+    found = backward(y) if found is None else found
+    return [torch.zeros(()) if g is None else g for g in found]
+
+
+MAKE_UPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norms": {"norm": "batch", "activation": "prelu", "gate_units": (5,)},
+    "dropout": {"dropout": 0.3, "norm": "layer"},
+    "recompute": {"recompute": True},
+}
+
+
+PYTORCHS = "create_graph", "composed"
+"""Ways in which operators of PyTorch's own run in backward, which autocast reaches."""
+
+
+def _assert_same_inside(ple: PLE, run: Callable[[Tensor], Tensor], way: str) -> None:
+    x = torch.randn(40, 7, requires_grad=True)
+    found = []
+    for inside in (True, False):
+        torch.manual_seed(1)
+        torch._dynamo.reset()
+        found.append(_grads(ple, x, run, way, inside=inside))
+    largest = max(float(g.abs().max()) for g in found[1])
+    assert largest > 0
+    for ours, expected in zip(*found, strict=True):
+        if way in PYTORCHS:
+            assert (ours - expected).abs().max() <= 0.05 * largest
+        else:
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("way", ["backward", "create_graph", "batched", "jacobian"])
+@pytest.mark.parametrize("make_up", MAKE_UPS.values(), ids=MAKE_UPS)
+def test_backward_within_the_region_gives_the_same_gradients(make_up: dict[str, Any], way: str) -> None:
+    ple = build(**make_up)
+    _assert_same_inside(ple, ple, way)
+
+
+@pytest.mark.parametrize("make_up", ["plain", "norms", "recompute"])
+def test_a_compiled_backward_within_the_region_gives_the_same_gradients(make_up: str) -> None:
+    """By a compiler that has no backward of its own."""
+    ple = build(num_levels=1, **MAKE_UPS[make_up])
+    _assert_same_inside(ple, torch.compile(ple, backend="eager"), "backward")
+
+
+def test_a_composed_backward_within_the_region_is_that_of_pytorch() -> None:
+    ple = _with_foreign_norm()
+    _assert_same_inside(ple, ple, "composed")
