@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -82,7 +83,7 @@ class ExtractionLevelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LevelCall, *tensors: Tensor | None) -> Any:
         ctx.call = call
-        ctx.num_tensors = len(tensors)
+        ctx.num_tensors, ctx.num_state = len(tensors), 0
         ctx.set_materialize_grads(False)
         if call.few_rows:
             layers, gate = unflatten(tensors[1:])
@@ -93,7 +94,12 @@ class ExtractionLevelFunction(torch.autograd.Function):
         needs = call.needs(ctx.needs_input_grad[1:])
         forward = call.arithmetic().level_forward
         y, listed, kept = forward(inputs, None if call.recompute else needs, listed=call.listed)
-        ctx.save_for_backward(*tensors, *by_hand.flatten_kept(kept))
+        flat = by_hand.flatten_kept(kept)
+        if call.plan.has_state:
+            state = call.state.read_by_backward()
+            ctx.num_state = len(state)
+            flat = [*state, *flat]
+        ctx.save_for_backward(*tensors, *flat)
         return (y, listed) if call.listed else y
 
     @staticmethod
@@ -114,6 +120,10 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     needed = ctx.needs_input_grad[1:]
     saved = ctx.saved_tensors  # once: checkpointing refuses a second unpacking
     tensors, flat = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+    if ctx.num_state:
+        state, flat = flat[: ctx.num_state], flat[ctx.num_state :]
+        if not all(map(operator.is_, state, call.state.read_by_backward())):  # hooks of saved tensors give others
+            call = call._replace(state=call.state.with_saved(state))
     functorch = torch._C._functorch
     given = [d for d in (dy, dlisted) if d is not None]
     if torch.is_grad_enabled() or any(map(functorch.is_legacy_batchedtensor, given)):  # grad(is_grads_batched=True)

@@ -99,6 +99,32 @@ class LevelState(NamedTuple):
         """Whether any norm is not ours."""
         return any(n is not None and n.module is not None for n in self.norms())
 
+    def read_by_backward(self) -> list[Tensor]:
+        """Tensors that a backward reads: running statistics that stood in for the batch's, and a seed on a device."""
+        found: list[Tensor] = []
+        norms = [self.gate_norm]  # plain loops: a small batch waits for this
+        for layer in self.layers:
+            norms += (layer.norm, layer.dice)
+        for norm in norms:
+            if norm is not None and not norm.batch and norm.running_mean is not None:
+                found += (norm.running_mean, norm.running_var)  # type: ignore[arg-type]  # it has both
+        if isinstance(self.seed, Tensor):
+            found.append(self.seed)
+        return found
+
+    def with_saved(self, tensors: Sequence[Tensor]) -> LevelState:
+        """The same state with these in the place of those that are ``read_by_backward``."""
+        given = iter(tensors)
+
+        def norm(own: NormState | None) -> NormState | None:
+            if own is None or own.batch or own.running_mean is None:
+                return own
+            return own._replace(running_mean=next(given), running_var=next(given))
+
+        gate_norm = norm(self.gate_norm)
+        layers = tuple(layer._replace(norm=norm(layer.norm), dice=norm(layer.dice)) for layer in self.layers)
+        return LevelState(layers, gate_norm, next(given) if isinstance(self.seed, Tensor) else self.seed)
+
     def norms(self) -> Iterator[NormState | None]:
         """Every norm, in order."""
         for layer in self.layers:
@@ -143,6 +169,8 @@ class LevelPlan:
     """Entries of the dense ``(O, E)`` weights that a learned scalar is added to."""
     text: str = field(init=False)
     """The plan as JSON, for programs that outlive this process; ``from_text`` reads it."""
+    has_state: bool = field(init=False)
+    """A level has norms or drops: there may be something in its state that backward reads."""
     is_dense: bool = field(init=False)
     """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
     weighs_all: bool = field(init=False)
@@ -177,6 +205,10 @@ class LevelPlan:
         put("offset_entry", tuple(offset_entry))
         put("text", self._to_text())
         put("weighs_all", len(weight_entry) == t.num_mixtures * experts)
+        specs = [spec for mlp in self.mlps() for spec in mlp.layers]
+        has_norms = any(spec.norm is not None or spec.activation.name == "dice" for spec in specs)
+        has_norms = has_norms or self.gate_spec.logits_norm is not None
+        put("has_state", has_norms or any(spec.dropout for spec in specs))
         put("is_dense", t.num_logits == t.num_mixtures * experts and dense_logit == list(range(t.num_logits)))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Training in mixed precision: autocast, GradScaler, float32 master weights, casts once per step, loss curves."""
+"""Training in mixed precision: autocast, GradScaler, float32 master weights, casts once per region, loss curves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_weight_is_cast_once_per_step(options: dict[str, Any]) -> None:
+def test_each_weight_is_cast_once_per_region(options: dict[str, Any]) -> None:
     """Two forward passes and their backward take one cast per weight, as PyTorch's own operators do."""
     ple = build(**options)
     norms = sum("norm" in name for name, _ in ple.named_parameters())
@@ -104,7 +104,7 @@ def test_changed_weights_are_cast_again(through_data: bool, backward: bool) -> N
 
 
 def test_casts_are_not_kept() -> None:
-    """What no graph has saved is gone: nothing stays in memory between steps, nor where no gradient is taken."""
+    """Nothing stays in memory between steps, nor where no gradient is taken."""
     ple, x = build(), torch.randn(40, 7)
 
     def low() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,24 @@ from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
 from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
-from .symbolic import call_module, is_symbolic
+from .symbolic import call_module, fixed, is_symbolic
 from .unpack import unpack
 
 
 class CheckedModule(nn.Module):
-    """A module that refuses the state of another configuration before it overwrites anything."""
+    """A module that refuses the state of another configuration before it overwrites anything, and TorchScript."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """``torch.jit.script`` calls this on each module before it compiles any.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"torch.jit.script: expected modules that TorchScript can compile, got {type(self).__name__}, which runs "
+            "as one call that TorchScript cannot read; use torch.jit.trace(module.for_inference(), (x,)), whose result "
+            "is scripted like any other module, or torch.export (docs/serving.md)"
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, but nothing is loaded where anything does not fit.
@@ -185,7 +197,7 @@ class ExtractionNetwork(CheckedModule):
         self, x: Input, gate_input: Input | None = None, *, return_gates: Literal[True]
     ) -> tuple[Tensor, list[Tensor]]: ...
     def forward(
-        self, x: Input, gate_input: Input | None = None, *, return_gates: bool = False
+        self, x: Input, gate_input: Input | None = None, return_gates: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Run the level.
 
@@ -200,6 +212,8 @@ class ExtractionNetwork(CheckedModule):
         Raises:
             TypeError, ValueError: an input does not fit, or batch norm in train mode got one row.
         """
+        if return_gates is not False:
+            return_gates = fixed("return_gates", return_gates, False)
         if is_symbolic(x) or is_symbolic(gate_input):
             traced: Tensor = call_module(self, x, gate_input, return_gates)
             return traced

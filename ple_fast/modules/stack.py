@@ -126,7 +126,7 @@ class Stack(CheckedModule):
     def forward(self, x: Input, *, return_gates: Literal[False] = False) -> Tensor: ...
     @overload
     def forward(self, x: Input, *, return_gates: Literal[True]) -> tuple[Tensor, list[list[Tensor]]]: ...
-    def forward(self, x: Input, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[list[Tensor]]]:
+    def forward(self, x: Input, return_gates: bool = False) -> Tensor | tuple[Tensor, list[list[Tensor]]]:
         """Run all levels.
 
         Args:
@@ -142,7 +142,8 @@ class Stack(CheckedModule):
         """
         y: Any = x
         gates: list[list[Tensor]] = []
-        return_gates = fixed("return_gates", return_gates, False)
+        if return_gates is not False:
+            return_gates = fixed("return_gates", return_gates, False)
         level: Any
         for level in self.levels:
             gate_input = self._raw(x) if level.gate_spec.input == "raw" else None

@@ -1,12 +1,14 @@
-"""What the modules are to ``torch.fx.symbolic_trace``: a level is one node that calls the module."""
+"""What the modules are to tracers that run forward with stand-ins: to ``torch.fx.symbolic_trace`` a level is one node,
+``torch.jit.trace`` and the older exporter to ONNX see PyTorch's operators."""
 
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 
@@ -33,7 +35,19 @@ def call_module(level: nn.Module, x: Any, gate_input: Any, return_gates: bool) -
 
 
 def fixed(name: str, flag: Any, value: bool) -> bool:
-    """``flag`` itself; in a trace ``value``, and the graph refuses any other."""
+    """``flag`` itself; in a symbolic trace ``value``, and the graph refuses any other.
+
+    Raises:
+        TypeError: a tensor that is no flag.
+    """
+    if flag is True or flag is False:
+        return bool(flag)
+    if isinstance(flag, Tensor):
+        if torch._C._get_tracing_state() is None or flag.dtype != torch.bool or flag.dim() > 0:
+            raise TypeError(f"{name}: expected True or False, got a tensor of shape {tuple(flag.shape)}")
+        with warnings.catch_warnings():  # the older exporter to ONNX hands over every argument as a tensor
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # public, without a stub
+            return bool(flag)
     if isinstance(flag, Proxy):
         why = f"{name}: this graph was traced for {value}; trace again with concrete_args={{{name!r}: {not value}}}"
         flag.tracer.create_proxy("call_function", torch._assert, (operator.eq(flag, value), why), {})

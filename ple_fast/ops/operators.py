@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..autograd import LevelCall
 from ..backend import require_triton
 from ..plan import LevelState
@@ -156,8 +157,18 @@ def _sizes(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[int
     return [t.numel() for t, wanted in zip(tensors, needed, strict=True) if wanted and t is not None]
 
 
-_LIBRARY.impl("level_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("level_backward", _backward, "CompositeExplicitAutograd")
+def _run_forward(*arguments: Any) -> Forward:
+    with without_autocast(arguments[0][0]):
+        return _forward(*arguments)
+
+
+def _run_backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    with without_autocast(arguments[0][0]):  # the program's backward may be called within the region
+        return _backward(*arguments)
+
+
+_LIBRARY.impl("level_forward", _run_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("level_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("ple_fast::level_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("ple_fast::level_backward", _fake_backward, lib=_LIBRARY)
 

@@ -122,7 +122,7 @@ def _after_linear(
     moves_statistics: bool,
 ) -> Tensor:
     if spec.norm_position == "before":
-        z = _norm(z, tensor, state, moves_statistics)
+        z = _norm(z, spec, tensor, state, moves_statistics)
     if state.dice is not None:
         assert tensor.slope is not None
         p = torch.sigmoid(_batch_norm(z.flatten(1), None, None, state.dice, moves_statistics).view(z.shape))
@@ -130,7 +130,7 @@ def _after_linear(
     else:
         z = activate(z, spec, tensor.slope)
     if spec.norm_position == "after":
-        z = _norm(z, tensor, state, moves_statistics)
+        z = _norm(z, spec, tensor, state, moves_statistics)
     if state.dropout:
         if seed is None:  # the program is being traced, and PyTorch's own generator is what it can trace
             z = F.dropout(z, state.dropout)
@@ -157,7 +157,7 @@ def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
     return result
 
 
-def _norm(z: Tensor, tensor: LayerTensors, state: LayerState, moves_statistics: bool) -> Tensor:
+def _norm(z: Tensor, spec: LayerSpec, tensor: LayerTensors, state: LayerState, moves_statistics: bool) -> Tensor:
     norm = state.norm
     if norm is None:
         return z
@@ -165,7 +165,7 @@ def _norm(z: Tensor, tensor: LayerTensors, state: LayerState, moves_statistics: 
         return _batch_norm(z.flatten(1), tensor.norm_weight, tensor.norm_bias, norm, moves_statistics).view(z.shape)
     assert tensor.norm_weight is not None and tensor.norm_bias is not None
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    out = F.layer_norm(wide, [z.shape[-1]], eps=norm.eps)
+    out = F.layer_norm(wide, [spec.units], eps=norm.eps)  # a size of z is no constant to the older exporter to ONNX
     return torch.addcmul(tensor.norm_bias.to(out.dtype), out, tensor.norm_weight.to(out.dtype)).to(z.dtype)
 
 

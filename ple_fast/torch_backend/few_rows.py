@@ -172,7 +172,8 @@ def few_rows_train_backward(
             grads[0] = dweight.view(count, units, width)
             grads[-WIDTH] = torch.mm(dlogits.t(), x)
         if want_x:
-            dx = linear(d, weight.reshape(-1, width).t()).addmm_(dlogits, gate_weight)
+            dx = linear(d, weight.reshape(-1, width).t())
+            torch.addmm(dx, dlogits, gate_weight, out=dx)
         return dx, grads
     slots, mixtures = x.shape[1], plan.topology.num_mixtures
     d = d.view(rows, slots, -1).transpose(0, 1)
@@ -184,7 +185,8 @@ def few_rows_train_backward(
     if want_x:
         dx = torch.empty((rows, slots, width), dtype=d.dtype, device=d.device)
         by_slot = torch.bmm(d, weight.reshape(slots, -1, width), out=dx.transpose(0, 1))
-        by_slot[:mixtures].baddbmm_(dlogits, gate_weight.reshape(mixtures, -1, width))
+        by_gate = by_slot[:mixtures]
+        torch.baddbmm(by_gate, dlogits, gate_weight.reshape(mixtures, -1, width), out=by_gate)
     return dx, grads
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ from .finite import looks_finite
 
 @lru_cache(maxsize=4096)
 def _cached_index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return torch.tensor(entries, dtype=dtype, device=device)
+    binding: Any = torch._C
+    tracing = binding._get_tracing_state()
+    binding._set_tracing_state(None)  # of torch.jit.trace: the first trace would differ from all that follow
+    try:
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+            return torch.tensor(entries, dtype=dtype, device=device)
+    finally:
+        binding._set_tracing_state(tracing)
 
 
 def index_of(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

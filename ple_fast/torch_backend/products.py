@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_mkldnn: Any = torch.backends.mkldnn  # ``enabled`` is the user's switch
+_is_enabled = torch._C._get_mkldnn_enabled  # torch.backends.mkldnn.enabled, the user's switch
+_modes = torch._C._len_torch_dispatch_stack
 
 LINEAR_WORK = 1 << 19
 """Multiply-adds below which PyTorch's own product costs less than the call of oneDNN's."""
@@ -41,8 +42,13 @@ _OPERATORS = ("_linear_pointwise", "_convolution_pointwise")
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether products of any size with ``x`` go to oneDNN."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_faster() and _mkldnn.enabled
+    """Whether products of any size with ``x`` go to oneDNN.
+
+    Not under a mode that watches operators: counters of FLOPs know those that everybody calls.
+    """
+    return (
+        x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_faster() and _is_enabled() and not _modes()
+    )
 
 
 def _is_dense(matrix: Tensor) -> bool:
