@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -33,12 +33,11 @@ from .swap import (
     dematerialise,
     materialise,
     moves_in,
-    stand_in,
     swap_in,
     swap_out,
 )
+from .trial import try_out
 
-TRIAL_ROWS = 7
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -97,6 +96,7 @@ class _Plan(NamedTuple):
     trunk: FusedTrunk
 
 
+@torch.inference_mode(False)
 def accelerate(
     model: nn.Module,
     *,
@@ -156,6 +156,7 @@ def accelerate(
     return _report(plans, names, model, left)
 
 
+@torch.inference_mode(False)
 def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = ()) -> tuple[str, ...]:
     """Put the library's own modules back wherever ``accelerate`` replaced them, with the weights as they are now.
 
@@ -231,7 +232,7 @@ def _plans(model: nn.Module, style: StateStyle) -> tuple[list[_Plan], list[Left]
             continue
         try:
             trunk = build(site, known, style)
-            _try_out(site, trunk, known)
+            try_out(site, trunk, known)
         except (TypeError, ValueError) as error:
             left.append(Left(path, known.name, str(error)))
             continue
@@ -249,71 +250,6 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Converter | str]]
         if known is not None:
             within |= {id(inner) for inner in module.modules()}
             yield path, module, known
-
-
-@torch.no_grad()
-def _try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
-    """The fused trunk gives what the original gives, in eval mode on random input.
-
-    Raises:
-        ValueError: it does not.
-    """
-    like = next(trunk.parameters())
-    if like.is_meta:
-        return
-    generator = torch.Generator().manual_seed(0)  # a stream of its own: the user's stays where it is
-
-    def draw(width: int) -> Tensor:
-        return torch.randn(TRIAL_ROWS, width, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
-
-    modes = {module: module.training for module in [*site.modules(), *trunk.modules()]}
-    rows: list[tuple[Tensor, Tensor]] = []
-    try:
-        for module in modes:
-            module.training = False
-        fused = stand_in(site, trunk, converter)
-        for arguments in converter.trials(site, draw):
-            try:
-                expected = _outputs(site, converter, arguments)
-            except Exception as error:
-                raise ValueError(f"it fails on random input by itself: {error!r}") from error
-            rows += zip(expected, _outputs(fused, converter, arguments), strict=False)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    tolerance = max(1e-9, 200 * torch.finfo(like.dtype).eps)
-    for i, (theirs, ours) in enumerate(rows):
-        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-        if theirs.shape != ours.shape or not bool(((ours - theirs).abs() <= tolerance * scale).all()):
-            raise ValueError(
-                f"on random input its output {i} differs from that of the fused levels: this version of the class "
-                "computes something else than the one that ple_fast knows"
-            )
-    if not rows:
-        raise ValueError("on random input it has no output")
-
-
-def _outputs(site: nn.Module, converter: Converter, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """What a trial run compares: outputs, and what reaches the probes."""
-    reached: list[Tensor] = []
-    hooks = [
-        probe.register_forward_pre_hook(lambda _, inputs: reached.extend(_flat([x.clone() for x in inputs])))
-        for probe in converter.probes(site)
-    ]
-    try:
-        outputs = getattr(type(site), converter.trial_method)(site, *arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*reached, *_flat(outputs)]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value or () for tensor in _flat(item)]
 
 
 def _renewed(sites: Sequence[_Site]) -> list[dict[str, Any]]:
