@@ -91,7 +91,8 @@ class MultiTaskModel(nn.Module):
             self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
             if not isinstance(self.trunk, nn.Module):
                 raise TypeError(f"trunk: expected the function to return a module, got {self.trunk!r}")
-        like = next(self.trunk.parameters(), torch.empty(0))
+        defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+        like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
             _tower([hidden, *tower_units], task.num_outputs, tower_activation, tower_dropout) for task in self.tasks
@@ -156,6 +157,8 @@ class MultiTaskModel(nn.Module):
                 outputs[task.name] = entire_space(outputs[self.given[task.name]], outputs[task.name])
         return outputs
 
+    @torch.inference_mode(False)  # it trains whatever mode it is called in
+    @torch.enable_grad()
     def fit(
         self,
         data: Table | Encoded,
@@ -203,7 +206,7 @@ class MultiTaskModel(nn.Module):
         rows = self.encode(data)
         targets = self._labels(labels, len(rows), "labels")
         scorer = None if validation is None else self._scorer(*validation, score, batch_size)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         steps = optimizer([parameter for parameter in self.parameters() if parameter.requires_grad], lr=lr)
         with modes_kept(self), progress_bar(progress) as report:
             return train(

@@ -105,7 +105,7 @@ def train(
         for epoch in range(1, epochs + 1):
             model.train()
             begin = time.perf_counter()
-            order = torch.randperm(len(rows), generator=generator)
+            order = torch.randperm(len(rows), generator=generator, device="cpu")
             summed = torch.zeros((), dtype=torch.float64, device=device)
             for batch, (start, stop) in enumerate(bounds, 1):
                 index = order[start:stop]
@@ -114,6 +114,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
                 detached = loss.detach()
                 summed += detached * (stop - start)
                 if progress is not None:
