@@ -25,10 +25,7 @@ from .moves import (
 )
 from .registry import Converter, converter_named, find
 from .swap import (
-    CHILD,
     Accelerated,
-    FusedTrunk,
-    StateStyle,
     build,
     dematerialise,
     materialise,
@@ -37,6 +34,7 @@ from .swap import (
     swap_out,
 )
 from .trial import try_out
+from .trunk import CHILD, FusedTrunk, StateStyle
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 

@@ -15,8 +15,8 @@ from .moves import Move
 from .pieces import LevelSource
 from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
-from .swap import CHILD
 from .trees import Library, PlainLevel, tree, zeroed
+from .trunk import CHILD
 from .wiring import ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "identity", "prelu")

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from ..backend import last_backend, note, use_backend
 from .private import calls, private
 from .registry import Converter
-from .swap import FusedTrunk, build, stand_in
+from .swap import build, stand_in
+from .trunk import FusedTrunk
 
 ROWS = 7
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
