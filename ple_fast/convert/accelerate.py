@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from .swap import (
 from .trial import try_out
 from .trunk import CHILD, FusedTrunk, StateStyle
 
+NOTHING = "nothing in this model is of a class that ple_fast knows (docs/migration has the list)"
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -71,6 +72,8 @@ class Report:
     left: tuple[Left, ...] = ()
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of all replaced modules together, by their names in the model."""
+    already: tuple[str, ...] = ()
+    """Names of modules that an earlier call has replaced."""
 
     def __str__(self) -> str:
         lines = []
@@ -79,7 +82,8 @@ class Report:
             if site.unread:
                 lines.append(f"  kept, and no longer trained, because nothing reads them: {', '.join(site.unread)}")
         lines += [f"left {site.path or 'the model'} ({site.library}): {site.why}" for site in self.left]
-        return "\n".join(lines) or "nothing in this model is of a class that ple_fast knows"
+        lines += [f"{path or 'the model'} runs fused already" for path in self.already]
+        return "\n".join(lines) or NOTHING
 
 
 class _Site(NamedTuple):
@@ -112,7 +116,7 @@ def accelerate(
         model: any model; known are the classes of ``docs/migration`` and what ``ple_fast.convert.register`` was given.
         optimizers: those that hold the model's parameters. They get the new parameters in the place of the old ones,
             in the same groups and with their state.
-        strict: a module of a known class that cannot be replaced is an error.
+        strict: a module of a known class that cannot be replaced is an error, and so is a model without any.
         state_dict: ``"original"``: the library's own names, entry by entry; ``"fused"``: ours. Both can be loaded.
 
     Returns:
@@ -121,7 +125,7 @@ def accelerate(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an optimizer or a list holds parameters that would be replaced, and cannot be renewed; the model is
-            wrapped already; with ``strict``, something is left. Nothing has been changed then.
+            wrapped already; with ``strict``, something is left, or nothing is known. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -134,6 +138,9 @@ def accelerate(
     if strict and left:
         raise ValueError("accelerate(strict=True): nothing was replaced, because this would be left:\n" + "\n".join(
             f"  {site.path or 'the model'} ({site.library}): {site.why}" for site in left))  # fmt: skip
+    already = tuple(path for path, module in model.named_modules() if isinstance(module, Accelerated))
+    if strict and not plans and not already:
+        raise ValueError(f"accelerate(strict=True): {NOTHING}")
     sites = [plan.site for plan in plans]
     moves = [move for site in sites for move in site.moves]
     renewed = _renewed(sites)
@@ -151,7 +158,7 @@ def accelerate(
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
-    return _report(plans, names, model, left)
+    return replace(_report(plans, names, model, left), already=already)
 
 
 @torch.inference_mode(False)

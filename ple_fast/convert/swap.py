@@ -114,14 +114,16 @@ def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     """Put the trunk in the place of the site's children."""
     record = record_of(trunk)
     record.children = tuple(site._modules)
-    for name in converter.children:
-        child = site._modules.get(name)
-        if child is not None:
-            # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
-            record.skeleton[name] = child.to("meta")
-            del site._modules[name]
+    replaced = {name: site._modules[name] for name in converter.children if site._modules.get(name) is not None}
+    kept = {name: child for name, child in site._modules.items() if name not in replaced}
+    # What runs the site next runs one form or the other: the class decides, and both have their children until then.
+    record.skeleton.update(replaced)
     site._modules[CHILD] = trunk
     site.__class__ = accelerated_class(type(site), converter)
+    site._modules = {**kept, CHILD: trunk}
+    for child in replaced.values():
+        # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
+        child.to("meta")
 
 
 def materialise(site: Accelerated) -> list[Move]:
@@ -152,10 +154,10 @@ def swap_out(site: Accelerated) -> None:
         skeleton_module(record, twin.original).training = trunk.get_submodule(twin.fused).training
     modules = {**site._modules, **record.skeleton}
     del modules[CHILD]
-    site._modules.clear()
-    site._modules.update({name: modules.pop(name) for name in record.children if name in modules})
-    site._modules.update(modules)
+    ordered = {name: modules.pop(name) for name in record.children if name in modules}
+    site._modules.update(record.skeleton)  # both forms have their children until the class decides, as in swap_in
     site.__class__ = site._original_class  # type: ignore[assignment]  # which it had before
+    site._modules = {**ordered, **modules}
 
 
 def stand_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> nn.Module:
