@@ -8,21 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .moves import (
-    Move,
-    by_new,
-    bystanders,
-    check_optimizers,
-    holders,
-    move_gradients,
-    ordered_groups,
-    references,
-    remap,
-    settle,
-)
+from . import ties as tied
+from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
+from .moves import Move, by_new, check_optimizers, move_gradients, ordered_groups, remap, settle
 from .registry import Converter, converter_named, find
 from .swap import (
     Accelerated,
@@ -30,14 +20,15 @@ from .swap import (
     dematerialise,
     materialise,
     moves_in,
+    replaced_by,
     swap_in,
     swap_out,
 )
+from .ties import ties
 from .trial import try_out
 from .trunk import CHILD, FusedTrunk, StateStyle
 
 NOTHING = "nothing in this model is of a class that ple_fast knows (docs/migration has the list)"
-WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 @dataclass(frozen=True)
@@ -132,9 +123,9 @@ def accelerate(
     if state_dict not in ("original", "fused"):
         raise ValueError(f'state_dict: expected "original" or "fused", got {state_dict!r}')
     given = _optimizers(optimizers)
-    recorders, wrappers = bystanders()
-    _check_unwrapped(model, wrappers)
-    plans, left = _plans(model, state_dict)
+    around = bystanders(model, given)
+    _check_unwrapped(model, around)
+    plans, left = _plans(model, state_dict, around)
     if strict and left:
         raise ValueError("accelerate(strict=True): nothing was replaced, because this would be left:\n" + "\n".join(
             f"  {site.path or 'the model'} ({site.library}): {site.why}" for site in left))  # fmt: skip
@@ -144,7 +135,7 @@ def accelerate(
     sites = [plan.site for plan in plans]
     moves = [move for site in sites for move in site.moves]
     renewed = _renewed(sites)
-    _check_holders(sites, renewed, model, moves, recorders, given)
+    _check_holders(sites, renewed, model, moves, around, given)
     check_optimizers(given, moves)
     move_gradients(moves)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -178,17 +169,21 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     given = _optimizers(optimizers)
-    recorders, wrappers = bystanders()
-    _check_unwrapped(model, wrappers)
+    around = bystanders(model, given)
+    _check_unwrapped(model, around)
+    accelerated: list[tuple[str, Any]] = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, Accelerated)
+    ]
+    shared = ties(model, [tied.Site(path, m, {CHILD: m.trunk()}) for path, m in accelerated], around.modules)
+    if shared:
+        raise ValueError(f"restore: nothing was restored, because {shared[min(shared)]}")
     sites = [
-        _Site(path, module, converter_named(module._converter), materialise(module))
-        for path, module in model.named_modules()
-        if isinstance(module, Accelerated)
+        _Site(path, module, converter_named(module._converter), materialise(module)) for path, module in accelerated
     ]
     moves = [move for site in sites for move in site.moves]
     try:
         renewed = _renewed(sites)
-        _check_holders(sites, renewed, model, moves, recorders, given)
+        _check_holders(sites, renewed, model, moves, around, given)
         check_optimizers(given, moves)
         move_gradients(moves)
     except ValueError:
@@ -215,33 +210,36 @@ def _optimizers(optimizers: Any) -> list[Optimizer]:
     return list(optimizers)
 
 
-def _check_unwrapped(model: nn.Module, wrappers: Sequence[DistributedDataParallel]) -> None:
-    """The model is not yet wrapped for distributed training, from within or from without."""
-    inside = {id(module) for module in model.modules()}
-    kinds = {type(module) for module in model.modules()}
-    kinds |= {type(found) for found in wrappers if id(getattr(found, "module", None)) in inside}
-    wrapped = sorted({cls.__name__ for kind in kinds for cls in kind.__mro__ if cls.__name__ in WRAPPERS})
-    if wrapped:
+def _check_unwrapped(model: nn.Module, around: Bystanders) -> None:
+    """Neither the model nor what it is a part of is wrapped for distributed training yet."""
+    wrapper = wrapper_of(model, around.wrappers)
+    if wrapper is not None:
         raise ValueError(
-            f"model: is wrapped in {wrapped[0]}, which has recorded its parameters; accelerate or restore the model "
-            "first, and wrap it then"
+            f"model: it or a part of it is wrapped in {wrapper}, which has recorded its parameters; accelerate or "
+            "restore the model first, and wrap it then"
         )
 
 
-def _plans(model: nn.Module, style: StateStyle) -> tuple[list[_Plan], list[Left]]:
+def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[list[_Plan], list[Left]]:
     """What can be replaced, each trunk built and tried, and what cannot."""
     plans, left = [], []
-    for path, site, known in _known(model):
-        if isinstance(known, str):
-            left.append(Left(path, type(site).__name__, known))
+    known = list(_known(model))
+    swapped = {path: (site, own) for path, site, own in known if not isinstance(own, str)}
+    places = [tied.Site(path, site, replaced_by(own, site)) for path, (site, own) in swapped.items()]
+    shared = {places[i].path: why for i, why in ties(model, places, around.modules).items()}
+    for path, site, own in known:
+        if isinstance(own, str):
+            left.append(Left(path, type(site).__name__, own))
             continue
         try:
-            trunk = build(site, known, style)
-            try_out(site, trunk, known)
+            if path in shared:
+                raise ValueError(shared[path])
+            trunk = build(site, own, style)
+            try_out(site, trunk, own)
         except (TypeError, ValueError) as error:
-            left.append(Left(path, known.name, str(error)))
+            left.append(Left(path, own.name, str(error)))
             continue
-        plans.append(_Plan(_Site(path, site, known, moves_in(site, trunk)), trunk))
+        plans.append(_Plan(_Site(path, site, own, moves_in(site, trunk)), trunk))
     return plans, left
 
 
@@ -266,12 +264,12 @@ def _check_holders(
     attributes: Sequence[dict[str, Any]],
     model: nn.Module,
     moves: Sequence[Move],
-    recorders: Sequence[Optimizer],
+    around: Bystanders,
     given: Sequence[Optimizer],
 ) -> None:
     """Nobody keeps parameters that are about to be replaced, but who is renewed with them."""
     olds = [move.old for move in moves]
-    found = holders(recorders, olds, given)
+    found = holders(around.optimizers, olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
         own = [
@@ -286,8 +284,9 @@ def _check_holders(
             "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
+    wanted, known = {id(old) for old in olds}, {id(module) for module in model.modules()}
     for path, module in model.named_modules():
-        for name in references(module, olds):
+        for name, _ in references(module, wanted, known):
             if (id(module), name) not in renewed:
                 where = f"{path}.{name}" if path else name
                 raise ValueError(

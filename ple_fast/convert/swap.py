@@ -37,9 +37,8 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
         TypeError, ValueError: something in it cannot be packed or represented.
     """
     sources = converter.read(site)
-    for name in converter.children:
-        child = site._modules.get(name)
-        for inner, module in () if child is None else child.named_modules():
+    for name, child in replaced_by(converter, site).items():
+        for inner, module in child.named_modules():
             check_bare(f"{name}.{inner}".removesuffix("."), module)
     made = [source.pack() for source in sources]
     trunk = FusedTrunk([found.level for found in made])
@@ -110,11 +109,17 @@ def _parameters(
             yield piece, theirs, ours
 
 
+def replaced_by(converter: Converter, site: nn.Module) -> dict[str, nn.Module]:
+    """The children of a site that a swap replaces."""
+    children = {name: site._modules.get(name) for name in converter.children}
+    return {name: child for name, child in children.items() if child is not None}
+
+
 def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     """Put the trunk in the place of the site's children."""
     record = record_of(trunk)
     record.children = tuple(site._modules)
-    replaced = {name: site._modules[name] for name in converter.children if site._modules.get(name) is not None}
+    replaced = replaced_by(converter, site)
     kept = {name: child for name, child in site._modules.items() if name not in replaced}
     # What runs the site next runs one form or the other: the class decides, and both have their children until then.
     record.skeleton.update(replaced)
