@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch_rechub.models.multi_task import PLE
 
@@ -222,6 +222,67 @@ def test_restore_refuses_what_would_part_new_ties(change: str) -> None:
         restore(model)
     assert is_fused(model.cgc_layers[0]) and is_fused(model.cgc_layers[1])
     step(model, torch.optim.SGD(model.parameters(), lr=0.1), 0)
+
+
+class Wrap(nn.Module):
+    """What a library of wrappers does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the inner one gives."""
+        y: Tensor = self.inner(x)
+        return y
+
+
+def wrapped(model: Any) -> None:
+    model.cgc_layers[0].experts_specific[0] = Wrap(expert(model, 0))
+
+
+def missing(model: Any) -> None:
+    model.cgc_layers[0].experts_specific[0] = None
+
+
+def no_gates(model: Any) -> None:
+    model.cgc_layers[0].gates_specific = nn.ModuleList()
+
+
+def replaced_forward(model: Any) -> None:
+    level = model.cgc_layers[0]
+    level.forward = functools.wraps(type(level).forward)(functools.partial(type(level).forward, level))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (wrapped, "cannot be read, .*AttributeError.*'mlp'"),
+        (missing, "cannot be read, .*AttributeError"),
+        (no_gates, "cannot be read, .*ZeroDivisionError"),
+        (replaced_forward, "its forward was replaced on the instance"),
+    ],
+)
+def test_what_a_converter_cannot_read_is_left_and_the_rest_replaced(change: Callable[[Any], None], why: str) -> None:
+    model = make()
+    change(model)
+    report = accelerate(model)
+    (left,) = report.left
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(left.why)
+    assert [site.path for site in report.replaced] == ["cgc_layers.1"]
+    assert left.path == "cgc_layers.0"
+    if change in (wrapped, replaced_forward):
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), 0)
+
+
+def test_a_converter_that_fails_to_recognise_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ple_fast.convert.torch_rechub import CGCConverter
+
+    monkeypatch.setattr(CGCConverter, "recognises", lambda self, module: module.nothing)
+    report = accelerate(make())
+    assert [site.path for site in report.left] == ["cgc_layers.0", "cgc_layers.1"]
+    assert "recognises failed with AttributeError" in report.left[0].why
 
 
 def test_a_part_of_a_wrapped_model_is_an_error() -> None:

@@ -236,8 +236,11 @@ def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[lis
                 raise ValueError(shared[path])
             trunk = build(site, own, style)
             try_out(site, trunk, own)
-        except (TypeError, ValueError) as error:
-            left.append(Left(path, own.name, str(error)))
+        except Exception as error:
+            why = str(error)
+            if not isinstance(error, (TypeError, ValueError)):
+                why = f"it cannot be read, because it is of another version or was changed: {error!r}"
+            left.append(Left(path, own.name, why))
             continue
         plans.append(_Plan(_Site(path, site, own, moves_in(site, trunk)), trunk))
     return plans, left

@@ -36,6 +36,11 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
     Raises:
         TypeError, ValueError: something in it cannot be packed or represented.
     """
+    for name, _ in converter.methods:
+        if name in vars(site):
+            raise ValueError(
+                f"its {name} was replaced on the instance, so the fused levels would not run; restore it first"
+            )
     sources = converter.read(site)
     for name, child in replaced_by(converter, site).items():
         for inner, module in child.named_modules():
