@@ -125,7 +125,7 @@ class JointLoss(nn.Module):
             raise ValueError(f"tasks: expected unique names, got {names}")
         self.process_group = process_group
         # An integer buffer: .half() leaves it alone, and a compiled loss need not be compiled anew per epoch.
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("epoch", torch.zeros((), device=torch.get_default_device(), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
         """Back to epoch 0 (also after ``to_empty`` from the meta device)."""

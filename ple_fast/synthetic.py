@@ -7,6 +7,7 @@ directions makes the tasks related. The PLE paper's figure 7 compares models on 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = ["synthetic_tasks"]
 Correlation = float | Sequence[Sequence[float]] | Tensor
 
 
+@torch.inference_mode(False)  # or nothing could be trained on them
 def synthetic_tasks(
     num_samples: int,
     in_features: int,
@@ -68,19 +70,23 @@ def synthetic_tasks(
         raise ValueError(f"in_features: expected at least one per task ({num_tasks}), got {in_features}")
     if not (0 < scale < float("inf") and 0 <= noise_std < float("inf")):
         raise ValueError(f"expected a finite scale above 0 and noise_std of at least 0, got {scale} and {noise_std}")
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(in_features, num_tasks, generator=generator, dtype=torch.float64)
+    # The device and both dtypes are named: what the user has set as default is for the user's own tensors.
+    wide: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    basis = torch.randn(in_features, num_tasks, generator=generator, **wide)
     basis = torch.linalg.qr(basis).Q.T  # (T, D), orthonormal rows
-    samples = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    alpha, beta = torch.randn(2, num_sinusoids, generator=generator, dtype=torch.float64)
+    samples = torch.Generator(device="cpu").manual_seed(
+        int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    )
+    alpha, beta = torch.randn(2, num_sinusoids, generator=generator, **wide)
 
     if (correlation is None) == (cosine is None):
         raise ValueError(f"expected one of correlation and cosine, got correlation={correlation}, cosine={cosine}")
     if cosine is None:
         assert correlation is not None
         wanted = _pairs("correlation", correlation, num_tasks)
-        cosines, found = torch.eye(num_tasks, dtype=torch.float64), dict[float, float]()
-        for i, j in torch.combinations(torch.arange(num_tasks)).tolist():
+        cosines, found = torch.eye(num_tasks, **wide), dict[float, float]()
+        for i, j in torch.combinations(torch.arange(num_tasks, device="cpu")).tolist():
             value = wanted[i, j].item()
             if value not in found:
                 found[value] = _cosine_for(value, scale * alpha, beta, scale)
@@ -95,9 +101,10 @@ def synthetic_tasks(
         )
     directions = (vectors * values.clamp(min=0).sqrt()) @ basis  # rows w_k: their products are the cosines
 
-    x = torch.randn(num_samples, in_features, generator=samples)
-    z = scale * (x @ directions.T.to(torch.float32))
-    y = z + noise_std * torch.randn(z.shape, generator=samples)
+    narrow: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    x = torch.randn(num_samples, in_features, generator=samples, **narrow)
+    z = scale * (x.double() @ directions.T).float()  # no setting makes products of float64 less exact
+    y = z + noise_std * torch.randn(z.shape, generator=samples, **narrow)
     for a, b in zip(alpha.tolist(), beta.tolist(), strict=True):
         y += torch.sin(a * z + b)
     return x, y
@@ -105,9 +112,9 @@ def synthetic_tasks(
 
 def _pairs(name: str, value: Correlation, num_tasks: int) -> Tensor:
     """The matrix ``(T, T)``, float64, from one number for all pairs or from itself."""
-    matrix = torch.as_tensor(value, dtype=torch.float64)
+    matrix = torch.as_tensor(value, device="cpu", dtype=torch.float64)
     if matrix.ndim == 0:
-        matrix = torch.full((num_tasks, num_tasks), matrix.item(), dtype=torch.float64).fill_diagonal_(1.0)
+        matrix = torch.full_like(matrix, matrix.item()).expand(num_tasks, num_tasks).clone().fill_diagonal_(1.0)
     if matrix.shape != (num_tasks, num_tasks):
         raise ValueError(f"{name}: expected a number or shape ({num_tasks}, {num_tasks}), got {tuple(matrix.shape)}")
     if not (matrix.abs() <= 1).all():
@@ -142,7 +149,7 @@ def _cosine_for(correlation: float, a: Tensor, b: Tensor, scale: float) -> float
     """The p nearest to 0 at which the labels have this correlation."""
     # With f's Hermite coefficients h_n the correlation is sum_n h_n² pⁿ / sum_n h_n²: it rises from 0 to 1 on [0, 1],
     # but on [-1, 0] it may have a minimum. So: the first crossing on a grid that starts at 0, then bisection.
-    grid = torch.linspace(0, 1 if correlation > 0 else -1, 201, dtype=torch.float64)
+    grid = torch.linspace(0, 1 if correlation > 0 else -1, 201, device="cpu", dtype=torch.float64)
     found = _label_correlation(grid, a, b, scale)
     reached = found >= correlation - 1e-12 if correlation > 0 else found <= correlation + 1e-12
     if not reached.any():

@@ -264,10 +264,34 @@ def test_a_level_on_its_own_is_replaced_in_place() -> None:
 def test_accelerating_twice_and_restoring_twice_does_nothing_more() -> None:
     model = make()
     accelerate(model)
-    assert accelerate(model).replaced == ()
+    again = accelerate(model, strict=True)  # what is known is fused, so that nothing is missing
+    assert (again.replaced, again.left, again.already) == ((), (), ("cgc_layers.0", "cgc_layers.1"))
+    assert str(again) == "cgc_layers.0 runs fused already\ncgc_layers.1 runs fused already"
     assert restore(model) == ("cgc_layers.0", "cgc_layers.1")
     assert restore(model) == ()
+    assert accelerate(model).already == ()
     assert "nothing in this model" in str(accelerate(nn.Linear(2, 2)))
+
+
+def test_strict_where_nothing_is_known_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"strict=True\): nothing in this model is of a class"):
+        accelerate(nn.Linear(2, 2), strict=True)
+
+
+def test_a_swap_is_one_form_or_the_other_at_every_moment() -> None:
+    model = make().eval()
+    expected, seen = model(batch()), []
+    gates = model.cgc_layers[0].gates_specific
+    apply = gates._apply
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(model(batch()))  # as another thread may, while the tensors of the other form go
+        return apply(*arguments, **options)
+
+    gates._apply = watched
+    accelerate(model)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected)
 
 
 class Doubled(CGC):  # type: ignore[misc]  # torch-rechub has no types

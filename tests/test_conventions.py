@@ -187,6 +187,31 @@ def test_make_commands_of_a_document_exist(document: Path) -> None:
     assert named <= targets, f"{name_of(document)} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
 
 
+# Functions of torch that make a tensor (or a generator) out of nothing, and which of them give integers.
+FACTORIES = frozenset(
+    "arange as_tensor asarray empty empty_strided eye full linspace logspace normal ones rand randint randn randperm "
+    "scalar_tensor tensor tril_indices triu_indices zeros Generator".split()
+)
+WHOLE = frozenset(("arange", "randint", "randperm", "tril_indices", "triu_indices"))
+
+
+@pytest.mark.parametrize("file", [f for f in OURS if f.stem != "reference"], ids=name_of)
+def test_factory_calls_name_their_device_and_dtype(file: Path) -> None:
+    """What a user has set as default device or dtype is for the user's own tensors."""
+    unnamed = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name = node.func.attr
+        if ast.unparse(node.func.value) != "torch" or name not in FACTORIES:
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        wanted = {"device"} | (set() if name in WHOLE or name == "Generator" else {"dtype"})
+        if None not in given and not wanted <= given:  # None: **where, which has both
+            unnamed.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)}")
+    assert not unnamed, "name device and dtype:\n" + "\n".join(unnamed)
+
+
 def test_the_readme_names_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make example" in readme

@@ -16,6 +16,7 @@ from .pieces import LevelSource
 from .registry import Converter, refuse_class, register
 from .torch_rechub import from_torch_rechub, to_torch_rechub
 from .torcheasyrec import from_torcheasyrec, to_torcheasyrec
+from .wiring import mixtures
 
 __all__ = [
     "Converter",
@@ -35,6 +36,7 @@ __all__ = [
     "from_mtreclib",
     "from_torch_rechub",
     "from_torcheasyrec",
+    "mixtures",
     "pack",
     "refuse_class",
     "register",

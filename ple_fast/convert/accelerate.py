@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.optim import Optimizer
 
-from .moves import (
-    Move,
-    by_new,
-    bystanders,
-    check_optimizers,
-    holders,
-    move_gradients,
-    ordered_groups,
-    references,
-    remap,
-    settle,
-)
+from . import ties as tied
+from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
+from .moves import Move, by_new, check_optimizers, move_gradients, ordered_groups, remap, settle
 from .registry import Converter, converter_named, find
 from .swap import (
-    CHILD,
     Accelerated,
-    FusedTrunk,
-    StateStyle,
     build,
     dematerialise,
     materialise,
     moves_in,
-    stand_in,
+    replaced_by,
     swap_in,
     swap_out,
 )
+from .ties import ties
+from .trial import try_out
+from .trunk import CHILD, FusedTrunk, StateStyle
 
-TRIAL_ROWS = 7
-WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+NOTHING = "nothing in this model is of a class that ple_fast knows (docs/migration has the list)"
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,8 @@ class Report:
     left: tuple[Left, ...] = ()
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of all replaced modules together, by their names in the model."""
+    already: tuple[str, ...] = ()
+    """Names of modules that an earlier call has replaced."""
 
     def __str__(self) -> str:
         lines = []
@@ -82,7 +73,8 @@ class Report:
             if site.unread:
                 lines.append(f"  kept, and no longer trained, because nothing reads them: {', '.join(site.unread)}")
         lines += [f"left {site.path or 'the model'} ({site.library}): {site.why}" for site in self.left]
-        return "\n".join(lines) or "nothing in this model is of a class that ple_fast knows"
+        lines += [f"{path or 'the model'} runs fused already" for path in self.already]
+        return "\n".join(lines) or NOTHING
 
 
 class _Site(NamedTuple):
@@ -97,6 +89,7 @@ class _Plan(NamedTuple):
     trunk: FusedTrunk
 
 
+@torch.inference_mode(False)
 def accelerate(
     model: nn.Module,
     *,
@@ -114,7 +107,7 @@ def accelerate(
         model: any model; known are the classes of ``docs/migration`` and what ``ple_fast.convert.register`` was given.
         optimizers: those that hold the model's parameters. They get the new parameters in the place of the old ones,
             in the same groups and with their state.
-        strict: a module of a known class that cannot be replaced is an error.
+        strict: a module of a known class that cannot be replaced is an error, and so is a model without any.
         state_dict: ``"original"``: the library's own names, entry by entry; ``"fused"``: ours. Both can be loaded.
 
     Returns:
@@ -123,23 +116,26 @@ def accelerate(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an optimizer or a list holds parameters that would be replaced, and cannot be renewed; the model is
-            wrapped already; with ``strict``, something is left. Nothing has been changed then.
+            wrapped already; with ``strict``, something is left, or nothing is known. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if state_dict not in ("original", "fused"):
         raise ValueError(f'state_dict: expected "original" or "fused", got {state_dict!r}')
     given = _optimizers(optimizers)
-    recorders, wrappers = bystanders()
-    _check_unwrapped(model, wrappers)
-    plans, left = _plans(model, state_dict)
+    around = bystanders(model, given)
+    _check_unwrapped(model, around)
+    plans, left = _plans(model, state_dict, around)
     if strict and left:
         raise ValueError("accelerate(strict=True): nothing was replaced, because this would be left:\n" + "\n".join(
             f"  {site.path or 'the model'} ({site.library}): {site.why}" for site in left))  # fmt: skip
+    already = tuple(path for path, module in model.named_modules() if isinstance(module, Accelerated))
+    if strict and not plans and not already:
+        raise ValueError(f"accelerate(strict=True): {NOTHING}")
     sites = [plan.site for plan in plans]
     moves = [move for site in sites for move in site.moves]
     renewed = _renewed(sites)
-    _check_holders(sites, renewed, model, moves, recorders, given)
+    _check_holders(sites, renewed, model, moves, around, given)
     check_optimizers(given, moves)
     move_gradients(moves)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -153,9 +149,10 @@ def accelerate(
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
-    return _report(plans, names, model, left)
+    return replace(_report(plans, names, model, left), already=already)
 
 
+@torch.inference_mode(False)
 def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = ()) -> tuple[str, ...]:
     """Put the library's own modules back wherever ``accelerate`` replaced them, with the weights as they are now.
 
@@ -172,17 +169,21 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     given = _optimizers(optimizers)
-    recorders, wrappers = bystanders()
-    _check_unwrapped(model, wrappers)
+    around = bystanders(model, given)
+    _check_unwrapped(model, around)
+    accelerated: list[tuple[str, Any]] = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, Accelerated)
+    ]
+    shared = ties(model, [tied.Site(path, m, {CHILD: m.trunk()}) for path, m in accelerated], around.modules)
+    if shared:
+        raise ValueError(f"restore: nothing was restored, because {shared[min(shared)]}")
     sites = [
-        _Site(path, module, converter_named(module._converter), materialise(module))
-        for path, module in model.named_modules()
-        if isinstance(module, Accelerated)
+        _Site(path, module, converter_named(module._converter), materialise(module)) for path, module in accelerated
     ]
     moves = [move for site in sites for move in site.moves]
     try:
         renewed = _renewed(sites)
-        _check_holders(sites, renewed, model, moves, recorders, given)
+        _check_holders(sites, renewed, model, moves, around, given)
         check_optimizers(given, moves)
         move_gradients(moves)
     except ValueError:
@@ -209,33 +210,39 @@ def _optimizers(optimizers: Any) -> list[Optimizer]:
     return list(optimizers)
 
 
-def _check_unwrapped(model: nn.Module, wrappers: Sequence[DistributedDataParallel]) -> None:
-    """The model is not yet wrapped for distributed training, from within or from without."""
-    inside = {id(module) for module in model.modules()}
-    kinds = {type(module) for module in model.modules()}
-    kinds |= {type(found) for found in wrappers if id(getattr(found, "module", None)) in inside}
-    wrapped = sorted({cls.__name__ for kind in kinds for cls in kind.__mro__ if cls.__name__ in WRAPPERS})
-    if wrapped:
+def _check_unwrapped(model: nn.Module, around: Bystanders) -> None:
+    """Neither the model nor what it is a part of is wrapped for distributed training yet."""
+    wrapper = wrapper_of(model, around.wrappers)
+    if wrapper is not None:
         raise ValueError(
-            f"model: is wrapped in {wrapped[0]}, which has recorded its parameters; accelerate or restore the model "
-            "first, and wrap it then"
+            f"model: it or a part of it is wrapped in {wrapper}, which has recorded its parameters; accelerate or "
+            "restore the model first, and wrap it then"
         )
 
 
-def _plans(model: nn.Module, style: StateStyle) -> tuple[list[_Plan], list[Left]]:
+def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[list[_Plan], list[Left]]:
     """What can be replaced, each trunk built and tried, and what cannot."""
     plans, left = [], []
-    for path, site, known in _known(model):
-        if isinstance(known, str):
-            left.append(Left(path, type(site).__name__, known))
+    known = list(_known(model))
+    swapped = {path: (site, own) for path, site, own in known if not isinstance(own, str)}
+    places = [tied.Site(path, site, replaced_by(own, site)) for path, (site, own) in swapped.items()]
+    shared = {places[i].path: why for i, why in ties(model, places, around.modules).items()}
+    for path, site, own in known:
+        if isinstance(own, str):
+            left.append(Left(path, type(site).__name__, own))
             continue
         try:
-            trunk = build(site, known, style)
-            _try_out(site, trunk, known)
-        except (TypeError, ValueError) as error:
-            left.append(Left(path, known.name, str(error)))
+            if path in shared:
+                raise ValueError(shared[path])
+            trunk = build(site, own, style)
+            try_out(site, trunk, own)
+        except Exception as error:
+            why = str(error)
+            if not isinstance(error, (TypeError, ValueError)):
+                why = f"it cannot be read, because it is of another version or was changed: {error!r}"
+            left.append(Left(path, own.name, why))
             continue
-        plans.append(_Plan(_Site(path, site, known, moves_in(site, trunk)), trunk))
+        plans.append(_Plan(_Site(path, site, own, moves_in(site, trunk)), trunk))
     return plans, left
 
 
@@ -251,71 +258,6 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, Converter | str]]
             yield path, module, known
 
 
-@torch.no_grad()
-def _try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
-    """The fused trunk gives what the original gives, in eval mode on random input.
-
-    Raises:
-        ValueError: it does not.
-    """
-    like = next(trunk.parameters())
-    if like.is_meta:
-        return
-    generator = torch.Generator().manual_seed(0)  # a stream of its own: the user's stays where it is
-
-    def draw(width: int) -> Tensor:
-        return torch.randn(TRIAL_ROWS, width, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
-
-    modes = {module: module.training for module in [*site.modules(), *trunk.modules()]}
-    rows: list[tuple[Tensor, Tensor]] = []
-    try:
-        for module in modes:
-            module.training = False
-        fused = stand_in(site, trunk, converter)
-        for arguments in converter.trials(site, draw):
-            try:
-                expected = _outputs(site, converter, arguments)
-            except Exception as error:
-                raise ValueError(f"it fails on random input by itself: {error!r}") from error
-            rows += zip(expected, _outputs(fused, converter, arguments), strict=False)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    tolerance = max(1e-9, 200 * torch.finfo(like.dtype).eps)
-    for i, (theirs, ours) in enumerate(rows):
-        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-        if theirs.shape != ours.shape or not bool(((ours - theirs).abs() <= tolerance * scale).all()):
-            raise ValueError(
-                f"on random input its output {i} differs from that of the fused levels: this version of the class "
-                "computes something else than the one that ple_fast knows"
-            )
-    if not rows:
-        raise ValueError("on random input it has no output")
-
-
-def _outputs(site: nn.Module, converter: Converter, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """What a trial run compares: outputs, and what reaches the probes."""
-    reached: list[Tensor] = []
-    hooks = [
-        probe.register_forward_pre_hook(lambda _, inputs: reached.extend(_flat([x.clone() for x in inputs])))
-        for probe in converter.probes(site)
-    ]
-    try:
-        outputs = getattr(type(site), converter.trial_method)(site, *arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [*reached, *_flat(outputs)]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value or () for tensor in _flat(item)]
-
-
 def _renewed(sites: Sequence[_Site]) -> list[dict[str, Any]]:
     return [site.converter.renewed(site.module, site.moves) for site in sites]
 
@@ -325,12 +267,12 @@ def _check_holders(
     attributes: Sequence[dict[str, Any]],
     model: nn.Module,
     moves: Sequence[Move],
-    recorders: Sequence[Optimizer],
+    around: Bystanders,
     given: Sequence[Optimizer],
 ) -> None:
     """Nobody keeps parameters that are about to be replaced, but who is renewed with them."""
     olds = [move.old for move in moves]
-    found = holders(recorders, olds, given)
+    found = holders(around.optimizers, olds, given)
     if found:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
         own = [
@@ -345,8 +287,9 @@ def _check_holders(
             "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
+    wanted, known = {id(old) for old in olds}, {id(module) for module in model.modules()}
     for path, module in model.named_modules():
-        for name in references(module, olds):
+        for name, _ in references(module, wanted, known):
             if (id(module), name) not in renewed:
                 where = f"{path}.{name}" if path else name
                 raise ValueError(

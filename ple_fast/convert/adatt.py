@@ -160,7 +160,7 @@ class AdaTTSpConverter(_AdaTTConverter):
                 else:  # one expert per unit: it is added as it is
                     nn.init.ones_(offset.weight).requires_grad_(False)
                 stacks[o] = [gates[o], offset]
-            found.append(LevelSource(topology, _stacks(experts), stacks, offsets=offsets))
+            found.append(LevelSource(topology, _stacks(experts), stacks, offsets=offsets, constant=1.0))
         found[-1].unread = [p for p in getattr(site, "self_exp_weights", ()) if not p.numel()]
         return found
 

@@ -15,9 +15,9 @@ from .moves import Move
 from .pieces import LevelSource
 from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
-from .swap import CHILD
 from .trees import Library, PlainLevel, tree, zeroed
-from .wiring import ple_wiring
+from .trunk import CHILD
+from .wiring import mixtures, ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "identity", "prelu")
 
@@ -52,7 +52,7 @@ def to_deepctr_torch(ple: PLE, target: nn.Module | None = None) -> nn.Module:
 
 
 def _cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
-    return list(self.ple_fast.levels[level_num](list(inputs)).unbind(1))
+    return mixtures(self.ple_fast.levels[level_num], list(inputs))
 
 
 class _DeepCTRConverter(Converter):
@@ -144,11 +144,11 @@ class PLEConverter(_DeepCTRConverter):
 def _mmoe_forward(self: Any, X: Tensor) -> Tensor:
     embedded, dense = self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict)
     (level,) = self.ple_fast.levels
-    mixtures = level(torch.cat([part.flatten(1) for part in [*embedded, *dense]], dim=1)).unbind(1)
+    rows = mixtures(level, torch.cat([part.flatten(1) for part in [*embedded, *dense]], dim=1))
     if len(self.tower_dnn_hidden_units) > 0:
-        mixtures = [tower(mixture) for tower, mixture in zip(self.tower_dnn, mixtures, strict=True)]
-    ends = zip(mixtures, self.tower_dnn_final_layer, self.out, strict=True)
-    return torch.cat([out(last(mixture)) for mixture, last, out in ends], dim=-1)
+        rows = [tower(row) for tower, row in zip(self.tower_dnn, rows, strict=True)]
+    ends = zip(rows, self.tower_dnn_final_layer, self.out, strict=True)
+    return torch.cat([out(last(row)) for row, last, out in ends], dim=-1)
 
 
 class MMOEConverter(_DeepCTRConverter):

@@ -48,7 +48,7 @@ def dice_fault(dice: Any, units: int) -> str | None:
         assert eps is not None
         if any(True for _ in dice.children()) or [*dice.state_dict()] != ["alpha"]:
             return "has more than its alpha"
-        return _difference(dice, RowDice(eps=eps), units, "with p of each row's own mean")
+        return _difference(dice, RowDice(eps=eps, device="cpu"), units, "with p of each row's own mean")
     if not isinstance(dice.alpha, nn.Parameter) or dice.alpha.shape != (units,) or norm.num_features != units:
         return f"expected a learned alpha and a batch norm of {units} features, the width before it"
     if norm.affine or norm.running_mean is None:
@@ -57,17 +57,18 @@ def dice_fault(dice: Any, units: int) -> str | None:
         return None
     if {id(t) for t in [*dice.parameters(), *dice.buffers()]} != {id(dice.alpha), *map(id, norm.buffers())}:
         return "has more tensors than alpha and the statistics of its batch norm"
-    ours = Dice(units, eps=norm.eps, momentum=norm.momentum)
+    ours = Dice(units, eps=norm.eps, momentum=norm.momentum, device="cpu")
     return _difference(dice, ours, units, "with p = sigmoid(batch_norm(z))")
 
 
 @torch.no_grad()
 def _difference(dice: nn.Module, ours: Any, units: int, what: str) -> str | None:
     """What to say where a copy of a dice does not give what ours gives, in train and in eval mode."""
+    like: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
     theirs: Any = copy.deepcopy(dice).to_empty(device="cpu").double()
     ours = ours.double()
     for own in (theirs, ours):
-        own.alpha.copy_(torch.linspace(-0.5, 1.5, own.alpha.numel()))
+        own.alpha.copy_(torch.linspace(-0.5, 1.5, own.alpha.numel(), **like))
         norm = dice_norm(own)
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None
@@ -75,7 +76,7 @@ def _difference(dice: nn.Module, ours: Any, units: int, what: str) -> str | None
             norm.running_mean.fill_(0.25)
             norm.running_var.fill_(2.0)
             norm.num_batches_tracked.zero_()
-    steps = torch.linspace(-2.0, 1.0, 5 * units, dtype=torch.float64).view(5, units)
+    steps = torch.linspace(-2.0, 1.0, 5 * units, **like).view(5, units)
     for train in (True, False):
         for z in (steps, 0.01 * steps.square()):  # the epsilon shows in small numbers
             if not torch.allclose(theirs.train(train)(z), ours.train(train)(z), rtol=1e-9, atol=1e-12):

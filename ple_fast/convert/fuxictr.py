@@ -14,7 +14,7 @@ from .pieces import LevelSource
 from .registry import Converter, register
 from .stacks import PlainLayer, PlainStack
 from .trees import Library, PlainLevel, in_order, tree, zeroed
-from .wiring import mixtures, ple_wiring
+from .wiring import mixtures, ple_wiring, separate
 
 
 def from_fuxictr(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -53,7 +53,7 @@ def _forward(self: Any, x: Sequence[Tensor], require_gate: bool = False) -> Any:
     if not require_gate:
         return mixtures(level, list(x))
     y, weights = level(list(x), return_gates=True)
-    return list(y.unbind(1)), [weight.mean(0).to(y.dtype) for weight in weights]
+    return separate(level, y), [weight.mean(0).to(y.dtype) for weight in weights]
 
 
 class CGCLayerConverter(Converter):

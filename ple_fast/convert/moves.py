@@ -1,15 +1,13 @@
-"""From old parameters to new ones: in optimizers, with their state, and in whatever else holds the old ones."""
+"""From old parameters to new ones: in optimizers, with their state, and their gradients."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 Index = int | slice | EllipsisType
@@ -43,47 +41,6 @@ def successors(moves: Iterable[Move]) -> dict[int, list[nn.Parameter]]:
     for move in moves:
         found.setdefault(id(move.old), {})[id(move.new)] = move.new
     return {old: list(news.values()) for old, news in found.items()}
-
-
-def bystanders() -> tuple[list[Optimizer], list[DistributedDataParallel]]:
-    """All objects of this process that record parameters of a model: it takes a look at every object there is."""
-    optimizers: list[Optimizer] = []
-    wrappers: list[DistributedDataParallel] = []
-    for found in gc.get_objects():
-        if issubclass(type(found), Optimizer):
-            optimizers.append(found)
-        elif issubclass(type(found), DistributedDataParallel):
-            wrappers.append(found)
-    return optimizers, wrappers
-
-
-def holders(
-    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]
-) -> list[Optimizer]:
-    """Those of ``optimizers``, other than the given ones, that hold any of the parameters."""
-    wanted, known = {id(p) for p in parameters}, {id(o) for o in given}
-    return [
-        found
-        for found in optimizers
-        if id(found) not in known
-        and any(id(p) in wanted for group in getattr(found, "param_groups", ()) for p in group["params"])
-    ]
-
-
-def references(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[str]:
-    """Names of the module's attributes, beside its parameters and children, that hold any of the parameters."""
-    wanted = {id(p) for p in parameters}
-    for name, value in vars(module).items():
-        if name not in ("_parameters", "_buffers", "_modules") and _holds(value, wanted, 6):
-            yield name
-
-
-def _holds(value: Any, wanted: set[int], depth: int) -> bool:
-    if isinstance(value, Tensor):
-        return id(value) in wanted
-    if depth == 0 or not isinstance(value, (list, tuple, set, frozenset, dict)):
-        return False
-    return any(_holds(v, wanted, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:

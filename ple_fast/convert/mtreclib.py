@@ -97,9 +97,9 @@ class PLEModelConverter(Converter):
         numerical = draw(site.numerical_layer.in_features)
         table = site.embedding.embedding
         starts = [*map(int, site.embedding.offsets), table.num_embeddings]
-        sizes = torch.tensor([stop - start for start, stop in pairwise(starts)])
-        rows = torch.arange(len(numerical)).unsqueeze(1) % sizes
-        return rows.to(table.weight.device), numerical
+        device = numerical.device
+        sizes = torch.tensor([stop - start for start, stop in pairwise(starts)], device=device, dtype=torch.int64)
+        return torch.arange(len(numerical), device=device).unsqueeze(1) % sizes, numerical
 
 
 def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:

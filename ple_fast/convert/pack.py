@@ -53,6 +53,7 @@ class Packed(NamedTuple):
     """Of a static mixture: without layers."""
 
 
+@torch.inference_mode(False)  # parameters made in it could never be trained
 def packed(
     experts: Sequence[Any] | nn.ModuleList,
     gates: Sequence[Any] | nn.ModuleList,

@@ -34,6 +34,8 @@ class LevelSource:
     offsets: Mapping[int, tuple[str, Index]] = field(default_factory=dict)
     """Per mixture whose gate ends in a ``WeightOffset`` made by the reader: the name of the library's tensor, and where
     in it the scalars lie. One that is missing here stands for constants of the library, and should be frozen."""
+    constant: float | None = None
+    """What those constants are, all of them: a model on the meta device does not show it."""
 
     def unread_tensors(self) -> Iterator[Tensor]:
         """All tensors of ``unread``."""
@@ -62,6 +64,16 @@ class Piece(NamedTuple):
     """The part of the fused tensor."""
 
 
+class Constant(NamedTuple):
+    """Learned scalars of ours that are constants of the library."""
+
+    fused: str
+    """The name of the fused tensor, from the trunk on."""
+    place: Index
+    """The part of the fused tensor."""
+    value: float
+
+
 class Twin(NamedTuple):
     """Two modules whose train or eval mode is one."""
 
@@ -84,14 +96,18 @@ class _Names:
         return Piece(f"{owner}.{part.name}", ..., self.tensors[id(part.stacked)], part.place)
 
 
-def pieces_of(site: nn.Module, source: LevelSource, found: Packed, prefix: str) -> tuple[list[Piece], list[Twin]]:
-    """Every tensor of a level's modules, named from ``site`` on, with its place; and the modules that share a mode.
+def pieces_of(
+    site: nn.Module, source: LevelSource, found: Packed, prefix: str
+) -> tuple[list[Piece], list[Twin], list[Constant]]:
+    """Every tensor of a level's modules, named from ``site`` on, with its place; the modules that share a mode; and
+    what is in none of the tensors.
 
     ``prefix``: of the level's names in the fused trunk.
     """
     level, names = found.level, _Names(site, found.level, prefix)
     pieces: list[Piece] = []
     twins: list[Twin] = []
+    constants: list[Constant] = []
     for layer, row, plain in _layers(found):
         pieces += [names.piece(part, plain.modules[part.role]) for part in layer_parts(layer, row)]
         twins += _twins(names, layer, plain)
@@ -113,7 +129,9 @@ def pieces_of(site: nn.Module, source: LevelSource, found: Packed, prefix: str) 
             pieces.append(Piece(name, inside, names.tensors[id(offset.stacked)], offset.place))
         elif id(stack.offset) in names.modules:
             pieces.append(names.piece(offset, stack.offset))
-    return pieces, twins
+        elif source.constant is not None:
+            constants.append(Constant(names.tensors[id(offset.stacked)], offset.place, source.constant))
+    return pieces, twins, constants
 
 
 def _layers(found: Packed) -> Iterator[tuple[StackedLayer, int, PlainLayer]]:

@@ -111,7 +111,13 @@ def find(module: nn.Module) -> Converter | str | None:
     """The converter of a module, or why there is none although its class is known, or None."""
     names = [cls.__name__ for cls in type(module).__mro__]
     for converter in _CONVERTERS:
-        if converter.class_name in names and converter.recognises(module):
+        if converter.class_name not in names:
+            continue
+        try:
+            is_known = converter.recognises(module)
+        except Exception as error:
+            return f"{converter.name}: recognises failed with {error!r}"
+        if is_known:
             if type(module).__name__ == converter.class_name:
                 return converter
             return (

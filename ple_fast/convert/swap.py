@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..modules import ExtractionNetwork
 from .moves import Move
-from .pieces import Index, Piece, Twin, pieces_of
+from .pieces import Constant, Piece, Twin, pieces_of
 from .registry import Converter, converter_named
 from .stacks import check_bare
-
-StateStyle = Literal["original", "fused"]
-CHILD = "ple_fast"
-"""Name of the fused trunk in its site."""
-
-
-@dataclass
-class Record:
-    """What the way back, and the names of the original, need to know."""
-
-    converter: str
-    pieces: tuple[Piece, ...]
-    unread: dict[str, str]
-    """Names of tensors that the library never reads, with theirs in the fused trunk."""
-    twins: tuple[Twin, ...]
-    skeleton: dict[str, nn.Module]
-    """The replaced children, on the meta device."""
-    children: tuple[str, ...]
-    """All children of the site, in order."""
-    names: tuple[str, ...]
-    """The entries of the site's state dict, in order."""
-    style: StateStyle
-    notes: tuple[Any, Any] = (None, None)
-    """``Converter.noted`` before and after the swap."""
-
-
-class FusedTrunk(nn.Module):
-    """What stands in a site in place of the replaced children: ``levels``, and tensors that nothing reads."""
-
-    def __init__(self, levels: list[ExtractionNetwork]) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(levels)
-        self.unread = nn.Module()
-        self.record: Record | None = None
-
-    def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer by name."""
-        found = _tensor(self, name)
-        assert isinstance(found, Tensor)
-        return found
-
-
-def _part(tensor: Tensor, index: Index) -> Tensor:
-    return tensor if index is ... else tensor[index]
+from .states import to_fused, to_original
+from .trunk import (
+    CHILD,
+    FusedTrunk,
+    Record,
+    StateStyle,
+    all_pieces,
+    assembled,
+    by_original,
+    entries_of,
+    record_of,
+    skeleton_module,
+    skeleton_tensor,
+    tensor_named,
+    tensors_of,
+)
 
 
 def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrunk:
@@ -67,20 +36,25 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
     Raises:
         TypeError, ValueError: something in it cannot be packed or represented.
     """
+    for name, _ in converter.methods:
+        if name in vars(site):
+            raise ValueError(
+                f"its {name} was replaced on the instance, so the fused levels would not run; restore it first"
+            )
     sources = converter.read(site)
-    for name in converter.children:
-        child = site._modules.get(name)
-        for inner, module in () if child is None else child.named_modules():
+    for name, child in replaced_by(converter, site).items():
+        for inner, module in child.named_modules():
             check_bare(f"{name}.{inner}".removesuffix("."), module)
     made = [source.pack() for source in sources]
     trunk = FusedTrunk([found.level for found in made])
     pieces: list[Piece] = []
     twins: list[Twin] = []
+    constants: list[Constant] = []
     for i, (source, found) in enumerate(zip(sources, made, strict=True)):
-        own, modes = pieces_of(site, source, found, f"levels.{i}.")
-        pieces, twins = pieces + own, twins + modes
+        own, modes, fixed = pieces_of(site, source, found, f"levels.{i}.")
+        pieces, twins, constants = pieces + own, twins + modes, constants + fixed
     replaced = [name for name in converter.children if name in site._modules]
-    tensors = {name: tensor for name, tensor in _tensors(site) if name.partition(".")[0] in replaced}
+    tensors = {name: tensor for name, tensor in tensors_of(site) if name.partition(".")[0] in replaced}
     unread = _hold_unread(site, trunk, converter, [t for source in sources for t in source.unread_tensors()], tensors)
     lost = sorted(tensors.keys() - {piece.original for piece in pieces} - unread.keys())
     foreign = sorted({piece.original for piece in pieces} - tensors.keys())
@@ -89,14 +63,19 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
             f"{converter.name}: expected the tensors that this version of ple_fast knows; unknown {lost}, missing "
             f"{foreign}: the module is of another version or was changed"
         )
-    trunk.record = Record(converter.name, tuple(pieces), unread, tuple(twins), {}, (), tuple(site.state_dict()), style)
+    trunk.record = Record(
+        converter.name,
+        tuple(pieces),
+        unread,
+        tuple(twins),
+        {},
+        (),
+        tuple(entries_of(site)),
+        style,
+        constants=tuple(constants),
+    )
     trunk.training = site.training
     return trunk
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _hold_unread(
@@ -121,7 +100,7 @@ def _hold_unread(
 
 def moves_in(site: nn.Module, trunk: FusedTrunk) -> list[Move]:
     """What becomes of the site's parameters when the trunk takes their place."""
-    pairs = _parameters(trunk, lambda name: _tensor(site, name))
+    pairs = _parameters(trunk, lambda name: tensor_named(site, name))
     return [Move(original, piece.inside, fused, piece.place) for piece, original, fused in pairs]
 
 
@@ -129,58 +108,66 @@ def _parameters(
     trunk: FusedTrunk, original: Callable[[str], Any]
 ) -> Iterator[tuple[Piece, nn.Parameter, nn.Parameter]]:
     """The pieces that are parameters in both forms, with them; ``original`` finds the library's by name."""
-    for piece in _all_pieces(_record(trunk)):
+    for piece in all_pieces(record_of(trunk)):
         theirs, ours = original(piece.original), trunk.tensor(piece.fused)
         if isinstance(theirs, nn.Parameter) and isinstance(ours, nn.Parameter):
             yield piece, theirs, ours
 
 
+def replaced_by(converter: Converter, site: nn.Module) -> dict[str, nn.Module]:
+    """The children of a site that a swap replaces."""
+    children = {name: site._modules.get(name) for name in converter.children}
+    return {name: child for name, child in children.items() if child is not None}
+
+
 def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     """Put the trunk in the place of the site's children."""
-    record = _record(trunk)
+    record = record_of(trunk)
     record.children = tuple(site._modules)
-    for name in converter.children:
-        child = site._modules.get(name)
-        if child is not None:
-            # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
-            record.skeleton[name] = child.to("meta")
-            del site._modules[name]
+    replaced = replaced_by(converter, site)
+    kept = {name: child for name, child in site._modules.items() if name not in replaced}
+    # What runs the site next runs one form or the other: the class decides, and both have their children until then.
+    record.skeleton.update(replaced)
     site._modules[CHILD] = trunk
     site.__class__ = accelerated_class(type(site), converter)
+    site._modules = {**kept, CHILD: trunk}
+    for child in replaced.values():
+        # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
+        child.to("meta")
 
 
 def materialise(site: Accelerated) -> list[Move]:
     """Give the replaced children their tensors back, with the values of the fused ones; they stay aside for now."""
     trunk = site.trunk()
-    record = _record(trunk)
-    parts = _by_original(record)
+    record = record_of(trunk)
+    parts = by_original(record)
     with torch.no_grad():
         for name in parts:
             _fill(record, trunk, name, parts[name])
-    pairs = _parameters(trunk, lambda name: _skeleton_tensor(record, name))
+    pairs = _parameters(trunk, lambda name: skeleton_tensor(record, name))
     return [Move(fused, piece.place, original, piece.inside) for piece, original, fused in pairs]
 
 
 def dematerialise(site: Accelerated) -> None:
     """Undo ``materialise``."""
-    for child in _record(site.trunk()).skeleton.values():
+    for child in record_of(site.trunk()).skeleton.values():
         child.to("meta")
 
 
 def swap_out(site: Accelerated) -> None:
     """Put the library's modules, materialised before, back in their places."""
     trunk = site.trunk()
-    record = _record(trunk)
+    record = record_of(trunk)
     for child in record.skeleton.values():
         child.train(site.training)
     for twin in record.twins:
-        _skeleton_module(record, twin.original).training = trunk.get_submodule(twin.fused).training
+        skeleton_module(record, twin.original).training = trunk.get_submodule(twin.fused).training
     modules = {**site._modules, **record.skeleton}
     del modules[CHILD]
-    site._modules.clear()
-    site._modules.update({name: modules.pop(name) for name in record.children if name in modules})
-    site._modules.update(modules)
+    ordered = {name: modules.pop(name) for name in record.children if name in modules}
+    site._modules.update(record.skeleton)  # both forms have their children until the class decides, as in swap_in
     site.__class__ = site._original_class  # type: ignore[assignment]  # which it had before
+    site._modules = {**ordered, **modules}
 
 
 def stand_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> nn.Module:
@@ -193,25 +180,9 @@ def stand_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> nn.Mod
     return made
 
 
-def _by_original(record: Record) -> dict[str, list[Piece]]:
-    parts: dict[str, list[Piece]] = {}
-    for piece in _all_pieces(record):
-        parts.setdefault(piece.original, []).append(piece)
-    return parts
-
-
-def _assembled(record: Record, trunk: FusedTrunk, name: str, parts: list[Piece]) -> Tensor:
-    """A tensor of the library, out of the fused ones."""
-    fused = trunk.tensor(parts[0].fused)
-    value = torch.empty(_skeleton_tensor(record, name).shape, dtype=fused.dtype, device=fused.device)
-    for piece in parts:
-        _part(value, piece.inside).copy_(_part(trunk.tensor(piece.fused).detach(), piece.place))
-    return value
-
-
 def _fill(record: Record, trunk: FusedTrunk, name: str, parts: list[Piece]) -> None:
     owner, _, last = name.rpartition(".")
-    module, value = _skeleton_module(record, owner), _assembled(record, trunk, name, parts)
+    module, value = skeleton_module(record, owner), assembled(record, trunk, name, parts)
     if last in module._buffers:
         module._buffers[last] = value
         return
@@ -221,30 +192,6 @@ def _fill(record: Record, trunk: FusedTrunk, name: str, parts: list[Piece]) -> N
     assert like is not None
     trained = source.requires_grad if isinstance(source, nn.Parameter) else like.requires_grad
     module._parameters[last] = nn.Parameter(value, requires_grad=trained)
-
-
-def _record(trunk: FusedTrunk) -> Record:
-    assert trunk.record is not None
-    return trunk.record
-
-
-def _all_pieces(record: Record) -> list[Piece]:
-    return [*record.pieces, *(Piece(name, ..., held, ...) for name, held in record.unread.items())]
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    owner, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(owner), last)
-
-
-def _skeleton_module(record: Record, name: str) -> nn.Module:
-    first, _, rest = name.partition(".")
-    return record.skeleton[first].get_submodule(rest)
-
-
-def _skeleton_tensor(record: Record, name: str) -> Any:
-    owner, _, last = name.rpartition(".")
-    return getattr(_skeleton_module(record, owner), last)
 
 
 class Accelerated:
@@ -265,8 +212,8 @@ class Accelerated:
         """As the library's own module has it, entry by entry, or with the fused names, as ``accelerate`` was told."""
         found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[misc]
         trunk = self.trunk()
-        if _record(trunk).style == "original":
-            _to_original(trunk, found, prefix)
+        if record_of(trunk).style == "original":
+            to_original(trunk, found, prefix)
         return found
 
     def _load_from_state_dict(
@@ -282,14 +229,14 @@ class Accelerated:
         trunk = self.trunk()
         if not any(name.startswith(f"{prefix}{CHILD}.") for name in state_dict):
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            _to_fused(trunk, state_dict, prefix, assign, missing_keys if strict else [], error_msgs)
+            to_fused(trunk, state_dict, prefix, assign, missing_keys if strict else [], error_msgs)
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def __getattr__(self, name: str) -> Any:
         trunk = self.__dict__.get("_modules", {}).get(CHILD)
-        if isinstance(trunk, FusedTrunk) and name in _record(trunk).skeleton:
+        if isinstance(trunk, FusedTrunk) and name in record_of(trunk).skeleton:
             raise AttributeError(
                 f"{name!r} was replaced by the fused levels in {CHILD!r} (ple_fast.accelerate); "
                 "ple_fast.restore(model) brings it back"
@@ -321,76 +268,3 @@ def accelerated_class(original: type[nn.Module], converter: Converter) -> type[n
         }
         _CLASSES[key] = type(f"Accelerated{original.__name__}", (Accelerated, original), namespace)
     return _CLASSES[key]
-
-
-def _to_original(trunk: FusedTrunk, state: dict[str, Any], prefix: str) -> None:
-    """Rename and cut the entries of a site in ``state``, which end up in the library's order."""
-    record, own = _record(trunk), f"{prefix}{CHILD}."
-    section = {name: state.pop(name) for name in [*state] if name.startswith(prefix)}
-    parts = _by_original(record)
-    whole = Counter(piece.fused for piece in _all_pieces(record) if piece.place is ...)
-    for name in record.names:
-        if name in parts:
-            first = parts[name][0]
-            value = (
-                _part(section[own + first.fused], first.place)
-                if first.inside is ...
-                else _assembled(record, trunk, name, parts[name])
-            )
-            # A counter that several layers share: each entry has memory of its own, or safetensors would refuse them.
-            state[prefix + name] = value.clone() if whole[first.fused] > 1 else value
-        elif prefix + name in section:
-            state[prefix + name] = section.pop(prefix + name)
-    state.update({name: value for name, value in section.items() if not name.startswith(own)})
-    metadata = getattr(state, "_metadata", None)
-    if metadata is not None:
-        for name in [name for name in metadata if name == own[:-1] or name.startswith(own)]:
-            del metadata[name]
-        for child, module in record.skeleton.items():
-            for name, inner in module.named_modules():
-                metadata[f"{prefix}{child}{'.' if name else ''}{name}"] = {"version": inner._version}
-
-
-def _to_fused(
-    trunk: FusedTrunk,
-    state: dict[str, Any],
-    prefix: str,
-    assign: bool,
-    missing: list[str],
-    errors: list[str],
-) -> None:
-    """Put fused entries in the place of the library's, as far as ``state`` has them; the rest keeps its value."""
-    record = _record(trunk)
-    values: dict[str, Tensor] = {}
-    counted: dict[str, Tensor] = {}
-    absent: set[str] = set()
-    for piece in _all_pieces(record):
-        name = prefix + piece.original
-        fused = values.get(piece.fused)
-        if fused is None:
-            fused = trunk.tensor(piece.fused).detach().clone()
-        value = state.get(name)
-        if value is None:
-            absent.add(name)
-        else:
-            expected = _skeleton_tensor(record, piece.original).shape
-            if value.shape != expected:
-                errors.append(f"size mismatch for {name}: expected {tuple(expected)}, got {tuple(value.shape)}")
-                continue
-            if assign and piece.fused not in values:
-                fused = torch.empty_like(fused, dtype=value.dtype, device=value.device).copy_(fused)
-            if piece.place is ... and piece.inside is ... and not value.equal(counted.setdefault(piece.fused, value)):
-                errors.append(
-                    f"{name}: expected {counted[piece.fused]}, as in the experts that share its stacked layer, got "
-                    f"{value}; restore(model), load, and accelerate again"
-                )
-            with torch.no_grad():
-                _part(fused, piece.place).copy_(_part(value, piece.inside))
-        values[piece.fused] = fused
-    saved = set(record.names)
-    missing += [name for name in sorted(absent) if name.removeprefix(prefix) in saved]
-    for piece in _all_pieces(record):
-        state.pop(prefix + piece.original, None)
-    constants = {name: tensor.detach() for name, tensor in _tensors(trunk) if name not in values}
-    for name, value in {**values, **constants}.items():
-        state[f"{prefix}{CHILD}.{name}"] = value

@@ -14,7 +14,7 @@ from .pieces import LevelSource
 from .registry import Converter, random_ids, register
 from .stacks import PlainLayer
 from .trees import Library, PlainLevel, tree
-from .wiring import ple_wiring
+from .wiring import mixtures, ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")
 
@@ -49,7 +49,7 @@ def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
 
 def _forward(self: Any, x_list: Sequence[Tensor]) -> list[Tensor]:
     (level,) = self.ple_fast.levels
-    return list(level(list(x_list)).unbind(1))
+    return mixtures(level, list(x_list))
 
 
 class CGCConverter(Converter):
@@ -81,9 +81,9 @@ class CGCConverter(Converter):
 
 def _mmoe_forward(self: Any, x: Mapping[str, Tensor]) -> Tensor:
     (level,) = self.ple_fast.levels
-    mixtures = level(self.embedding(x, self.features, squeeze_dim=True)).unbind(1)
-    ends = zip(mixtures, self.towers, self.predict_layers, strict=True)
-    return torch.cat([predict(tower(mixture)) for mixture, tower, predict in ends], dim=1)
+    rows = mixtures(level, self.embedding(x, self.features, squeeze_dim=True))
+    ends = zip(rows, self.towers, self.predict_layers, strict=True)
+    return torch.cat([predict(tower(row)) for row, tower, predict in ends], dim=1)
 
 
 class MMOEConverter(Converter):

@@ -72,6 +72,7 @@ class Library:
             raise TypeError(f"expected a model of {self.converter.library}, got {kind(module)}")
         return PLE.from_levels([source.pack().level for source in self.sources(module)])
 
+    @torch.inference_mode(False)
     def from_model_or_checkpoint(self, source: nn.Module | Mapping[str, Tensor], like: PLE | None, prefix: str) -> PLE:
         """``from_X``."""
         if isinstance(source, nn.Module):
@@ -82,6 +83,7 @@ class Library:
             )
         return self.checkpoint_to_ours(source, like, prefix)
 
+    @torch.inference_mode(False)
     def to_tree_or_target(self, ple: PLE, target: nn.Module | None) -> nn.Module:
         """``to_X``."""
         if target is None:

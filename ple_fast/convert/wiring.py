@@ -33,6 +33,15 @@ def ple_wiring(
 
 
 def mixtures(level: Any, x: Any) -> list[Tensor]:
-    """The mixtures ``(B, H)`` of a level one by one; by index, because torch.fx does not iterate."""
-    rows = level(x).unbind(1)
+    """The mixtures ``(B, H)`` of a level one by one.
+
+    Each may be changed in place in training, as a library's own can, whose mixtures are tensors of their own.
+    """
+    return separate(level, level(x))
+
+
+def separate(level: Any, y: Tensor) -> list[Tensor]:
+    """``mixtures`` out of what the level has returned, ``(B, O, H)``."""
+    # unbind makes views of one tensor, which autograd lets nobody write to. By index: torch.fx does not iterate.
+    rows = y.flatten(1).unsafe_split(level.out_features, 1)
     return [rows[o] for o in range(level.topology.num_mixtures)]

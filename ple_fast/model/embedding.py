@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ class FeatureEmbedding(nn.Module):
             raise ValueError("columns: expected at least one Categorical or Numeric, got none")
         self.num_codes = len(categorical)
         self.num_numbers = sum(column.features for column in numeric)
+        # The user's defaults, as nn.Embedding takes them.
+        where: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+        whole = {**where, "dtype": torch.int64}
         self.tables = nn.ModuleList()
         self._picks: list[list[int]] = []
         self._first: list[list[int]] = []
@@ -45,14 +49,14 @@ class FeatureEmbedding(nn.Module):
             self._picks.append(pick)
             self._first.append(first)
             # Integers, which half() leaves alone; not persistent, because they follow from the columns.
-            self.register_buffer(f"first_{group}", torch.tensor(first), persistent=False)
+            self.register_buffer(f"first_{group}", torch.tensor(first, **whole), persistent=False)
         widths = [column.width for column in numeric for _ in range(column.features)]
         self._plain = [place for place, width in enumerate(widths) if width is None]
         self._owners = [place for place, width in enumerate(widths) for _ in range(width or 0)]
-        self.register_buffer("owner", torch.tensor(self._owners, dtype=torch.int64), persistent=False)
+        self.register_buffer("owner", torch.tensor(self._owners, **whole), persistent=False)
         embedded = len(self._owners)
-        self.number_weight = nn.Parameter(torch.empty(embedded)) if embedded else None
-        self.number_bias = nn.Parameter(torch.empty(embedded)) if embedded else None
+        self.number_weight = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
+        self.number_bias = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
         self.out_features = sum(column.width for column in categorical) + len(self._plain) + embedded
         self.reset_parameters()
 
@@ -63,8 +67,10 @@ class FeatureEmbedding(nn.Module):
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=INITIAL_STD)
             table.weight[first] = 0.0
-            self.get_buffer(f"first_{group}").copy_(torch.tensor(first))  # after to_empty from the meta device
-        self.get_buffer("owner").copy_(torch.tensor(self._owners, dtype=torch.int64))
+            self.get_buffer(f"first_{group}").copy_(
+                torch.tensor(first, device="cpu", dtype=torch.int64)
+            )  # after to_empty from the meta device
+        self.get_buffer("owner").copy_(torch.tensor(self._owners, device="cpu", dtype=torch.int64))
         for parameter in (self.number_weight, self.number_bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -1.0, 1.0)

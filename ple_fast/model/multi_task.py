@@ -94,7 +94,8 @@ class MultiTaskModel(nn.Module):
             self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
             if not isinstance(self.trunk, nn.Module):
                 raise TypeError(f"trunk: expected the function to return a module, got {self.trunk!r}")
-        like = next(self.trunk.parameters(), torch.empty(0))
+        defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+        like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
             build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
@@ -166,6 +167,8 @@ class MultiTaskModel(nn.Module):
                 outputs[task.name] = entire_space(outputs[self.given[task.name]], outputs[task.name])
         return outputs
 
+    @torch.inference_mode(False)  # it trains whatever mode it is called in
+    @torch.enable_grad()
     def fit(
         self,
         data: Table | Encoded,

@@ -110,6 +110,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
                 detached = loss.detach()
                 summed += detached * (stop - start)
                 if progress is not None:

@@ -235,6 +235,7 @@ class ExtractionNetwork(CheckedModule):
             return y
         return y, gates
 
+    @torch.inference_mode(False)  # what passes gradients on to its input could not be saved
     def for_inference(self, *, plain: bool = False) -> ExtractionNetwork:
         """A new level for deployment, in eval mode: same results as this one in eval mode, up to rounding.
 

@@ -76,6 +76,7 @@ def _norm_parts(role: str, norm: nn.Module, index: int | slice) -> Iterator[Part
         yield Part(role, name, tensor, index if tensor.dim() else ...)
 
 
+@torch.inference_mode(False)
 def unpack(level: ExtractionNetwork) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
     """Ordinary modules with copies of a level's weights and buffers; see ``ExtractionNetwork.unpack``."""
     _check_ours(level)

@@ -50,10 +50,13 @@ class Slots:
             return first
         if len(self.tensors) < 2 or len(self.tensors) != len(self.places):
             return None
-        if torch.compiler.is_compiling():  # a graph knows no places in memory
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None  # which know no places in memory
+        # The parts of one split, say. Only a view of memory: gradients still go to each entry.
+        if any(type(t) is not Tensor or t.stride() != first.stride() for t in self.tensors):
             return None
-        # Views of one unbind, say. Only a view of memory: gradients still go to each entry.
-        if first._base is None or any(t._base is not first._base or t.stride() != first.stride() for t in self.tensors):
+        storage = first.untyped_storage()._cdata
+        if any(t.untyped_storage()._cdata != storage for t in self.tensors):
             return None
         starts = [t.storage_offset() for t in self.tensors]
         step = starts[1] - starts[0]

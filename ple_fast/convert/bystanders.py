@@ -1,0 +1,152 @@
+"""Who else in this process holds parts of a model: optimizers, wrappers, other modules, attributes."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+TRACED = (torch.fx.GraphModule, torch.jit.ScriptModule)
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+OWN = ("_parameters", "_buffers", "_modules")
+ATOMS = frozenset((str, bytes, int, float, bool, complex, type(None)))
+ENDS = (type, ModuleType, CodeType, BuiltinFunctionType, Optimizer, Tensor)
+"""Where a search ends: optimizers are looked at on their own."""
+DEPTH = 20
+
+
+class Bystanders(NamedTuple):
+    """Objects of this process that record parts of models."""
+
+    optimizers: list[Optimizer]
+    wrappers: list[nn.Module]
+    modules: list[nn.Module]
+    """All of them, but for graphs that a tracer has made."""
+
+
+def bystanders(model: nn.Module, given: Sequence[Optimizer]) -> Bystanders:
+    """It takes a look at every object there is. What only waits for the garbage collector is none."""
+    found = _scan()
+    parts = {id(part) for part in [*model.modules(), *model.parameters()]}
+    known = {id(optimizer) for optimizer in given}
+    inside = {id(module) for module in model.modules()}
+    suspects = [o for o in found.optimizers if id(o) not in known and any(id(p) in parts for p in held(o))]
+    others = [
+        own
+        for own in found.modules
+        if id(own) not in inside
+        and any(
+            id(part) in parts and part is not model
+            for part in (*own._modules.values(), *own._parameters.values(), *own._buffers.values())
+        )
+    ]
+    if not suspects and not others and not wrapper_of(model, found.wrappers):
+        return found
+    del found, suspects, others
+    gc.collect()
+    return _scan()
+
+
+def _scan() -> Bystanders:
+    found = Bystanders([], [], [])
+    graphs: list[nn.Module] = []
+    kinds: dict[type, tuple[list[Any], ...]] = {}
+    for candidate in gc.get_objects():
+        kind = type(candidate)
+        lists = kinds.get(kind)
+        if lists is None:
+            is_module = issubclass(kind, nn.Module) and not issubclass(kind, TRACED)
+            lists = kinds[kind] = tuple(
+                own
+                for own, is_one in (
+                    (found.optimizers, issubclass(kind, Optimizer)),
+                    (found.wrappers, is_module and any(cls.__name__ in WRAPPERS for cls in kind.__mro__)),
+                    (found.modules, is_module),
+                    (graphs, issubclass(kind, torch.fx.GraphModule)),
+                )
+                if is_one
+            )
+        for own in lists:
+            if own is found.optimizers or "_modules" in vars(candidate):  # and not one that is just being made
+                own.append(candidate)
+    # A graph is what a model was when it was traced; containers in it are ordinary modules.
+    containers = {id(part) for graph in graphs for part in graph.modules() if type(part) is nn.Module}
+    return found._replace(modules=[module for module in found.modules if id(module) not in containers])
+
+
+def held(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters of an optimizer."""
+    for group in getattr(optimizer, "param_groups", ()):
+        yield from group["params"]
+
+
+def wrapper_of(model: nn.Module, wrappers: Iterable[nn.Module]) -> str | None:
+    """The kind of a wrapper for distributed training in a model, around it, or around what it is a part of."""
+    inside = {id(module) for module in model.modules()}
+    for wrapper in wrappers:
+        if any(id(part) in inside for part in wrapper.modules()):
+            return next(cls.__name__ for cls in type(wrapper).__mro__ if cls.__name__ in WRAPPERS)
+    return None
+
+
+def holders(
+    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]
+) -> list[Optimizer]:
+    """Those of ``optimizers``, other than the given ones, that hold any of the parameters."""
+    wanted, known = {id(p) for p in parameters}, {id(o) for o in given}
+    return [found for found in optimizers if id(found) not in known and any(id(p) in wanted for p in held(found))]
+
+
+def references(module: nn.Module, wanted: Collection[int], known: Collection[int]) -> Iterator[tuple[str, int]]:
+    """Names of the module's attributes, beside its parameters and children, that lead to one of the objects ``wanted``.
+
+    Args:
+        wanted: by id.
+        known: modules, by id, that are looked into on their own.
+    """
+    for name, value in vars(module).items():
+        if name not in OWN:
+            yield from ((name, found) for found in _reached(value, wanted, known, set(), DEPTH))
+
+
+def _reached(value: Any, wanted: Collection[int], known: Collection[int], seen: set[int], depth: int) -> Iterator[int]:
+    """Through containers, what a function remembers, and attributes of plain objects."""
+    if id(value) in wanted:
+        yield id(value)
+        return
+    if issubclass(type(value), ENDS) or id(value) in known or id(value) in seen or depth == 0:
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        if type(part) not in ATOMS:
+            yield from _reached(part, wanted, known, seen, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    kind = type(value)
+    if issubclass(kind, dict):
+        return list(value.values())
+    if issubclass(kind, (list, tuple, set, frozenset)):
+        return list(value)
+    if kind is MethodType:
+        return (value.__self__, value.__func__)
+    if issubclass(kind, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if kind is FunctionType:
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # it raises
+    except ValueError:
+        return False
+    return True
