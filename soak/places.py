@@ -30,7 +30,7 @@ class Planted:
         self.what = "nothing"
 
     def __call__(self, module: nn.Module, leaves: list[Tensor], gate_leaves: list[Tensor]) -> None:
-        named = dict(module.named_parameters())
+        named: dict[str, Tensor] = dict(module.named_parameters())
         named.update({f"x[{i}]": leaf for i, leaf in enumerate(leaves)})
         named.update({f"gate_input[{i}]": leaf for i, leaf in enumerate(gate_leaves)})
         if self.shake is not None:

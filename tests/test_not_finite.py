@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ple_fast import CGC, PLE, SingleTask, use_backend
+from ple_fast import CGC, PLE, GateSpec, MLPSpec, SingleTask, use_backend
 from ple_fast.reference import PLEReference
 from ple_fast.torch_backend import few_rows, grouped_linear, products, slots
 from soak import places
@@ -55,7 +55,7 @@ def test_places_by_onednn_are_the_references(first: int) -> None:
 def _suits_kernels(trial: Trial) -> bool:
     """Small enough for the interpreter, and without dropout: kernels keep what is left after ReLU and dropout, which
     does not tell where a gradient met a dropped element (docs/design.md)."""
-    specs = [spec for level in trial.levels for spec in (*level.experts, level.gate)]
+    specs: list[MLPSpec | GateSpec] = [spec for level in trial.levels for spec in (*level.experts, level.gate)]
     return len(trial.levels) == 1 and 0 < trial.rows < 9 and not any(any(spec.dropout) for spec in specs)
 
 
@@ -74,7 +74,7 @@ def test_a_nan_in_a_weight_is_swallowed_by_no_relu(rows: int, trains: bool) -> N
     torch.manual_seed(0)
     ple = PLE(64, num_tasks=2, expert_units=(32, 16))
     with torch.no_grad():
-        ple.levels[0].blocks[0].layers[0].weight[1, 2, 3] = NAN  # type: ignore[union-attr, index, operator]
+        ple.levels[0].blocks[0].layers[0].weight[1, 2, 3] = NAN  # type: ignore[union-attr, index]
     x = torch.randn(rows, 64)
     with torch.set_grad_enabled(trains):
         y = ple(x)
@@ -122,14 +122,14 @@ def test_tasks_that_share_nothing_see_nothing_of_each_other(
     if way == "composed":
         monkeypatch.setattr("ple_fast.functional.must_compose", lambda weight: True)
     level = module.levels[0] if hasattr(module, "levels") else module  # type: ignore[index]
-    _apart(module, level.blocks[0].layers[0].weight, rows, compiled=way == "compiled")  # type: ignore[union-attr, index, operator, arg-type]
+    _apart(module, level.blocks[0].layers[0].weight, rows, compiled=way == "compiled")  # type: ignore[union-attr, index]
 
 
 def test_tasks_stay_apart_in_an_exported_program() -> None:
     torch.manual_seed(1)
     module = CGC(6, 3, task_experts=2, shared_experts=1, expert_units=(4,)).for_inference(plain=True)
     with torch.no_grad():
-        module.levels[0].blocks[0].layers[0].weight[0, 1, 2] = NAN  # type: ignore[union-attr, index, operator]
+        module.levels[0].blocks[0].layers[0].weight[0, 1, 2] = NAN  # type: ignore[union-attr, index]
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(module, (torch.randn(5, 6),), dynamic_shapes=({0: rows},)).module()
     y = program(torch.randn(9, 6))
