@@ -26,7 +26,7 @@ class Run:
     ) -> None:
         self.seed, self.lr, self.make, self.parameters = seed, lr, optimizer, list(parameters)
         self.places = _places(parameters)
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self._kept: torch.optim.Optimizer | None = None
 
     def goes_on_with(
