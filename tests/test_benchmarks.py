@@ -263,10 +263,32 @@ def test_the_table_says_what_the_results_say() -> None:
     rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in lines)}
     assert rows["**`fast`**"] == ["10.0", "10.0", "50.0", "7"]
     assert rows["`loop_frozen`"] == ["", "22.5", "", ""]
-    assert rows["speed-up of `fast` over the best peer"] == ["1.20 x", "2.25 x", "", ""]
+    assert rows["speed-up of `fast` over the best peer"] == ["1.20 x, `deepctr`", "2.25 x, `loop_frozen`", "", ""]
     assert rows["speed-up of `fast` over `loop`"] == ["1.30 x", "2.50 x", "0.50 of `loop`", ""]
     assert rows["`fast` in units of `bare_gemm`"] == ["1.25 x", "2.00 x", "", ""]
     assert [report.best_peer(entry) for entry in CONTENT["results"]] == ["deepctr", "loop_frozen"]
+
+
+@pytest.mark.parametrize("name", [name for name in run.HEAD_TO_HEAD if name not in (*OURS, "bare_gemm")])
+def test_the_best_peer_may_be_any_contestant_that_is_not_ours(name: str) -> None:
+    others = {"fast": 1.0, "loop": 2.5, "bare_gemm": 0.5}
+    entry = case("inference", 1, **{**others, name: 0.75})
+    assert report.best_peer(entry) == name
+    assert report.ratio_to_best(entry) == 0.75
+
+
+def test_a_case_that_is_lost_comes_first_in_the_readme() -> None:
+    lost = case("inference", 1, fast=1.0, loop=2.5, bmm=0.78, bare_gemm=0.5)
+    content = {**CONTENT, "results": [*CONTENT["results"], lost]}
+    assert report.readme_block("cpu-2core-some", {"head_to_head": content}).startswith(
+        "The worst case first: in inference of 1 row `fast` is slower than the best peer, 0.78 x (`bmm`: naive "
+        "stacking: one batched product per layer; 7.80 ms against 10.0 ms). In the other cases it is "
+        "1.20 to 2.25 x as fast.\n\n|"
+    )
+    assert report.worst_case_sentence({"results": CONTENT["results"][:1]}).startswith(
+        "The worst case first: in forward + backward of 4,096 rows `fast` is least ahead of the best peer, 1.20 x "
+        "(`deepctr`"
+    )
 
 
 def test_the_grid_sentence_says_what_the_results_say() -> None:
