@@ -58,6 +58,19 @@ def test_what_the_page_on_swapping_says_is_printed(tmp_path: Path, monkeypatch: 
     assert {id(p) for p in biases} <= {id(p) for p in scope["no_decay"]}
 
 
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.startswith("docs/migration/")])
+def test_two_models_of_a_page_share_no_tensor(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what a page loads into the one is written into the other."""
+    monkeypatch.chdir(tmp_path)
+    scope, _ = run_document(name)
+    tensors = [
+        {tensor.untyped_storage().data_ptr() for tensor in (*scope[model].parameters(), *scope[model].buffers())}
+        for model in ("model", "serving")
+    ]
+    assert all(tensors)
+    assert not set.intersection(*tensors)
+
+
 def test_what_the_page_on_mixed_precision_says_is_printed() -> None:
     _, lines = run_document("docs/mixed_precision.md")
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"]
