@@ -478,7 +478,7 @@ def plots(files: Mapping[str, Result], folder: Path) -> list[Path]:
             label = f"{MODE_NAMES[case['mode']]}\nbatch {case['batch']:,}"
             groups[label] = {n: round(float(t["median_ms"]) / floor, 3) for n, t in times.items() if n != FLOOR}
         written.append(folder / "head_to_head.png")
-        plot_bars(groups, ylabel="time / bare matrix products", log=True, path=written[-1])
+        plot_bars(groups, ylabel="time / bare matrix products", xlabel="mode", log=True, path=written[-1])
     if "grid" in files:
         written.append(folder / "grid.png")
         _plot_grid(files["grid"]["results"], written[-1])
@@ -505,7 +505,7 @@ def _plot_grid(entries: Sequence[Result], path: Path) -> None:
         axes.set_title(MODE_NAMES[mode], fontsize=10)
         axes.grid(color="#E0E0E0", linewidth=0.7)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("time of loop / time of fast")
+    panels[0].set_ylabel("time of loop / time of fast\n(median of paired ratios)")
     panels[1].legend(fontsize=8, title="larger marker: more tasks", title_fontsize=8)
     figure.savefig(path)
 

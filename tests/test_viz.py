@@ -15,6 +15,7 @@ from ple_fast import Topology, viz
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 TASKS = ("income", "never married")
@@ -43,6 +44,7 @@ def test_gate_use_is_mean_and_std_per_expert_with_the_owners_of_the_topology() -
         ("PLE level 2", "income"),
         ("PLE level 2", "never married"),
     ]
+    assert {use.rows for use in uses} == {50}
     assert uses[1].experts == ("never married", "never married", "shared")
     assert uses[2].experts == ("income", "income", "never married", "never married", "shared")
     for use, weight in zip(uses, [w for level in gates for w in level], strict=True):
@@ -66,10 +68,65 @@ def test_gate_use_does_not_take_the_experts_of_ml_mmoe_for_tasks() -> None:
     assert [use.experts for use in uses] == [("any", "any")] * 2 + [("slot 0", "slot 1")] * 2
 
 
-def test_weights_beyond_0_and_1_are_in_the_picture() -> None:
-    use = viz.GateUse("level 1", "income", ("income", "never married"), (-0.5, 1.25), (0.0, 0.0))
+@pytest.mark.parametrize(
+    ("mean", "std", "limits"),
+    [
+        ((-0.5, 1.25), (0.0, 0.0), (-0.5, 1.25)),
+        ((0.125, 0.875), (0.25, 0.25), (-0.125, 1.125)),
+        ((0.25, 0.75), (0.25, 0.125), (0.0, 1.0)),
+    ],
+)
+def test_no_bar_and_no_deviation_is_cut(
+    mean: tuple[float, float], std: tuple[float, float], limits: tuple[float, float]
+) -> None:
+    use = viz.GateUse("level 1", "income", ("income", "never married"), mean, std)
     (axes,) = (axes for axes in viz.plot_gate_use([use]).axes if axes.axison)
-    assert axes.get_ylim() == (-0.5, 1.25)
+    assert axes.get_ylim() == limits
+
+
+SCORES = {"single task": {"income": [0.93, 0.95], "college": [0.8, 0.8]}, "PLE": {"income": [0.9], "college": [0.7]}}
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "gates": lambda: viz.plot_gate_use(viz.gate_use(_gates(PLE), PLE, TASKS, model="PLE")),
+    "scores": lambda: viz.plot_scores(SCORES),
+    "lines": lambda: viz.plot_lines(
+        [0, 1], {"task": {"PLE": [[1.0, 3.0], [4.0]]}}, xlabel="correlation", ylabel="gain"
+    ),
+    "bars": lambda: viz.plot_bars({"256": {"ple_fast": 1.0}}, xlabel="batch", ylabel="ms"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_axis_of_a_picture_has_a_name(name: str) -> None:
+    panels = [axes for axes in FIGURES[name]().axes if axes.axison]
+    assert all(axes.get_xlabel() for axes in panels)
+    for axes in panels:  # a panel to the right shares the axis of the first one of its row
+        assert axes.get_ylabel() or axes.get_subplotspec().colspan.start > 0  # type: ignore[union-attr]
+
+
+def _legend(figure: Figure) -> str:
+    (legend,) = figure.legends
+    return "\n".join([legend.get_title().get_text(), *(text.get_text() for text in legend.get_texts())])
+
+
+@pytest.mark.parametrize("name", ["gates", "scores", "lines"])
+def test_a_picture_with_deviations_says_so_and_of_what(name: str) -> None:
+    legend = _legend(FIGURES[name]())
+    assert "mean" in legend and "standard deviation over" in legend
+    assert ("50 rows" if name == "gates" else "over runs") in legend
+
+
+def test_rows_that_differ_or_are_not_known_are_not_made_up() -> None:
+    wide, narrow = (viz.GateUse("a", "b", ("any",), (1.0,), (0.0,), rows) for rows in (2000, 10))
+    assert "over 10 to 2,000 rows" in _legend(viz.plot_gate_use([wide, narrow]))
+    unknown = viz.GateUse("a", "b", ("any",), (1.0,), (0.0,))
+    assert "over the rows of a batch" in _legend(viz.plot_gate_use([wide, unknown]))
+
+
+def test_one_run_per_model_has_no_deviation() -> None:
+    figure = viz.plot_scores({"PLE": {"income": [0.9]}})
+    assert "deviation" not in _legend(figure)
+    (bars,) = (c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer))
+    assert not bars.has_xerr
 
 
 def test_gate_use_takes_gates_that_require_grad_and_half_precision() -> None:
@@ -103,11 +160,7 @@ def test_plot_gate_use_draws_one_bar_per_expert_at_its_mean(tmp_path: Path) -> N
 
 
 def test_plot_scores_shows_every_seed_and_the_mean(tmp_path: Path) -> None:
-    scores = {
-        "single task": {"income": [0.93, 0.95], "college": [0.8, 0.8]},
-        "PLE": {"income": [0.9], "college": [0.7]},
-    }
-    figure = viz.plot_scores(scores, path=tmp_path / "auc.svg")
+    figure = viz.plot_scores(SCORES, path=tmp_path / "auc.svg")
     income, college = figure.axes
     assert (income.get_xlabel(), college.get_xlabel()) == ("AUC, income", "AUC, college")
     assert [text.get_text() for text in income.texts] == ["0.9400", "0.9000"]
