@@ -1,6 +1,6 @@
 # Every target sets up .venv when it is missing or older than pyproject.toml. Arguments go through ARGS="...".
 PYTHON ?= python3
-# Pinned here alone, because the newest torch may pull gigabytes; the package itself takes any torch >= 2.10.
+# Pinned here alone; the package itself takes any torch >= 2.10. .ci/install_torch.py chooses its build.
 TORCH_VERSION ?= 2.13.0
 OLDEST_TRITON ?= 3.6.0
 # TorchRec asks for fbgemm-gpu, whose wheel on PyPI needs CUDA to load. The CPU's is built for this torch alone.
@@ -10,18 +10,23 @@ ARGS ?=
 RANKS ?= 2
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
 READY := .venv/.ready
 BENCH_READY := .venv/.ready-bench
 OLDEST_READY := .venv-oldest-triton/.ready
 export PIP_NO_INPUT := 1
+# Whoever reads a log sees each line when it is written.
+export PYTHONUNBUFFERED := 1
 
-.PHONY: help example example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
+.PHONY: help example example-full example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-example: $(READY)  ## train on Census-Income: tables and two pictures (ARGS="--rows 20000" for a short run)
+example: $(READY)  ## train five architectures on a fifth of Census-Income: tables and two pictures, in a minute or two
+	$(BIN)/python examples/census_income.py --rows 60000 $(ARGS)
+
+example-full: $(READY)  ## the same on all of its rows: the comparison that the documents quote
 	$(BIN)/python examples/census_income.py $(ARGS)
 
 example-swap: $(READY)  ## train models of torch-rechub and DeepCTR-Torch before and after accelerate (ARGS="--rows 20000")
@@ -59,17 +64,22 @@ types: $(READY)  ## mypy --strict
 	$(BIN)/mypy $(ARGS)
 
 $(READY): pyproject.toml
-	@echo "Setting up .venv; this takes a minute or two"
+	@echo "Setting up .venv, step 1 of 3: torch"
 	$(PYTHON) -m venv .venv
-	$(PIP) torch==$(TORCH_VERSION)
+	$(BIN)/python .ci/install_torch.py $(TORCH_VERSION)
+	@echo "Step 2 of 3: what the tests, examples and checks need, about 500 MB to fetch"
 	$(PIP) --editable ".[dev,viz,examples,peers]"
+	@echo "Step 3 of 3: TorchRec, on Linux x86_64 only, about 10 MB to fetch"
 	test "$$(uname -sm)" != "Linux x86_64" || $(PIP) --no-deps $(TORCHREC)
 	@touch $@
 
 $(OLDEST_READY): pyproject.toml
+	@echo "Setting up .venv-oldest-triton, step 1 of 2: torch"
 	$(PYTHON) -m venv .venv-oldest-triton
-	.venv-oldest-triton/bin/python -m pip --disable-pip-version-check install --quiet \
-		torch==$(TORCH_VERSION) triton==$(OLDEST_TRITON) numpy safetensors pytest hypothesis
+	.venv-oldest-triton/bin/python .ci/install_torch.py $(TORCH_VERSION)
+	@echo "Step 2 of 2: triton $(OLDEST_TRITON) and what the tests need, about 250 MB to fetch"
+	.venv-oldest-triton/bin/python -m pip --disable-pip-version-check install \
+		triton==$(OLDEST_TRITON) numpy safetensors pytest hypothesis
 	@touch $@
 
 $(BENCH_READY): $(READY)
