@@ -20,6 +20,7 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import PLE
 
 import ple_fast
+from examples.progress import console_for, progress
 from examples.swap_census import TASKS, Census, Contestant, alternate, arguments, compare, load
 
 TOLERANCE = 0.01
@@ -53,27 +54,24 @@ def contestant(model: Any, census: Census, size: int) -> Contestant:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains both, compares."""
     options = arguments((__doc__ or "").partition("\n")[0], argv)
-    census = load(options.rows)
-    original = build(census)
-    fused = copy.deepcopy(original)
-    print(ple_fast.accelerate(fused, strict=True))  # the one line
+    console = console_for()
+    with progress(console, "DeepCTR-Torch: loading") as work:
+        census = load(options.rows)
+        original = build(census)
+        fused = copy.deepcopy(original)
+        print(ple_fast.accelerate(fused, strict=True))  # the one line
 
-    contestants = {
-        "original": contestant(original, census, options.batch_size),
-        "accelerated": contestant(fused, census, options.batch_size),
-    }
-    alternate(contestants, options.epochs)
+        contestants = {
+            "original": contestant(original, census, options.batch_size),
+            "accelerated": contestant(fused, census, options.batch_size),
+        }
+        alternate(contestants, options.epochs, work)
 
-    swapped = copy.deepcopy(original)
-    swapped.optim = None  # it holds the parameters of this copy, which is not going to train
-    ple_fast.accelerate(swapped)
-    compare(
-        "DeepCTR-Torch",
-        census,
-        contestants,
-        contestant(swapped, census, options.batch_size).auc(census.test),
-        TOLERANCE,
-    )
+        swapped = copy.deepcopy(original)
+        swapped.optim = None  # it holds the parameters of this copy, which is not going to train
+        ple_fast.accelerate(swapped)
+        again = contestant(swapped, census, options.batch_size).auc(census.test)
+        compare("DeepCTR-Torch", census, contestants, again, TOLERANCE, console)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ Usage: python examples/accelerate_torch_rechub.py [--rows N] [--epochs N] [--bat
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
+os.environ.setdefault("TQDM_DISABLE", "1")  # the trainer's own bars: this example says itself how far it is
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ from torch_rechub.models.multi_task import PLE
 from torch_rechub.trainers import MTLTrainer
 
 import ple_fast
+from examples.progress import console_for, progress
 from examples.swap_census import Census, Contestant, Rows, alternate, arguments, compare, load
 
 TASK_TYPES = ["classification", "classification"]
@@ -68,22 +71,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains both, compares."""
     options = arguments((__doc__ or "").partition("\n")[0], argv)
     torch.manual_seed(0)
-    census = load(options.rows)
-    original = build(census)
-    fused = copy.deepcopy(original)
-    print(ple_fast.accelerate(fused, strict=True))  # the one line
+    console = console_for()
+    with progress(console, "torch-rechub: loading") as work:
+        census = load(options.rows)
+        original = build(census)
+        fused = copy.deepcopy(original)
+        print(ple_fast.accelerate(fused, strict=True))  # the one line
 
-    train = batches(census.train, np.random.default_rng(0).permutation(len(census.train)), options.batch_size)
-    test = batches(census.test, np.arange(len(census.test)), options.batch_size)
-    contestants = {
-        "original": contestant(original, train, test),
-        "accelerated": contestant(fused, train, test),
-    }
-    alternate(contestants, options.epochs)
+        train = batches(census.train, np.random.default_rng(0).permutation(len(census.train)), options.batch_size)
+        test = batches(census.test, np.arange(len(census.test)), options.batch_size)
+        contestants = {
+            "original": contestant(original, train, test),
+            "accelerated": contestant(fused, train, test),
+        }
+        alternate(contestants, options.epochs, work)
 
-    swapped = copy.deepcopy(original)
-    ple_fast.accelerate(swapped)
-    compare("torch-rechub", census, contestants, contestant(swapped, train, test).auc(census.test), TOLERANCE)
+        swapped = copy.deepcopy(original)
+        ple_fast.accelerate(swapped)
+        again = contestant(swapped, train, test).auc(census.test)
+        compare("torch-rechub", census, contestants, again, TOLERANCE, console)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Tasks: income above 50,000 dollars, never married. Models: single task, hard sharing, MMoE, CGC, PLE, with the same
 towers and about as many parameters each. Prints AUC per task over several seeds, the gain over single task (PLE paper,
 eq. 11) and the speed of a training step with the fused PLE and with the plain one; writes these figures as JSON, and
-draws two pictures.
+draws two pictures. Without ``--rows`` it trains on everything, which takes minutes.
 
 Usage: python examples/census_income.py [--rows N] [--seeds N] [--epochs N] [--models ple,mmoe] [--out DIR]
 """
@@ -15,43 +15,28 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
-import numpy as np
-import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.result_files import write
+from examples.census_data import INCOME, NEVER_MARRIED, SPLITS, Data, about, load
+from examples.census_pictures import draw
+from examples.progress import Work, console_for, progress
 from ple_fast.losses import TaskLoss
-from ple_fast.model import Encoded, MultiTaskModel, Step, columns_from, encode
-from ple_fast.model.columns import Column
+from ple_fast.model import MultiTaskModel, Step
 from ple_fast.reference import PLEReference
-from ple_fast.viz import gate_use, plot_gate_use, plot_scores
+from ple_fast.viz import gate_use
 
-DATA = Path(__file__).parent / "data" / "census_income.parquet"
-INCOME, NEVER_MARRIED = "income", "never married"
 TASKS = (TaskLoss(INCOME), TaskLoss(NEVER_MARRIED))
-# The labels are made of these, or (instance_weight) they say how the survey was sampled: none of them is a feature.
-NO_FEATURES = ("education", "marital_stat", "income", "instance_weight", "split")
-NUMERIC = (
-    "age",
-    "wage_per_hour",
-    "capital_gains",
-    "capital_losses",
-    "dividends_from_stocks",
-    "num_persons_worked_for_employer",
-    "weeks_worked_in_year",
-)
 FLOORS = {INCOME: 0.930, NEVER_MARRIED: 0.992}
 
 # Every trunk hands 32 features per task to a tower of 16 units. Widths are such that the trunks have about as many
@@ -82,50 +67,6 @@ MODELS = {
 GATED = ("mmoe", "cgc", "ple")
 
 
-class Split(NamedTuple):
-    """Encoded rows and their labels."""
-
-    rows: Encoded
-    labels: dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass
-class Data:
-    """The three splits, and the columns that encoded them."""
-
-    columns: list[Column]
-    train: Split
-    validation: Split
-    test: Split
-
-
-def load(rows: int | None, seed: int = 0) -> Data:
-    """The official training part, and the official test part cut into two halves; of ``rows`` rows where given."""
-    frame = pd.read_parquet(DATA)
-    rng = np.random.default_rng(seed)
-    official = {name: np.flatnonzero(frame["split"] == name) for name in ("train", "test")}
-    share = 1.0 if rows is None else min(rows / len(frame), 1.0)
-    picked = {name: rng.permutation(index)[: round(share * len(index))] for name, index in official.items()}
-    middle = len(picked["test"]) // 2
-    train = frame.iloc[picked["train"]]
-    columns = columns_from(
-        train,
-        categorical=[name for name in frame.columns if name not in (*NO_FEATURES, *NUMERIC)],
-        numeric=NUMERIC,
-        transform="log1p",
-    )
-
-    def split(part: pd.DataFrame) -> Split:
-        labels = {
-            INCOME: (part["income"] == "50000+.").to_numpy(np.float32),
-            NEVER_MARRIED: (part["marital_stat"] == "Never married").to_numpy(np.float32),
-        }
-        return Split(encode(part, columns), labels)
-
-    halves = frame.iloc[picked["test"][:middle]], frame.iloc[picked["test"][middle:]]
-    return Data(columns, split(train), *map(split, halves))
-
-
 def aucs(predictions: dict[str, Any], labels: Any) -> dict[str, float]:
     """AUC of each task that was predicted."""
     return {name: float(roc_auc_score(labels[name], predicted)) for name, predicted in predictions.items()}
@@ -146,7 +87,7 @@ class Results:
     first: MultiTaskModel | None = None
 
 
-def run(architecture: Architecture, data: Data, seed: int, options: argparse.Namespace, bar: Bar) -> Results:
+def run(architecture: Architecture, data: Data, seed: int, options: argparse.Namespace, bar: Trainings) -> Results:
     """Trains one architecture with one seed and scores it on the test data."""
     result = Results()
     begin = time.perf_counter()
@@ -168,7 +109,7 @@ def run(architecture: Architecture, data: Data, seed: int, options: argparse.Nam
             score=mean_auc,
             patience=2,
             seed=seed,
-            progress=bar.of(f"{architecture.label}, seed {seed}"),
+            progress=bar.of(f"{architecture.label}, seed {seed + 1} of {options.seeds}"),
         )
         bar.finished(options.epochs)
         for name, auc in aucs(model.predict(data.test.rows), data.test.labels).items():
@@ -184,23 +125,22 @@ def batch_size(options: argparse.Namespace, data: Data) -> int:
     return options.batch_size or min(1024, max(64, len(data.train.rows) // 50))
 
 
-class Bar:
-    """One progress bar over all trainings of a run."""
+class Trainings:
+    """The batches of all trainings of a run, as one piece of work."""
 
-    def __init__(self, progress: Progress, trainings: int) -> None:
-        self.progress, self.trainings, self.done, self.batches = progress, trainings, 0, 0
-        self.line = progress.add_task("loading", total=None)
+    def __init__(self, work: Work, trainings: int) -> None:
+        self.work, self.trainings, self.done, self.batches = work, trainings, 0, 0
 
-    def of(self, label: str) -> Any:
-        """The callback of one training."""
+    def of(self, label: str) -> Callable[[Step], None]:
+        """The callback of one training, which begins."""
+        self.work.now(label)
 
         def show(step: Step) -> None:
             self.batches = step.batches
-            self.progress.update(
-                self.line,
-                total=self.trainings * step.epochs * step.batches,
-                completed=self.done + (step.epoch - 1) * step.batches + step.batch,
-                description=f"{label}, epoch {step.epoch}/{step.epochs}",
+            self.work.now(
+                f"{label}, epoch {step.epoch}/{step.epochs}",
+                self.done + (step.epoch - 1) * step.batches + step.batch,
+                self.trainings * step.epochs * step.batches,
             )
 
         return show
@@ -208,15 +148,7 @@ class Bar:
     def finished(self, epochs: int) -> None:
         """One training is over, early or not."""
         self.done += epochs * self.batches
-        self.progress.update(self.line, completed=self.done)
-
-
-@contextmanager
-def progress_bar(console: Console, trainings: int) -> Iterator[Bar]:
-    """The bar, with batches done and the time left."""
-    parts = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*parts, TimeRemainingColumn(), console=console) as progress:
-        yield Bar(progress, trainings)
+        self.work.now(self.work.description, self.done)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -225,9 +157,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f}{deviation}"
 
 
-def table_of(results: dict[str, Results]) -> Table:
-    """AUC and gain over single task, per task and model."""
-    table = Table(title="AUC on the test data, mean ± standard deviation over seeds")
+def table_of(results: dict[str, Results], seeds: int) -> Table:
+    """AUC and gain over single task, per task and model; of the first seed alone where more of ``seeds`` will come."""
+    done = len(next(iter(results.values())).seconds)
+    words = f"mean ± standard deviation over {done} seeds" if done > 1 else "one seed"
+    table = Table(title=f"AUC on the test data, {words if done == seeds else f'the first of {seeds} seeds'}")
     table.add_column("model")
     table.add_column("parameters", justify="right")
     baseline = results.get("single_task")
@@ -280,32 +214,35 @@ def step_speed(model: MultiTaskModel, data: Data, size: int) -> dict[str, float]
     return {name: len(rows) / statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def figures(results: dict[str, Results], minutes: float, samples_per_second: dict[str, float]) -> dict[str, Any]:
-    """The figures of a run, seed by seed."""
+def figures(
+    results: dict[str, Results], data: Data, minutes: float, samples_per_second: dict[str, float]
+) -> dict[str, Any]:
+    """The figures of a run, seed by seed, and what the gates of the first seed weigh over the test rows."""
     rows = [
         {"model": MODELS[key].label, "parameters": result.parameters, "auc": result.auc, "seconds": result.seconds}
         for key, result in results.items()
     ]
-    speeds = {name: round(speed) for name, speed in samples_per_second.items()}
-    return {"minutes": round(minutes, 1), "samples_per_second": speeds, "results": rows}
-
-
-def draw(results: dict[str, Results], data: Data, out: Path) -> list[Path]:
-    """AUC per model; weights of the gates of the models that have gates."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / "census_auc.png"]
-    scores = {MODELS[key].label: result.auc for key, result in results.items()}
-    plot_scores(scores, title="Census-Income, test data: one dot per seed", path=files[0])
-    uses = []
+    gates = []
     for key in GATED:
         model = results[key].first if key in results else None
         if model is not None:
             weights = model.gate_weights(data.test.rows)
-            uses += gate_use(weights, model.topologies, model.task_names, model=MODELS[key].label)
-    if uses:
-        files.append(out / "census_gates.png")
-        plot_gate_use(uses, title="Census-Income: expert utilisation per gate, test data", path=files[1])
-    return files
+            for use in gate_use(weights, model.topologies, model.task_names, model=MODELS[key].label):
+                gates.append({name: _short(value) for name, value in asdict(use).items()})
+    speeds = {name: round(speed) for name, speed in samples_per_second.items()}
+    sizes = {name: len(getattr(data, name).rows) for name in SPLITS}
+    return {
+        "minutes": round(minutes, 1),
+        "samples_per_second": speeds,
+        "rows": sizes,
+        "results": rows,
+        "gates": gates,
+    }
+
+
+def _short(value: Any) -> Any:
+    """Six digits of a weight are more than a picture shows."""
+    return [round(v, 6) if isinstance(v, float) else v for v in value] if isinstance(value, tuple) else value
 
 
 def note_floors(console: Console, results: dict[str, Results], options: argparse.Namespace) -> None:
@@ -349,14 +286,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads, trains, prints, writes, draws."""
     options = arguments(argv)
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own
-        console.width = 120
+    console = console_for()
     begin = time.perf_counter()
     trainings = options.seeds * sum(len(TASKS) if MODELS[key].separate else 1 for key in options.models)
     results = {key: Results() for key in options.models}
-    with progress_bar(console, trainings) as bar:
+    with progress(console, "loading") as work:
         data = load(options.rows)
+        rows = about(data)
+        console.print(rows if options.rows is None else f"{rows} make example-full takes all.")
+        bar = Trainings(work, trainings)
         for seed in range(options.seeds):
             for key in options.models:
                 one = run(MODELS[key], data, seed, options, bar)
@@ -365,22 +303,28 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results[key].seconds += one.seconds
                 results[key].parameters = one.parameters
                 results[key].first = results[key].first or one.first
-    sizes = ", ".join(f"{len(getattr(data, name).rows):,} {name}" for name in ("train", "validation", "test"))
-    seconds = time.perf_counter() - begin
-    console.print(f"Rows: {sizes}. Trained in {seconds:.0f} s, {torch.get_num_threads()} threads.")
-    console.print(table_of(results))
-    note_floors(console, results, options)
-    speed: dict[str, float] = {}
-    if "ple" in results and (ple := results["ple"].first) is not None:
+            if seed == 0 and options.seeds > 1:
+                console.print(table_of(results, options.seeds))
+        seconds = time.perf_counter() - begin
+        speed: dict[str, float] = {}
         size = min(batch_size(options, data), len(data.train.rows))
-        speed = step_speed(ple, data, size)
+        if "ple" in results and (ple := results["ple"].first) is not None:
+            work.now("timing a training step")
+            speed = step_speed(ple, data, size)
+        work.now("weighing the gates, drawing")
+        content = figures(results, data, seconds / 60, speed)
+        file = options.out / "census_income.json"
+        write(file, "census_income", content)
+        files = [file, *draw(content, options.out)]
+    console.print(f"{rows} Trained in {seconds:.0f} s, {torch.get_num_threads()} threads.")
+    console.print(table_of(results, options.seeds))
+    note_floors(console, results, options)
+    if speed:
         console.print(
             f"Training step of the PLE model, batch {size}, samples per second: "
             f"{speed['fused']:,.0f} fused, {speed['plain']:,.0f} plain ({speed['fused'] / speed['plain']:.2f}x)."
         )
-    content = options.out / "census_income.json"
-    write(content, "census_income", figures(results, seconds / 60, speed))
-    for file in [content, *draw(results, data, options.out)]:
+    for file in files:
         console.print(f"Wrote {file}", soft_wrap=True)
 
 

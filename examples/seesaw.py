@@ -16,16 +16,19 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
+
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
+from examples.progress import console_for, progress
 from ple_fast import CGC, PLE, HardSharing, MMoE, SingleTask
 from ple_fast.losses import JointLoss, TaskLoss
 from ple_fast.synthetic import synthetic_tasks
@@ -124,17 +127,16 @@ Errors = dict[str, dict[float, list[list[float]]]]
 
 
 def run_all(settings: Settings, console: Console) -> Errors:
-    """Every trunk on every data set, behind a progress bar."""
+    """Every trunk on every data set."""
     errors: Errors = {name: {c: [] for c in settings.correlations} for name in TRUNKS}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("training", total=len(settings.correlations) * settings.seeds * len(TRUNKS))
+    runs = settings.seeds * len(settings.correlations) * len(TRUNKS)
+    with progress(console, "training") as work:
         for seed in range(settings.seeds):
             for correlation in settings.correlations:
                 for name, trunk in TRUNKS.items():
-                    progress.update(bar, description=f"correlation {correlation:.2f}, seed {seed}, {name:12}")
+                    work.now(f"correlation {correlation:.2f}, seed {seed}, {name:12}", work.completed, runs)
                     errors[name][correlation].append(run(trunk, correlation, seed, settings))
-                    progress.advance(bar)
+                    work.now(work.description, work.completed + 1)
     return errors
 
 
@@ -203,7 +205,7 @@ def main() -> None:
             parser.error(f"--seeds: expected at least 2, for a spread, got {arguments.seeds}")
         settings = Settings(**{**vars(settings), "seeds": arguments.seeds})
     torch.set_num_threads(1)  # the models are tiny: a second thread only costs
-    console = Console()
+    console = console_for()
     errors = run_all(settings, console)
     print_tables(errors, console)
     path = arguments.image or (None if arguments.quick else IMAGE)

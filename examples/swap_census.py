@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from examples.census_income import DATA, INCOME, NEVER_MARRIED, NO_FEATURES, NUMERIC, parse
+from examples.census_data import DATA, INCOME, NEVER_MARRIED, NO_FEATURES, NUMERIC
+from examples.census_income import parse
+from examples.progress import Work
 
 TASKS = (INCOME, NEVER_MARRIED)
 Columns = dict[str, npt.NDArray[Any]]
@@ -89,17 +91,25 @@ class Contestant:
         return [float(roc_auc_score(test.labels[:, t], predicted[:, t])) for t in range(len(TASKS))]
 
 
-def alternate(contestants: dict[str, Contestant], epochs: int) -> None:
+def alternate(contestants: dict[str, Contestant], epochs: int, work: Work) -> None:
     """Trains all of them, an epoch of each in turn, and takes the time."""
-    for _ in range(epochs):
-        for contestant in contestants.values():
+    parts = epochs * len(contestants)
+    for epoch in range(epochs):
+        for number, (name, contestant) in enumerate(contestants.items()):
+            work.now(f"training, {name}, epoch {epoch + 1}/{epochs}", epoch * len(contestants) + number, parts)
             begin = time.perf_counter()
             contestant.epoch()
             contestant.seconds.append(time.perf_counter() - begin)
+    work.now("scoring", parts)
 
 
 def compare(
-    library: str, census: Census, contestants: dict[str, Contestant], swapped: Sequence[float], tolerance: float
+    library: str,
+    census: Census,
+    contestants: dict[str, Contestant],
+    swapped: Sequence[float],
+    tolerance: float,
+    console: Console,
 ) -> None:
     """Prints scores and speed.
 
@@ -123,7 +133,7 @@ def compare(
     table.add_row(
         "trained accelerated", *(f"{auc:.5f}" for auc in scores["accelerated"]), f"{speeds['accelerated']:,.0f}"
     )
-    console = Console(width=None if Console().is_terminal else 120)
+    console.print(f"Rows: {len(census.train):,} train, {len(census.test):,} test.")
     console.print(table)
     ratios = [a / b for a, b in zip(*(contestants[name].seconds for name in ("original", "accelerated")), strict=True)]
     console.print(

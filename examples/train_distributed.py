@@ -14,7 +14,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.census_income import LEARNING_RATE, MODELS, TASKS, TOWER_UNITS, Data, aucs, load, parse, progress_bar
+from examples.census_data import Data, about, load
+from examples.census_income import LEARNING_RATE, MODELS, TASKS, TOWER_UNITS, Trainings, aucs, parse
+from examples.progress import Work, console_for, progress
 from ple_fast.model import MultiTaskModel, Step
 
 CHECKPOINT, CURVE, MODEL = "checkpoint.pt", "losses.csv", "model"
@@ -130,24 +130,22 @@ class Training:
                 torch.cuda.set_rng_state(own[1], self.device)
 
 
-def train(training: Training, options: argparse.Namespace, console: Console) -> None:
+def train(training: Training, options: argparse.Namespace, work: Work) -> None:
     """To the end of the last epoch, from wherever ``training`` is."""
     losses, batches = training.losses, training.batches
-    with progress_bar(console, trainings=1) if training.rank == 0 else nullcontext() as bar:
-        label = f"PLE, {training.device.type} ranks: {training.ranks}"
-        show = (lambda step: None) if bar is None else bar.of(label)
-        for epoch in range(len(losses) // batches, options.epochs):
-            generator = torch.Generator().manual_seed(SEED + epoch)  # the same order on every rank, in every run
-            order = torch.randperm(len(training.rows), generator=generator)
-            for batch in order.split(training.batch_size)[len(losses) % batches :]:
-                losses.append(training.backward(batch))
-                training.optimizer.step()
-                at = len(losses) - epoch * batches
-                if at == batches:
-                    training.model.joint_loss.step_epoch()  # the tasks' weights may change per epoch (eq. 10)
-                if at == batches or len(losses) % options.checkpoint_every == 0:
-                    training.save(options.out / CHECKPOINT)
-                show(Step(epoch + 1, options.epochs, at, batches, losses[-1]))
+    show = Trainings(work, 1).of(f"PLE, {training.device.type} ranks: {training.ranks}")
+    for epoch in range(len(losses) // batches, options.epochs):
+        generator = torch.Generator().manual_seed(SEED + epoch)  # the same order on every rank, in every run
+        order = torch.randperm(len(training.rows), generator=generator)
+        for batch in order.split(training.batch_size)[len(losses) % batches :]:
+            losses.append(training.backward(batch))
+            training.optimizer.step()
+            at = len(losses) - epoch * batches
+            if at == batches:
+                training.model.joint_loss.step_epoch()  # the tasks' weights may change per epoch (eq. 10)
+            if at == batches or len(losses) % options.checkpoint_every == 0:
+                training.save(options.out / CHECKPOINT)
+            show(Step(epoch + 1, options.epochs, at, batches, losses[-1]))
 
 
 def predictions(training: Training, data: Data) -> dict[str, Any] | None:
@@ -161,19 +159,20 @@ def predictions(training: Training, data: Data) -> dict[str, Any] | None:
 
 def run(options: argparse.Namespace, device: torch.device) -> None:
     """One rank's part of everything: load, resume, train, score, write."""
-    console = Console(quiet=dist.get_rank() > 0)
-    if not console.is_terminal:  # a log has no width of its own
-        console.width = 120
+    console = console_for(quiet=dist.get_rank() > 0)
     options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options.rows)
-    training = Training(data, options, device)
-    training.resume(options.out / CHECKPOINT)
-    if training.losses:
-        console.print(f"Resumed after {len(training.losses)} batches.")
-    train(training, options, console)
-    predicted = predictions(training, data)
+    with progress(console, "loading") as work:
+        data = load(options.rows)
+        training = Training(data, options, device)
+        training.resume(options.out / CHECKPOINT)
+        if training.losses:
+            console.print(f"Resumed after {len(training.losses)} batches.")
+        train(training, options, work)
+        work.now("scoring")
+        predicted = predictions(training, data)
     if predicted is None:
         return
+    console.print(about(data))
     for name, auc in aucs(predicted, data.test.labels).items():
         console.print(f"AUC on the test data, {name}: {auc:.4f}")
     lines = [f"{number},{float(loss):.9g}" for number, loss in enumerate(training.losses, 1)]

@@ -6,11 +6,13 @@ import json
 import statistics
 import subprocess
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from benchmarks import report
-from examples import census_income
+from examples import census_income, census_pictures
 from tests.programs import ROOT, run_python
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -30,6 +32,10 @@ def test_census_income_in_small(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("2,000 train, 500 validation, 500 test", "single task", "MMoE", "PLE", "MTL gain", " ± ", "fused"):
         assert words in done.stdout
+    assert done.stdout.startswith("  0:00  loading\n")  # in a log, before anything else
+    first, last = (done.stdout.index(f"AUC on the test data, {of}") for of in ("the first of 2 seeds", "mean ±"))
+    assert first < last
+    assert done.stdout.count("500 test: 1% of the data. ") == 2
     assert "hard sharing" not in done.stdout
     assert "Note:" not in done.stdout  # the floors are those of the full data
     assert_picture(tmp_path / "census_auc.png")
@@ -41,13 +47,47 @@ def test_census_income_in_small(tmp_path: Path) -> None:
         for aucs in row["auc"].values():
             assert census_income.spread(aucs) in done.stdout
     assert f"{written['samples_per_second']['fused']:,} fused" in done.stdout
+    assert written["rows"] == {"train": 2000, "validation": 500, "test": 500}
+    assert {gate["level"] for gate in written["gates"]} == {"MMoE", "PLE level 1", "PLE level 2"}
+    for gate in written["gates"]:
+        assert sum(gate["mean"]) == pytest.approx(1, abs=1e-4) and gate["rows"] == 500
+
+
+def committed() -> dict[str, Any]:
+    """The file of the run that the documents quote."""
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    return dict(report.load(ROOT / "benchmarks" / "results" / machine)["census_income"])
+
+
+def titles(content: dict[str, Any], out: Path) -> list[str]:
+    """Of the pictures of a run."""
+    found: list[str] = []
+    drawn = {"plot_scores": lambda scores, title, path: found.append(title)}
+    drawn["plot_gate_use"] = lambda uses, title, path: found.append(title)
+    with mock.patch.multiple(census_pictures, **drawn):
+        census_pictures.draw(content, out)
+    return found
+
+
+def test_the_pictures_say_of_how_many_rows_and_seeds_they_are(tmp_path: Path) -> None:
+    auc, gates = titles(committed(), tmp_path)
+    assert auc == "Census-Income: AUC on 49,881 test rows, 3 seeds, 199,523 training rows"
+    assert gates == "Census-Income: expert utilisation per gate, test data, first seed, 199,523 training rows"
+
+
+def test_the_pictures_are_drawn_again_from_the_committed_figures(tmp_path: Path) -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    file = ROOT / "benchmarks" / "results" / machine / "census_income.json"
+    done = run("census_pictures", str(file), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for name in (census_pictures.AUC, census_pictures.GATES):
+        assert_picture(tmp_path / name)
 
 
 def test_the_page_quotes_the_committed_run() -> None:
     """Every figure of the example that docs/examples.md gives, out of the file of the run."""
     page = " ".join((ROOT / "docs" / "examples.md").read_text(encoding="utf-8").split())
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    run = report.load(ROOT / "benchmarks" / "results" / machine)["census_income"]
+    run = committed()
     rows = run["results"]
     assert [row["model"] for row in rows] == [model.label for model in census_income.MODELS.values()]
 
@@ -71,6 +111,27 @@ def test_the_page_quotes_the_committed_run() -> None:
     own = rows[4]["auc"]["income"]
     spans = [short(f"{max(values) - min(values):.4f}") for values in (own, incomes)]
     assert f"span {spans[0]} of income AUC, the means of all models {spans[1]}" in page
+
+
+def test_what_the_texts_say_of_the_gates_is_in_the_committed_figures() -> None:
+    run = committed()
+    page, readme = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("docs/examples.md", "README.md")
+    )
+    most = {}
+    for gate in run["gates"]:
+        order = sorted(range(len(gate["mean"])), key=lambda e, gate=gate: -gate["mean"][e])  # type: ignore[misc]
+        most[gate["level"], gate["gate"]] = [(gate["experts"][e], e + 1) for e in order]
+    models = list(dict.fromkeys(level.partition(" level")[0] for level, _ in most))
+    assert f"what the gates of {', '.join(models[:-1])} and {models[-1]} look at" in readme
+    assert "CGC's and PLE's gates read an expert of their own task most" in page
+    for (level, gate), experts in most.items():
+        if level != "MMoE" and gate != "shared":
+            assert experts[0][0] == gate, level
+    income, married = (most["MMoE", task][0][1] for task in ("income", "never married"))
+    assert f"its income gate reads expert {income} most, its never married gate expert {married}" in page
+    assert "PLE's shared gate reads a shared expert and one of income's" in page
+    assert {owner for owner, _ in most["PLE level 1", "shared"][:2]} == {"shared", "income"}
 
 
 @pytest.mark.slow

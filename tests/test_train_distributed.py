@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from examples import census_income
+from examples import census_data
 from examples import train_distributed as example
 from tests.programs import ROOT, torchrun
 from tests.ranks import run_ranks
@@ -69,7 +69,7 @@ def one_rank(folder: Path) -> None:
 
 
 def some_ranks(folder: Path) -> list[str | None]:
-    with mock.patch.object(example, "load", functools.cache(census_income.load)):
+    with mock.patch.object(example, "load", functools.cache(census_data.load)):
         undropped(folder / "some", RANKS)
         undropped(folder / "more ranks", RANKS)
         train(folder / "straight")

@@ -96,7 +96,9 @@ def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: st
     figure = new_figure(max(2.5 * columns + 0.8, 5.0), 1.95 * len(rows) + 1.0)
     # Learned scalars beside a softmax (AdaTT, cross-stitch) may leave [0, 1], and so may a mean with its deviation.
     ends = [mean + sign * std for use in uses for mean, std in zip(use.mean, use.std, strict=True) for sign in (-1, 1)]
-    low, high = min(0.0, *ends), max(1.0, *ends)
+    beyond = 0.02  # so that a line which leaves [0, 1] is seen to end
+    low = min(ends) - beyond if min(ends) < 0 else 0.0
+    high = max(ends) + beyond if max(ends) > 1 else 1.0
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
     for axes_row, row in zip(grid, rows, strict=True):
         for axes in axes_row[len(row) :]:
