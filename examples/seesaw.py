@@ -188,7 +188,7 @@ def draw(errors: Errors, settings: Settings, path: Path) -> None:
         xlabel="correlation of the two tasks' labels",
         ylabel="log2(single-task error / error)",
         baseline=0.0,
-        title=f"Gain over single tasks on synthetic data: mean and standard deviation, {settings.seeds} seeds",
+        title=f"Gain over single tasks, synthetic data: {settings.seeds} seeds, {settings.train_rows:,} training rows",
         path=path,
     )
 
