@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from examples import census_income, census_pictures
+from examples import census_data, census_income, census_pictures
 from tests.programs import ROOT, run_python
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,6 +50,26 @@ def test_census_income_in_small(tmp_path: Path) -> None:
     assert {gate["level"] for gate in written["gates"]} == {"MMoE", "PLE level 1", "PLE level 2"}
     for gate in written["gates"]:
         assert sum(gate["mean"]) == pytest.approx(1, abs=1e-4) and gate["rows"] == 500
+
+
+def test_make_example_takes_the_rows_that_the_documents_say() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "example", "example-full", "ARGS=--seeds 5"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    part, full = (
+        line.split("census_income.py ")[1] for line in done.stdout.splitlines() if "census_income.py " in line
+    )
+    given, rows, others = part.split(" ", 2)
+    assert (given, others, full) == ("--rows", "--seeds 5", "--seeds 5")  # what is asked for comes last, and counts
+    assert census_income.arguments(f"--rows {rows} --rows 2000".split()).rows == 2000
+    for name in ("README.md", "docs/examples.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert f"{int(rows):,}" in text and f"{census_data.ALL_ROWS:,} rows" in text
+    assert census_income.arguments([]).rows is None
 
 
 def committed() -> dict[str, Any]:
