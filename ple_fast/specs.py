@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from .scalars import as_tuple, check_count, check_flag, check_number, is_sequence
+
 Norm = Literal["batch", "layer"] | None
 NormPosition = Literal["before", "after"]
 T = TypeVar("T")
@@ -54,14 +56,14 @@ def parse_activation(activation: Any) -> Activation:
     if isinstance(activation, Activation):
         if activation.name not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
-        if not math.isfinite(activation.value):
+        value = check_number(f"activation: the constant of {activation.name}", activation.value)
+        if not math.isfinite(value):
             raise ValueError(f"activation: expected a finite constant, got {activation}: the outputs would be NaN")
-        if activation.name == "row_dice" and activation.value <= 0.0:
+        if activation.name == "row_dice" and value <= 0.0:
             raise ValueError(
-                f"activation: row_dice expects an epsilon above 0, got {activation.value}: a row of equal values would "
-                "give NaN"
+                f"activation: row_dice expects an epsilon above 0, got {value}: a row of equal values would give NaN"
             )
-        return activation
+        return Activation(str(activation.name), value)
     if activation is None:
         return Activation("identity")
     if isinstance(activation, str):
@@ -75,52 +77,57 @@ def parse_activation(activation: Any) -> Activation:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     value = _DEFAULT_VALUE.get(name, 0.0)
     if name == "leaky_relu":
-        value = float(getattr(activation, "negative_slope", value))
+        value = getattr(activation, "negative_slope", value)
     if name == "prelu":
         if getattr(activation, "num_parameters", 1) != 1:
             raise ValueError(
                 f"activation: prelu has one slope per expert layer, got num_parameters={activation.num_parameters}"
             )
-        value = float(getattr(activation, "init", value))
+        value = getattr(activation, "init", value)
     if name == "row_dice":
-        value = float(getattr(activation, "eps", value))
+        value = getattr(activation, "eps", value)
     return parse_activation(Activation(name, value))
 
 
 def _per_layer(name: str, value: T | Sequence[T], layers: int) -> tuple[T, ...]:
-    if isinstance(value, (list, tuple)) and not isinstance(value, Activation):
-        if len(value) != layers:
-            raise ValueError(f"{name}: expected one value or one per layer ({layers}), got {len(value)}: {value}")
-        return tuple(value)
+    if is_sequence(value) and not isinstance(value, Activation):
+        row = as_tuple(value)
+        if len(row) != layers:
+            raise ValueError(f"{name}: expected one value or one per layer ({layers}), got {len(row)}: {value}")
+        return row
     return (value,) * layers  # type: ignore[return-value]  # a scalar T after the branch above
 
 
 def _check_units(name: str, units: Any, *, allow_empty: bool) -> tuple[int, ...]:
-    if isinstance(units, int) and not isinstance(units, bool):
-        units = (units,)
-    if not isinstance(units, (list, tuple)):
-        raise TypeError(f"{name}: expected a tuple of layer widths, got {units!r}")
-    for width in units:
-        if isinstance(width, bool) or not isinstance(width, int):
-            raise TypeError(f"{name}: expected ints, got {width!r} in {tuple(units)}")
-        if width < 1:
-            raise ValueError(f"{name}: expected widths of 1 or more, got {tuple(units)}")
-    if not units and not allow_empty:
-        raise ValueError(f"{name}: expected at least one layer width, got none")
-    return tuple(units)
+    if is_sequence(units):
+        widths = tuple(check_count(f"{name}[{place}]", width) for place, width in enumerate(as_tuple(units)))
+        if not widths and not allow_empty:
+            raise ValueError(f"{name}: expected at least one layer width, got none")
+        return widths
+    try:
+        return (check_count(name, units),)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a tuple of layer widths, got {units!r}") from error
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+def _check_choice(name: str, value: Any, choices: tuple[T, ...]) -> T:
+    """The choice that a value equals."""
+    found = [choice for choice in choices if isinstance(value, type(choice)) and value == choice]
+    if not found:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return found[0]
 
 
 def _check_dropout(name: str, p: Any) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name}: expected a probability, got {p!r}")
-    if not 0.0 <= p < 1.0:
+    rate = check_number(name, p, "a probability")
+    if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
-    return float(p)
+    return rate
+
+
+def _check_norm(name: str, norm: Any) -> Norm:
+    choices: tuple[Norm, ...] = (None, "batch", "layer")
+    return _check_choice(name, norm, choices)
 
 
 class LayerSpec(NamedTuple):
@@ -172,17 +179,11 @@ class MLPSpec:
         put("units", units)
         put("activation", tuple(activations))
         put("last_activation", None)
-        put("norm", _per_layer("norm", self.norm, n))
-        put("norm_position", _per_layer("norm_position", self.norm_position, n))
-        put("bias", _per_layer("bias", self.bias, n))
+        put("norm", tuple(_check_norm("norm", norm) for norm in _per_layer("norm", self.norm, n)))
+        positions = _per_layer("norm_position", self.norm_position, n)
+        put("norm_position", tuple(_check_choice("norm_position", place, ("before", "after")) for place in positions))
+        put("bias", tuple(check_flag("bias", bias) for bias in _per_layer("bias", self.bias, n)))
         put("dropout", tuple(_check_dropout("dropout", p) for p in _per_layer("dropout", self.dropout, n)))
-        for norm in self.norm:
-            _check_choice("norm", norm, (None, "batch", "layer"))
-        for position in self.norm_position:
-            _check_choice("norm_position", position, ("before", "after"))
-        for bias in self.bias:
-            if not isinstance(bias, bool):
-                raise TypeError(f"bias: expected a bool, got {bias!r}")
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -246,22 +247,17 @@ class GateSpec:
         n = len(units)
         put("units", units)
         put("activation", tuple(parse_activation(a) for a in _per_layer("gate activation", self.activation, n)))
-        put("norm", _per_layer("gate norm", self.norm, n))
+        put("norm", tuple(_check_norm("gate norm", norm) for norm in _per_layer("gate norm", self.norm, n)))
         put("dropout", tuple(_check_dropout("gate dropout", p) for p in _per_layer("gate dropout", self.dropout, n)))
-        for norm in self.norm:
-            _check_choice("gate norm", norm, (None, "batch", "layer"))
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"gate bias: expected a bool, got {self.bias!r}")
-        _check_choice("logits_norm", self.logits_norm, (None, "batch"))
-        _check_choice("gate input", self.input, ("previous", "raw"))
-        temperature = self.temperature
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature: expected a number, got {temperature!r}")
+        put("bias", check_flag("gate bias", self.bias))
+        put("logits_norm", _check_choice("logits_norm", self.logits_norm, (None, "batch")))
+        put("input", _check_choice("gate input", self.input, ("previous", "raw")))
+        temperature = check_number("temperature", self.temperature)
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(
-                f"temperature: expected a positive finite number, got {temperature}: the logits would be NaN"
+                f"temperature: expected a positive finite number, got {self.temperature}: the logits would be NaN"
             )
-        put("temperature", float(temperature))
+        put("temperature", temperature)
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

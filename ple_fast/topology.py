@@ -9,23 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .scalars import as_tuple, check_count, is_sequence, own_scalar
+
 MixtureKind = Literal["softmax", "static"]
 
 
 def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+    if not is_sequence(values):
         raise TypeError(f"{name}: expected a sequence of {what}, got {values!r} ({type(values).__name__})")
-    return tuple(values)
+    return as_tuple(values)
 
 
 def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
-    row: tuple[int, ...] = _tuple(name, values, "ints")
-    for v in row:
-        if isinstance(v, bool) or not isinstance(v, int):
-            raise TypeError(f"{name}: expected ints, got {v!r} ({type(v).__name__})")
-        if v < 0:
-            raise ValueError(f"{name}: expected 0 or more, got {v} in {row}")
-    return row
+    row = _tuple(name, values, "ints")
+    return tuple(check_count(f"{name}[{place}]", v, least=0) for place, v in enumerate(row))
 
 
 @dataclass(frozen=True)
@@ -109,18 +106,17 @@ class Topology:
         used = max(*self.expert_slot, *self.mixture_slot) + 1
         if self.num_slots is None:
             put("num_slots", used)
-        elif isinstance(self.num_slots, bool) or not isinstance(self.num_slots, int):
-            raise TypeError(f"num_slots: expected an int, got {self.num_slots!r}")
-        elif self.num_slots < used:
-            raise ValueError(
-                f"num_slots: the wiring uses slots up to {used - 1}, so at least {used}; got {self.num_slots}"
-            )
+        else:
+            slots = check_count("num_slots", self.num_slots)
+            if slots < used:
+                raise ValueError(f"num_slots: the wiring uses slots up to {used - 1}, so at least {used}; got {slots}")
+            put("num_slots", slots)
         self._derive(put)
 
     def _check_kinds(self, n_mixtures: int) -> None:
         kinds: tuple[str, ...] = ("softmax",) * n_mixtures
         if self.mixture_kind is not None:
-            kinds = _tuple("mixture_kind", self.mixture_kind, 'kinds, "softmax" or "static"')
+            kinds = tuple(map(own_scalar, _tuple("mixture_kind", self.mixture_kind, 'kinds, "softmax" or "static"')))
         if len(kinds) != n_mixtures:
             raise ValueError(f"mixture_kind: expected one per mixture ({n_mixtures}), got {len(kinds)}")
         for kind in kinds:
@@ -132,7 +128,8 @@ class Topology:
             offsets = tuple((False,) * len(experts) for experts in self.mixture_experts)
         else:
             rows = _tuple("mixture_offset", offsets, "tuples, one per mixture")
-            offsets = tuple(_tuple(f"mixture_offset[{o}]", row, "bools") for o, row in enumerate(rows))
+            named = [_tuple(f"mixture_offset[{o}]", row, "bools") for o, row in enumerate(rows)]
+            offsets = tuple(tuple(map(own_scalar, row)) for row in named)
             for o, row in enumerate(offsets):
                 if not all(isinstance(v, bool) for v in row):
                     raise TypeError(f"mixture_offset[{o}]: expected bools (the scalars are learned), got {row}")
@@ -200,8 +197,7 @@ class Topology:
     @classmethod
     def mmoe(cls, num_tasks: int, experts: int) -> Topology:
         """MMoE (Ma et al., KDD 2018): one slot, every expert shared, one mixture per task over all experts."""
-        check_count("num_tasks", num_tasks)
-        check_count("experts", experts)
+        num_tasks, experts = check_count("num_tasks", num_tasks), check_count("experts", experts)
         return cls((0,) * experts, (0,) * num_tasks, (tuple(range(experts)),) * num_tasks)
 
     @classmethod
@@ -212,8 +208,8 @@ class Topology:
         mixture ``e`` of the level below. There is one mixture per expert, and one per task when ``last``. All gates
         share one selector, the raw input: above the first level they need ``GateSpec(input="raw")``.
         """
-        check_count("num_tasks", num_tasks)
-        slots = tuple(range(check_count("experts", experts)))
+        num_tasks, experts = check_count("num_tasks", num_tasks), check_count("experts", experts)
+        slots = tuple(range(experts))
         count = num_tasks if last else experts
         return cls(
             (0,) * experts if first else slots, (0,) * count, (slots,) * count, num_slots=1 if first else experts
@@ -247,7 +243,7 @@ class Topology:
         Every mixture weighs all experts, in the order of the tasks, with learned scalars and no gate: a static weight 1
         plus an offset. With offsets of 0 that is the sum; ``CrossStitch`` has the paper's start.
         """
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
         tasks = tuple(range(num_tasks))
         learned = ((True,) * num_tasks,) * num_tasks
         return cls(tasks, tasks, (tasks,) * num_tasks, mixture_kind=_static(num_tasks), mixture_offset=learned)
@@ -255,13 +251,13 @@ class Topology:
     @classmethod
     def hard_sharing(cls, num_tasks: int) -> Topology:
         """One expert that every task reads with weight 1 (shared bottom)."""
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
         return cls((0,), (0,) * num_tasks, ((0,),) * num_tasks, mixture_kind=_static(num_tasks))
 
     @classmethod
     def single_task(cls, num_tasks: int) -> Topology:
         """One expert per task, nothing shared but the input."""
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
         return cls.asymmetric_sharing(num_tasks, [(t,) for t in range(num_tasks)])
 
     @classmethod
@@ -271,7 +267,7 @@ class Topology:
         Two mixtures per task, its own expert and then the shared one, each with weight 1: side by side they are the
         concatenation that the task's tower reads.
         """
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
         mixtures = tuple((expert,) for task in range(num_tasks) for expert in (task, num_tasks))
         return cls((0,) * (num_tasks + 1), (0,) * len(mixtures), mixtures, mixture_kind=_static(len(mixtures)))
 
@@ -282,7 +278,7 @@ class Topology:
         A baseline of Tang et al., RecSys 2020, with sum pooling. The columns of mixture ``k`` are in the order of
         ``sources[k]``, which holds task ``k`` itself, and each task at most once.
         """
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
         rows = [_int_tuple(f"sources[{k}]", row) for k, row in enumerate(_tuple("sources", sources, "tuples of tasks"))]
         if len(rows) != num_tasks:
             raise ValueError(f"sources: expected one tuple of tasks per task ({num_tasks}), got {len(rows)}: {rows}")
@@ -301,21 +297,10 @@ def _static(count: int) -> tuple[MixtureKind, ...]:
     return (kind,) * count
 
 
-def check_count(name: str, value: int) -> int:
-    """A positive int, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name}: expected 1 or more, got {value}")
-    return value
-
-
 def check_task_counts(name: str, counts: int | Sequence[int], num_tasks: int) -> tuple[int, ...]:
     """One count per task from an int or a sequence."""
-    check_count("num_tasks", num_tasks)
-    if isinstance(counts, int) and not isinstance(counts, bool):
-        counts = (counts,) * num_tasks
-    row = _int_tuple(name, counts)
+    num_tasks = check_count("num_tasks", num_tasks)
+    row = _int_tuple(name, counts) if is_sequence(counts) else (check_count(name, counts, least=0),) * num_tasks
     if len(row) != num_tasks:
         raise ValueError(f"{name}: expected one count per task ({num_tasks}), got {len(row)}: {row}")
     return row
@@ -326,10 +311,7 @@ def _groups(
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]], tuple[int, ...]]:
     """Slots of task 0's experts, task 1's, ..., the shared ones; the experts of each task; the shared experts."""
     counts = check_task_counts("task_experts", task_experts, num_tasks)
-    if isinstance(shared_experts, bool) or not isinstance(shared_experts, int):
-        raise TypeError(f"shared_experts: expected an int, got {shared_experts!r}")
-    if shared_experts < 0:
-        raise ValueError(f"shared_experts: expected 0 or more, got {shared_experts}")
+    shared_experts = check_count("shared_experts", shared_experts, least=0)
     slots = tuple(t for t, count in enumerate((*counts, shared_experts)) for _ in range(count))
     *own, shared = (tuple(e for e, slot in enumerate(slots) if slot == t) for t in range(num_tasks + 1))
     return slots, own, shared

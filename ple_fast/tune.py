@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .backend import use_backend
 from .modules import PLE
-from .topology import check_count
+from .scalars import check_count
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table, Tile
@@ -303,7 +303,7 @@ def tune(
     Raises:
         RuntimeError: the kernels cannot run on this device, or two tiles give different results.
     """
-    check_count("rounds", rounds)
+    rounds = check_count("rounds", rounds)
     tuner = _Tuner(x.device, prepare, rounds, say)
     size, limit = x.element_size(), tuner.shared_limit()
     chosen = choice or (lambda kind: candidates(kind, tuner.architecture, size, limit))

@@ -100,8 +100,8 @@ def test_json_round_trip(spec: MLPSpec | GateSpec) -> None:
     ("arguments", "error", "message"),
     [
         ({"units": ()}, ValueError, "at least one layer width"),
-        ({"units": (4, 0)}, ValueError, r"widths of 1 or more, got \(4, 0\)"),
-        ({"units": (4.0,)}, TypeError, "expected ints, got 4.0"),
+        ({"units": (4, 0)}, ValueError, r"units\[1\]: expected 1 or more, got 0"),
+        ({"units": (4.0,)}, TypeError, r"units\[0\]: expected an int, got 4.0"),
         ({"units": "44"}, TypeError, "units: expected a tuple of layer widths, got '44'"),
         ({"activation": ("relu",)}, ValueError, r"activation: expected one value or one per layer \(2\), got 1"),
         ({"norm": "group"}, ValueError, "norm: expected one of None, 'batch', 'layer', got 'group'"),

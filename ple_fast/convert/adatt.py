@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import PLE, ExtractionNetwork
 from ..modules.plain import WeightOffset
-from ..topology import Topology
+from ..topology import Topology, check_task_counts
 from .adatt_trees import write_mlmmoe, write_ple, write_shared, write_sp
 from .pieces import Index, LevelSource
 from .registry import Converter, register
@@ -117,7 +117,7 @@ class PLEConverter(_AdaTTConverter):
 
     def read(self, site: Any) -> list[LevelSource]:
         own, shared = site.num_task_experts, site.num_shared_experts
-        own = [own] * site.num_tasks if isinstance(own, int) else own
+        own = check_task_counts("num_task_experts", own, site.num_tasks)
         if not shared:
             raise ValueError("expected shared experts, got num_shared_experts=0: AdaTT's own forward fails then")
         return [
@@ -136,7 +136,7 @@ class AdaTTSpConverter(_AdaTTConverter):
 
     def counts(self, site: Any) -> list[int]:
         """Experts per unit."""
-        return [site.num_task_experts] * site.num_tasks
+        return list(check_task_counts("num_task_experts", site.num_task_experts, site.num_tasks))
 
     def place(self, level: int, unit: int) -> tuple[int, int]:
         """Which of ``self_exp_weights`` has a unit's scalars at a level, and in which row."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.plain import Dice, RowDice
+from ..scalars import check_number
 
 
 def dice_norm(module: nn.Module) -> nn.BatchNorm1d | None:
@@ -27,7 +28,10 @@ def row_dice_eps(module: nn.Module) -> float | None:
     if not isinstance(alpha, nn.Parameter) or alpha.shape != (1,):
         return None
     eps = getattr(module, "eps", getattr(module, "epsilon", None))
-    return eps if isinstance(eps, float) else None
+    try:
+        return None if isinstance(eps, Tensor) else check_number("eps", eps)
+    except TypeError:
+        return None
 
 
 def is_dice(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..topology import check_count
+from ..scalars import check_count
 
 Value = str | int
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses import JointLoss, TaskLoss, entire_space
-from ..topology import Topology, check_count
+from ..scalars import check_count
+from ..topology import Topology
 from . import storage
 from .columns import Array, Column, Encoded, Table, check_names, column_of, encode, from_json, to_json
 from .embedding import FeatureEmbedding

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..scalars import check_count, check_number
 from ..specs import GateSpec
-from ..topology import Topology, check_count, check_task_counts
+from ..topology import Topology, check_task_counts
 from .layers import OffsetStart
 from .stack import Stack, Units, build_levels, gate_spec, mlp_spec, per_level, shared_per_level
 
@@ -67,7 +68,7 @@ class AdaTT(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("num_levels", num_levels)
+        num_tasks, num_levels = check_count("num_tasks", num_tasks), check_count("num_levels", num_levels)
         counts = per_level("task_experts", task_experts, num_levels, depth=2)
         shared = shared_per_level(shared_experts, num_levels)
         topologies = [
@@ -131,10 +132,9 @@ class CrossStitch(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("num_levels", num_levels)
+        num_tasks, num_levels = check_count("num_tasks", num_tasks), check_count("num_levels", num_levels)
         topology = Topology.cross_stitch(num_tasks)
-        if isinstance(own_weight, bool) or not isinstance(own_weight, (int, float)):
-            raise TypeError(f"own_weight: expected a number, got {own_weight!r}")
+        own_weight = check_number("own_weight", own_weight)
         if not 0.0 <= own_weight <= 1.0:
             raise ValueError(f"own_weight: expected a weight in [0, 1], got {own_weight}")
         own, other = (own_weight, (1.0 - own_weight) / (num_tasks - 1)) if num_tasks > 1 else (1.0, 0.0)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..topology import Topology, check_count
+from ..scalars import check_count
+from ..topology import Topology
 from .network import ExtractionNetwork
 from .stack import Stack, Units, build_levels, gate_spec, mlp_spec, per_level
 
@@ -42,7 +43,7 @@ class MMoE(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        spec = mlp_spec(expert_units, activation, norm, dropout)
+        num_tasks, spec = check_count("num_tasks", num_tasks), mlp_spec(expert_units, activation, norm, dropout)
         level = ExtractionNetwork(
             in_features, Topology.mmoe(num_tasks, experts), experts=spec,
             gate=gate_spec(gate_units, activation, gate_bias), recompute=recompute, device=device, dtype=dtype,
@@ -88,7 +89,9 @@ class MLMMoE(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        last = check_count("num_levels", num_levels) - 1
+        num_tasks, experts = check_count("num_tasks", num_tasks), check_count("experts", experts)
+        num_levels = check_count("num_levels", num_levels)
+        last = num_levels - 1
         units = per_level("expert_units", expert_units, num_levels, depth=2)
         levels = build_levels(
             in_features,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..checks import check_dtype
 from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
+from ..scalars import as_tuple, check_count, check_flag, is_sequence
 from ..specs import GateSpec, MLPSpec
-from ..topology import Topology, check_count
+from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
 from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
@@ -59,14 +60,15 @@ def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> t
     """One spec per expert."""
     if isinstance(experts, MLPSpec):
         return (experts,) * topology.num_experts
-    if not isinstance(experts, (list, tuple)) or not all(isinstance(spec, MLPSpec) for spec in experts):
+    specs = as_tuple(experts) if is_sequence(experts) else ()
+    if not is_sequence(experts) or not all(isinstance(spec, MLPSpec) for spec in specs):
         raise TypeError(f"experts: expected an MLPSpec, or one per expert, got {experts!r} ({type(experts).__name__})")
-    if len(experts) != topology.num_experts:
-        raise ValueError(f"experts: expected one MLPSpec or {topology.num_experts}, one per expert, got {len(experts)}")
-    widths = [spec.units[-1] for spec in experts]
+    if len(specs) != topology.num_experts:
+        raise ValueError(f"experts: expected one MLPSpec or {topology.num_experts}, one per expert, got {len(specs)}")
+    widths = [spec.units[-1] for spec in specs]
     if len(set(widths)) > 1:
         raise ValueError(f"experts: expected one output width, because mixtures add them up; got {widths}")
-    return tuple(experts)
+    return specs
 
 
 class ExtractionNetwork(CheckedModule):
@@ -103,14 +105,14 @@ class ExtractionNetwork(CheckedModule):
         _offset: OffsetStart | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = check_count("in_features", in_features)
+        self.in_features = in_features = check_count("in_features", in_features)
         if not isinstance(topology, Topology):
             raise TypeError(f"topology: expected a Topology, got {topology!r} ({type(topology).__name__})")
         if not isinstance(gate, GateSpec):
             raise TypeError(f"gate: expected a GateSpec, got {gate!r} ({type(gate).__name__})")
         self.gate_features = in_features if gate_features is None else check_count("gate_features", gate_features)
         check_dtype("dtype", dtype)
-        self.topology, self.gate_spec, self.recompute = topology, gate, recompute
+        self.topology, self.gate_spec, self.recompute = topology, gate, check_flag("recompute", recompute)
         self.expert_specs = _expert_specs(topology, experts)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 

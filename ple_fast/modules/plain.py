@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..scalars import as_tuple, check_count, check_flag, check_number, is_sequence
+
 
 class Dice(nn.Module):
     """``p z + (1 - p) alpha z`` with ``p = sigmoid(batch_norm(z))`` on ``(B, H)`` (Zhou et al., KDD 2018, eq. 3).
@@ -24,6 +26,8 @@ class Dice(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        units, eps = check_count("units", units), check_number("eps", eps)
+        momentum = None if momentum is None else check_number("momentum", momentum)
         self.bn = nn.BatchNorm1d(units, eps=eps, momentum=momentum, affine=False, device=device, dtype=dtype)
         self.alpha = nn.Parameter(torch.zeros(units, device=device, dtype=dtype))
 
@@ -50,7 +54,7 @@ class RowDice(nn.Module):
         self, *, eps: float = 1e-3, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = check_number("eps", eps)
         self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class Temperature(nn.Module):
 
     def __init__(self, value: float) -> None:
         super().__init__()
-        self.value = float(value)
+        self.value = check_number("temperature", value)
 
     def forward(self, logits: Tensor) -> Tensor:
         """``(B, n)`` to the same."""
@@ -92,7 +96,9 @@ class WeightOffset(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
+        if not is_sequence(columns):
+            raise TypeError(f"columns: expected one bool per column, got {columns!r}")
+        self.columns = tuple(check_flag(f"columns[{place}]", column) for place, column in enumerate(as_tuple(columns)))
         self.weight = nn.Parameter(torch.zeros(sum(self.columns), device=device, dtype=dtype))
 
     def forward(self, weights: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..scalars import check_count, check_flag
 from ..specs import MLPSpec
-from ..topology import Topology, check_count, check_task_counts
+from ..topology import Topology, check_task_counts
 from .network import ExtractionNetwork
 from .stack import Stack, Units, build_levels, gate_spec, mlp_spec, per_level, shared_per_level
 
@@ -73,9 +74,8 @@ class PLE(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("in_features", in_features)
-        check_count("num_tasks", num_tasks)
-        check_count("num_levels", num_levels)
+        in_features, num_tasks = check_count("in_features", in_features), check_count("num_tasks", num_tasks)
+        num_levels, last_shared = check_count("num_levels", num_levels), check_flag("last_shared", last_shared)
         counts = per_level("task_experts", task_experts, num_levels, depth=2)
         shared = shared_per_level(shared_experts, num_levels)
         units = per_level("expert_units", expert_units, num_levels, depth=2)
@@ -122,6 +122,7 @@ class PLE(Stack):
         for i, level in enumerate(levels):
             if not isinstance(level, ExtractionNetwork):
                 raise TypeError(f"levels[{i}]: expected an ExtractionNetwork, got {type(level).__name__}")
+        last_shared = check_flag("last_shared", last_shared)
         raw = levels[0].in_features
         for i in range(1, len(levels)):
             below, level = levels[i - 1], levels[i]
@@ -180,6 +181,8 @@ class CGC(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_tasks, last_shared = check_count("num_tasks", num_tasks), check_flag("last_shared", last_shared)
+        shared_experts = check_count("shared_experts", shared_experts, least=0)
         topology = Topology.ple(
             num_tasks, task_experts, shared_experts, last=not last_shared, shared_gate_scope=shared_gate_scope
         )

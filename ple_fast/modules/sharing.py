@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..scalars import check_count
 from ..specs import GateSpec
 from ..topology import Topology
 from .stack import Stack, build_levels, mlp_spec
@@ -32,6 +33,7 @@ class _Ungated(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_tasks = check_count("num_tasks", num_tasks)
         topology, spec = self._wiring(num_tasks), mlp_spec(expert_units, activation, norm, dropout)
         levels = build_levels(
             in_features, [topology], [spec], [GateSpec()], recompute=recompute, device=device, dtype=dtype
@@ -106,6 +108,7 @@ class AsymmetricSharing(Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_tasks = check_count("num_tasks", num_tasks)
         topology = Topology.asymmetric_sharing(num_tasks, sources)
         spec = mlp_spec(expert_units, activation, norm, dropout)
         levels = build_levels(

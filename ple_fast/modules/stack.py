@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Input
-from ..specs import GateSpec, MLPSpec
+from ..scalars import as_tuple, check_count, is_sequence
+from ..specs import Activation, GateSpec, MLPSpec
 from ..topology import Topology
 from .layers import OffsetStart
 from .network import CheckedModule, ExtractionNetwork
@@ -22,21 +23,18 @@ if TYPE_CHECKING:
 Units = int | Sequence[int] | Sequence[Sequence[int]]
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
 def per_level(name: str, value: Any, levels: int, *, depth: int) -> list[Any]:
     """``value`` for every level: the same one, or (nested ``depth`` sequences deep) one per level."""
     nested, inner = 0, value
-    while _is_sequence(inner):
+    while is_sequence(inner):
         nested += 1
-        inner = inner[0] if inner else None
+        inner = next(iter(as_tuple(inner)), None)
     if nested < depth:
         return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"{name}: expected one per level ({levels}), got {len(value)}: {value!r}")
-    return list(value)
+    rows = as_tuple(value)
+    if len(rows) != levels:
+        raise ValueError(f"{name}: expected one per level ({levels}), got {len(rows)}: {value!r}")
+    return list(rows)
 
 
 def shared_per_level(shared_experts: int | Sequence[int], levels: int) -> list[int]:
@@ -45,7 +43,8 @@ def shared_per_level(shared_experts: int | Sequence[int], levels: int) -> list[i
     Raises:
         ValueError: there are some at one level and none at another.
     """
-    shared = per_level("shared_experts", shared_experts, levels, depth=1)
+    counts = per_level("shared_experts", shared_experts, levels, depth=1)
+    shared = [check_count("shared_experts", count, least=0) for count in counts]
     if len({bool(count) for count in shared}) > 1:
         raise ValueError(
             "shared_experts: expected some at every level or none at any, because the shared mixture of a "
@@ -61,7 +60,8 @@ def mlp_spec(units: Any, activation: Any, norm: Any, dropout: Any) -> MLPSpec:
 
 def gate_spec(units: Any, activation: Any, bias: bool, **options: Any) -> GateSpec:
     """The gate behind the flat keywords; its hidden layers have the (first) activation of the experts."""
-    single = activation if not _is_sequence(activation) or hasattr(activation, "_fields") else activation[0]
+    several = is_sequence(activation) and not isinstance(activation, Activation)
+    single = as_tuple(activation)[0] if several else activation
     return GateSpec(units, single, bias=bias, **options)
 
 
