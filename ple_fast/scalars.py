@@ -53,7 +53,7 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
 def check_number(name: str, value: Any, what: str = "a number") -> float:
     """A float, or a TypeError that says what was expected; a bool and text are no numbers."""
     own = own_scalar(value)
-    if isinstance(own, (bool, str, bytes, bytearray)) or getattr(own, "ndim", 0):
+    if isinstance(own, (bool, str, bytes, bytearray)) or is_sequence(own):
         raise TypeError(f"{name}: expected {what}, got {value!r}")
     try:
         return float(own)

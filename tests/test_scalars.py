@@ -200,7 +200,8 @@ def test_a_topology_of_arrays_and_ranges_is_the_one_of_tuples() -> None:
     assert arrays == tuples
     assert hash(arrays) == hash(tuples)
     assert [*foreign(arrays)] == []
-    assert Topology.ple(np.int64(3), range(1, 4), np.int8(1), last=False) == Topology.ple(3, (1, 2, 3), 1, last=False)
+    ple: Any = Topology.ple
+    assert ple(np.int64(3), range(1, 4), np.int8(1), last=False) == Topology.ple(3, (1, 2, 3), 1, last=False)
 
 
 def test_units_may_be_a_range_or_a_tensor() -> None:

@@ -6,24 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from itertools import repeat
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..scalars import check_count
+from ..scalars import check_count, check_number, own_scalar
+from .tables import Array, Cells, Table, cells_of, column_of, kinds_of, listed
 
 Value = str | int
-Array = np.ndarray[Any, Any]
-
-
-class Table(Protocol):
-    """Columns by name: a mapping of arrays, or a data frame."""
-
-    def __getitem__(self, key: str, /) -> Any: ...
-
-    def __contains__(self, key: Any, /) -> bool: ...
+Missing = Literal["error", "indicator", "mean"]
+MAX_SIZE = 2**31 - 1
+"""Of a vocabulary: codes are int32."""
 
 
 class Encoded(NamedTuple):
@@ -56,13 +52,14 @@ class Categorical:
 
     Args:
         name: the column.
-        values: the vocabulary, all strings or all ints; or
+        values: the vocabulary, all strings or all ints (floats that are whole and bools are taken for ints); or
         size: the values are ints 0 to ``size - 1``. Exactly one of the two.
         width: of the embedding.
 
     Raises:
         TypeError: the vocabulary mixes types, or holds others than strings and ints.
-        ValueError: not exactly one of ``values`` and ``size``, a value that occurs twice, or a size or width below 1.
+        ValueError: not exactly one of ``values`` and ``size``, a value that occurs twice, a size or width below 1, or
+            more values than int32 can number.
     """
 
     name: str
@@ -71,6 +68,7 @@ class Categorical:
     width: int = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", own_scalar(self.name))
         if (self.values is None) == (self.size is None):
             raise ValueError(
                 f"column {self.name!r}: expected either values or size, got values={self.values!r}, size={self.size!r}"
@@ -78,19 +76,17 @@ class Categorical:
         for field in ("size", "width"):
             count = getattr(self, field)
             if count is not None:
-                check_count(f"column {self.name!r}: {field}", count)
-        if self.values is None:
-            return
-        object.__setattr__(self, "values", tuple(self.values))
-        kinds = {type(value) for value in self.values}
-        if len(kinds) > 1 or not kinds <= {str, int}:
-            names = sorted(kind.__name__ for kind in kinds)
-            raise TypeError(
-                f"column {self.name!r}: expected values that are all str or all int, got {names}; convert them first"
+                object.__setattr__(self, field, check_count(f"column {self.name!r}: {field}", count))
+        if self.values is not None:
+            values = own_values(f"column {self.name!r}", listed(f"column {self.name!r}: values", self.values))
+            object.__setattr__(self, "values", values)
+            if len(set(values)) < len(values):
+                twice = next(value for value, count in Counter(values).items() if count > 1)
+                raise ValueError(f"column {self.name!r}: expected every value once, got {twice!r} twice")
+        if self.rows > MAX_SIZE + 1:
+            raise ValueError(
+                f"column {self.name!r}: expected at most {MAX_SIZE} values, got {self.rows - 1}; hash them"
             )
-        if len(set(self.values)) < len(self.values):
-            twice = next(value for value in self.values if self.values.count(value) > 1)
-            raise ValueError(f"column {self.name!r}: expected every value once, got {twice!r} twice")
 
     @property
     def rows(self) -> int:
@@ -105,29 +101,49 @@ class Categorical:
         """Codes of a column, int32 ``(B,)``: 1 + the place in the vocabulary, 0 for what is missing or unknown.
 
         Raises:
-            TypeError: text where the vocabulary holds ints, or the other way round.
+            TypeError: text where the vocabulary holds ints, the other way round, or neither of the two.
+            ValueError: it is not one-dimensional.
         """
-        split = _categories(column)
-        if split is not None:  # look up each category once; code -1 (missing) takes the last entry
-            categories, codes = split
-            table: Array = np.append(self._lookup(categories), np.int32(0))
-            return table[codes]
-        return self._lookup(_one_dimensional(self.name, column))
+        cells = cells_of(f"column {self.name!r}", column)
+        return cells.by_row(self._look_up(cells) if self.size is None else self._in_range(cells), 0)
 
-    def _lookup(self, column: Array) -> Array:
-        text = _is_text(column)
-        expects_text = self.values is not None and isinstance(next(iter(self.values), None), str)
-        if column.dtype.kind in "cmMV" or (text is not None and text != expects_text and self.rows > 1):
-            expected, got = "strings" if expects_text else "ints", "text" if text else str(column.dtype)
-            raise TypeError(f"column {self.name!r}: its vocabulary holds {expected}, got {got}; convert the column")
-        if self.size is not None:
-            numbers = column if column.dtype.kind in "iu" else np.asarray(column, dtype=np.float64)
-            known = (numbers >= 0) & (numbers < self.size) & (numbers == np.floor(numbers))
-            return np.where(known, numbers, -1).astype(np.int32) + np.int32(1)
+    def _check(self, cells: Cells, values: Array) -> None:
+        expected = "text" if self.values is not None and isinstance(next(iter(self.values), None), str) else "numbers"
+        wrong = kinds_of(cells.where, values) - {expected}
+        # An empty vocabulary, of a column that was never there in training, is neither text nor numbers.
+        if wrong and (self.rows > 1 or wrong - {"text"}):
+            holds = "strings" if expected == "text" else "ints"
+            got = ", ".join(sorted(wrong))
+            raise TypeError(f"{cells.where}: its vocabulary holds {holds}, got {got}; convert the column")
+
+    def _in_range(self, cells: Cells) -> Array:
+        """Codes of ints 0 to ``size - 1``; whole floats are ints."""
+        assert self.size is not None
+        values = cells.values
+        if values.dtype.kind not in "iu":
+            self._check(cells, values)
+            values = Cells(cells.where, values).numbers("ints")
+        codes = np.zeros(len(values), dtype=np.int32)
+        known = (values >= 0) & (values < self.size)
+        if values.dtype.kind == "f":
+            known &= values == np.floor(values)
+        codes[known] = values[known].astype(np.int32) + np.int32(1)  # the dtype of the column may end before size
+        return codes
+
+    def _look_up(self, cells: Cells) -> Array:
+        """Codes of values that stand in the vocabulary."""
+        values = cells.values
+        if values.dtype.kind != "O":
+            self._check(cells, values)
         # One look-up per row: a hash finds 1, 1.0, True and numpy's scalars alike, and sorting text would be slower.
-        codes = self._codes
-        found = (codes.get(value, 0) for value in column.tolist())
-        return np.fromiter(found, dtype=np.int32, count=len(column))
+        try:
+            codes = np.fromiter(map(self._codes.get, values.tolist(), repeat(0)), dtype=np.int32, count=len(values))
+        except TypeError:  # no hash
+            self._check(cells, values)
+            raise
+        if values.dtype.kind == "O":  # what the vocabulary holds is of the right kind
+            self._check(cells, values[codes == 0])
+        return codes
 
 
 @dataclass(frozen=True)
@@ -138,12 +154,13 @@ class Numeric:
         name: the column.
         transform: f: ``"log1p"``, for amounts: ``sign(x) log(1 + |x|)``; ``None``: as it is.
         mean, std: of the transformed training data; :func:`columns_from` measures them.
-        missing: what a missing number (NaN) is: ``"error"``, or ``"indicator"``: the mean, and a second feature that is
-            1 where the number is missing.
+        missing: what a missing number (NaN) is: ``"error"``; ``"mean"``; or ``"indicator"``: the mean, and a second
+            feature that is 1 where the number is missing. Training must meet some for that feature to mean anything.
         width: ``None``: the number itself is a feature. Otherwise each number (and indicator) becomes ``relu(x w + b)``
             with learned w and b of this width (Gorishniy et al., NeurIPS 2022).
 
     Raises:
+        TypeError: a mean or std that is no number.
         ValueError: an unknown transform or treatment, a mean that is not finite, a std that is not above 0, a width
             below 1.
     """
@@ -152,11 +169,14 @@ class Numeric:
     transform: Literal["log1p"] | None = None
     mean: float = 0.0
     std: float = 1.0
-    missing: Literal["error", "indicator"] = "error"
+    missing: Missing = "error"
     width: int | None = None
 
     def __post_init__(self) -> None:
-        for field, choices in (("transform", ("log1p", None)), ("missing", ("error", "indicator"))):
+        object.__setattr__(self, "name", own_scalar(self.name))
+        for field in ("mean", "std"):
+            object.__setattr__(self, field, check_number(f"column {self.name!r}: {field}", getattr(self, field)))
+        for field, choices in (("transform", ("log1p", None)), ("missing", ("error", "indicator", "mean"))):
             if getattr(self, field) not in choices:
                 got = getattr(self, field)
                 raise ValueError(f"column {self.name!r}: expected {field} to be one of {choices}, got {got!r}")
@@ -165,7 +185,7 @@ class Numeric:
                 f"column {self.name!r}: expected a finite mean and a finite std above 0, got {self.mean} and {self.std}"
             )
         if self.width is not None:
-            check_count(f"column {self.name!r}: width", self.width)
+            object.__setattr__(self, "width", check_count(f"column {self.name!r}: width", self.width))
 
     @property
     def features(self) -> int:
@@ -179,20 +199,20 @@ class Numeric:
             TypeError: the column holds no numbers.
             ValueError: it is not one-dimensional, or holds an infinity.
         """
-        raw = _one_dimensional(self.name, column)
-        if _is_text(raw) or raw.dtype.kind in "cmMV":
-            raise TypeError(
-                f"column {self.name!r}: expected numbers, got {raw.dtype}; convert it, or declare Categorical"
-            )
-        try:
-            values = np.asarray(column, dtype=np.float64)  # the column itself: pandas turns its missing values into NaN
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"column {self.name!r}: expected numbers, got {raw.dtype} ({error})") from error
+        cells = cells_of(f"column {self.name!r}", column)
+        values = cells.numbers("numbers (declare it Categorical, or convert it)")
         if np.isinf(values).any():
-            raise ValueError(
-                f"column {self.name!r}: expected finite numbers, got {int(np.isinf(values).sum())} infinite"
-            )
+            raise ValueError(f"{cells.where}: expected finite numbers, got {int(np.isinf(values).sum())} infinite")
         return np.sign(values) * np.log1p(np.abs(values)) if self.transform == "log1p" else values
+
+    def check_present(self, absent: Array) -> None:
+        """ValueError where one of ``absent (B,)``, bool, is True: a missing number (NaN)."""
+        if absent.any():
+            raise ValueError(
+                f"column {self.name!r}: expected numbers, got {absent.sum()} of {len(absent)} missing (NaN); fill them "
+                'in, or give the column missing="mean" (a trained model can have it too) or, in training, '
+                '"indicator"; columns_from(..., missing=) asks for one beforehand'
+            )
 
     def encode(self, column: Any) -> Array:
         """Features of a column, float32 ``(B, features)``, finite.
@@ -203,11 +223,8 @@ class Numeric:
         """
         values = self.transformed(column)
         absent = np.isnan(values)
-        if absent.any() and self.missing == "error":
-            raise ValueError(
-                f"column {self.name!r}: expected numbers, got {int(absent.sum())} of {len(values)} missing (NaN); "
-                'fill them in, or declare Numeric(..., missing="indicator")'
-            )
+        if self.missing == "error":
+            self.check_present(absent)
         with np.errstate(over="ignore"):  # what overflows is named below
             scaled = np.where(absent, 0.0, (values - self.mean) / self.std).astype(np.float32)
         if not np.isfinite(scaled).all():
@@ -222,68 +239,6 @@ class Numeric:
 Column = Categorical | Numeric
 
 
-def columns_from(
-    data: Table,
-    *,
-    categorical: Sequence[str] = (),
-    numeric: Sequence[str] = (),
-    width: int = 4,
-    min_count: int = 1,
-    transform: Literal["log1p"] | None = None,
-    numeric_width: int | None = None,
-) -> list[Column]:
-    """Columns with the vocabularies and statistics of training data.
-
-    Args:
-        data: columns by name: a mapping of arrays, or a data frame.
-        categorical: names of columns of text or ints. Missing values are left out of the vocabulary.
-        numeric: names of columns of numbers. One that holds NaN gets ``missing="indicator"``; a constant one gets std
-            1.
-        width: of each embedding.
-        min_count: how often a value must occur to be in the vocabulary. With 2 or more the rare ones train the
-            embedding of the unknown value, which values that training never saw then get.
-        transform, numeric_width: ``Numeric.transform`` and ``Numeric.width`` of every numeric column.
-
-    Raises:
-        TypeError: a categorical column that holds other than text or ints, a numeric one that holds no numbers.
-        ValueError: a column that is not there, is empty, or is named twice.
-    """
-    check_count("min_count", min_count)
-    names = [*categorical, *numeric]
-    check_names(names)
-    columns: list[Column] = []
-    for name in names:
-        column = column_of(data, name)
-        if len(column) == 0:
-            raise ValueError(f"column {name!r}: expected at least one row, got none")
-        if name in categorical:
-            columns.append(Categorical(name, values=_vocabulary(name, column, min_count), width=width))
-            continue
-        blank = Numeric(name, transform=transform, width=numeric_width)
-        values = blank.transformed(column)
-        present = values[~np.isnan(values)]
-        varies = len(present) > 0 and present.min() < present.max()
-        mean, std = (float(present.mean()) if len(present) else 0.0), (float(present.std()) if varies else 1.0)
-        missing: Literal["error", "indicator"] = "error" if len(present) == len(values) else "indicator"
-        columns.append(Numeric(name, transform, mean, std, missing, numeric_width))
-    return columns
-
-
-def check_names(names: Sequence[str]) -> None:
-    """ValueError where a column is named twice."""
-    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
-    if twice:
-        raise ValueError(f"columns: expected every name once, got {twice} more than once")
-
-
-def column_of(data: Table, name: str, what: str = "data") -> Any:
-    """One column, or a ValueError that names it."""
-    if name not in data:
-        there = f", got {list(data)[:60]}" if isinstance(data, Iterable) else ""
-        raise ValueError(f"{what}: expected a column {name!r}{there}")
-    return data[name]
-
-
 def encode(data: Table, columns: Sequence[Column]) -> Encoded:
     """Raw columns as codes and numbers, in the order of ``columns``.
 
@@ -291,6 +246,11 @@ def encode(data: Table, columns: Sequence[Column]) -> Encoded:
         TypeError: a column holds other values than it was declared with.
         ValueError: a column is missing, not one-dimensional or of another length, or holds NaN or infinity.
     """
+    given: Sequence[Any] = columns
+    wrong = [column for column in given if not isinstance(column, (Categorical, Numeric))]
+    if wrong or not given:
+        got = repr(wrong[0]) if wrong else "none"
+        raise TypeError(f"columns: expected at least one Categorical or Numeric, got {got}; columns_from makes them")
     codes: list[Array] = []
     numbers: list[Array] = []
     lengths = {}
@@ -326,51 +286,25 @@ def from_json(fields: Mapping[str, Any]) -> Column:
     return kinds[kind](**rest)
 
 
-def _one_dimensional(name: str, column: Any) -> Array:
-    values = np.asarray(column)
-    if values.ndim != 1:
-        raise ValueError(f"column {name!r}: expected one dimension, (B,), got shape {values.shape}")
-    return values
+def own_values(where: str, values: Iterable[Any]) -> tuple[Value, ...]:
+    """Values of a vocabulary: all strings, or all ints; floats that are whole, and bools, as ints.
 
+    Raises:
+        TypeError: others.
+    """
 
-def _categories(column: Any) -> tuple[Array, Array] | None:
-    """Categories and codes of a pandas column or array of dtype ``category``; None for any other."""
-    for source in (column, getattr(column, "cat", None)):
-        categories, codes = getattr(source, "categories", None), getattr(source, "codes", None)
-        if categories is not None and codes is not None:
-            return np.asarray(categories), np.asarray(codes)
-    return None
+    def own(value: Any) -> Any:
+        if isinstance(value, str):
+            return str(value)
+        is_int = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return int(value) if is_int else value
 
-
-def _is_missing(value: Any) -> bool:
-    try:
-        return value is None or bool(value != value)
-    except TypeError:  # pandas.NA is neither true nor false
-        return True
-
-
-def _is_text(column: Array) -> bool | None:
-    """Whether a column holds text; None where nothing in it tells."""
-    if column.dtype.kind == "O":
-        first = next((value for value in column if not _is_missing(value)), None)
-        return None if first is None else isinstance(first, str)
-    return column.dtype.kind in "UST"
-
-
-def _vocabulary(name: str, column: Any, min_count: int) -> tuple[Value, ...]:
-    """Values that occur at least ``min_count`` times, sorted."""
-    split = _categories(column)
-    if split is not None:
-        categories, codes = split
-        counts = np.bincount(codes[codes >= 0], minlength=len(categories))
-        found: Mapping[Any, int] = dict(zip(categories.tolist(), counts.tolist(), strict=True))
-    else:
-        found = Counter(_one_dimensional(name, column).tolist())
-    kept = {value for value, count in found.items() if count >= min_count and not _is_missing(value)}
-    wrong = {type(value).__name__ for value in kept} - {"str", "int", "bool"}
-    if wrong:
+    found = tuple(map(own, values))
+    kinds = set(map(type, found))
+    if len(kinds) > 1 or not kinds <= {str, int}:
+        names = sorted(kind.__name__ for kind in kinds)
         raise TypeError(
-            f"column {name!r}: expected text or ints as categories, got {sorted(wrong)}; convert it, or make it numeric"
+            f"{where}: expected text or ints as categories, all of them the same, got {names}; convert it, or make it "
+            "numeric"
         )
-    values = {int(value) if isinstance(value, bool) else value for value in kept}
-    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
+    return found

@@ -17,8 +17,9 @@ from ..losses import JointLoss, TaskLoss, entire_space
 from ..scalars import check_count
 from ..topology import Topology
 from . import storage
-from .columns import Array, Column, Encoded, Table, check_names, column_of, encode, from_json, to_json
+from .columns import Column, Encoded, encode, from_json, to_json
 from .embedding import FeatureEmbedding
+from .tables import Array, Table, check_names, column_of, label_values
 from .training import EpochResult, Labels, Progress, mean_loss, modes_kept, progress_bar, train
 from .trunks import CUSTOM, build_trunk, plain, trunk_width
 
@@ -246,15 +247,10 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"{what}: expected data of at least one row, got none")
         targets = {}
         for name in self.task_names:
-            label = np.asarray(column_of(labels, name, what))
+            label = label_values(f"{what}[{name!r}]", column_of(labels, name, what))
             if label.shape != (rows,):
                 raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
-            try:
-                targets[name] = torch.from_numpy(label.astype(np.float32))
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"{what}[{name!r}]: expected numbers (0 and 1, values, or classes from 0), got {label.dtype}"
-                ) from error
+            targets[name] = torch.from_numpy(label)
         self.joint_loss.check_labels(targets)
         return targets
 
