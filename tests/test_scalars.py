@@ -28,6 +28,7 @@ from ple_fast import (
     MMoE,
     SingleTask,
     Topology,
+    pack,
 )
 from ple_fast.convert import Dice, RowDice
 from ple_fast.modules.plain import Temperature, WeightOffset
@@ -202,6 +203,22 @@ def test_a_topology_of_arrays_and_ranges_is_the_one_of_tuples() -> None:
     assert [*foreign(arrays)] == []
     ple: Any = Topology.ple
     assert ple(np.int64(3), range(1, 4), np.int8(1), last=False) == Topology.ple(3, (1, 2, 3), 1, last=False)
+
+
+def test_what_is_packed_of_modules_with_numpys_settings_keeps_pythons() -> None:
+    """An operator takes no scalar of NumPy, so a level that kept one could not be compiled."""
+    half: Any = np.float32(0.5)
+
+    def expert() -> nn.Module:
+        norm, other = nn.BatchNorm1d(4, eps=half, momentum=half), nn.LayerNorm(4, eps=half)
+        return nn.Sequential(
+            nn.Linear(of_numpy(5), of_numpy(4)), norm, nn.LeakyReLU(half), nn.Dropout(half), nn.Linear(4, 4), other
+        )
+
+    level = pack([expert(), expert()], [nn.Linear(5, 2), nn.Linear(5, 2)], Topology.mmoe(2, 2))
+    assert [*foreign(level)] == []
+    assert level.expert_specs[0].dropout == (0.5, 0.0)
+    assert level.expert_specs[0].activation[0] == Activation("leaky_relu", 0.5)
 
 
 def test_units_may_be_a_range_or_a_tensor() -> None:

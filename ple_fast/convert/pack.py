@@ -281,9 +281,9 @@ def _fill_layer(layer: Any, row: int, plain: PlainLayer) -> None:
 def _fill_norm(norm: Any, plain: nn.Module | None) -> None:
     """The settings of a norm."""
     if plain is not None:
-        norm.eps, norm.training = plain.eps, plain.training
+        norm.eps, norm.training = float(plain.eps), plain.training  # NumPy's is none that an operator takes
         if isinstance(plain, nn.BatchNorm1d):
-            norm.momentum = plain.momentum
+            norm.momentum = None if plain.momentum is None else float(plain.momentum)
 
 
 def _fill_experts(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
