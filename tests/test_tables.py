@@ -28,6 +28,7 @@ INTS: dict[str, Any] = {
     "list with NaN": [3, 1, NAN, 3],
     "list of NumPy's": [np.int8(3), np.int64(1), None, np.uint8(3)],
     "list of tensors": [torch.tensor(3), torch.tensor(1), None, torch.tensor(3)],
+    "list with a masked one": [3, 1, np.ma.masked, 3],
     "tuple": (3, 1, None, 3),
     "objects": np.array([3, 1, None, 3], dtype=object),
     "objects with pandas.NA": np.array([3, 1, pd.NA, 3], dtype=object),

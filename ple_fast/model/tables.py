@@ -202,7 +202,7 @@ def cells_of(where: str, column: Any) -> Cells:
         if types == {float}:
             return Cells(where, np.array(cells))
         if any(issubclass(t, (Tensor, np.ndarray)) for t in types):  # of one number each
-            cells = list(map(own_scalar, cells))
+            cells = [None if cell is np.ma.masked else own_scalar(cell) for cell in cells]
         # One by one: NumPy would make text of numbers beside text, and round large ints beside NaN.
         return Cells(where, np.fromiter(cells, dtype=object, count=len(cells)))
     values, missing = _values(where, column)
