@@ -175,6 +175,19 @@ def test_a_model_wholly_in_eval_mode_trains_so_and_says_so_once(tmp_path: Path) 
         net.train().fit(data, labels)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fit_trains_in_a_region_without_gradients_and_warns_at_its_caller(mode: Any) -> None:
+    data, labels = table()
+    expected = model().eval()
+    net = copy.deepcopy(expected)
+    with pytest.warns(UserWarning, match="eval mode"):
+        expected.fit(data, labels, batch_size=16)
+    with mode(), pytest.warns(UserWarning, match="eval mode") as caught:
+        net.fit(data, labels, batch_size=16)
+    assert caught[0].filename == __file__
+    assert are_equal(state(net), state(expected))
+
+
 # --- the next call ---
 
 

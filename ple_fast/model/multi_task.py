@@ -230,38 +230,40 @@ class MultiTaskModel(nn.Module):
         for name, function in (("score", score), ("progress", progress)):
             if not (function is None or callable(function) or (name == "progress" and isinstance(function, bool))):
                 raise TypeError(f"{name}: expected a function, got {function!r}")
-        rows = self.encode(data)
-        targets = label_tensors(labels, len(rows), self.joint_loss, "labels")
-        scorer = None if validation is None else Scorer(self, validation, score, batch_size)
-        run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
-        warn_of_unlabelled(self.joint_loss, targets, "labels", "they are not trained")
-        if scorer is not None:
-            effect = "the default score leaves them out"
-            warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
-        if not is_training(self):
-            warnings.warn(
-                "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of batch "
-                "norm stand still; call model.train() first if that is not wanted",
-                stacklevel=2,
-            )
-        self._run, steps = run, run.take_optimizer()
-        with progress_bar(progress) as report:
-            results, is_put_back = train(
-                self,
-                self.joint_loss,
-                rows,
-                targets,
-                optimizer=steps,
-                epochs=epochs,
-                batch_size=batch_size,
-                generator=run.generator,
-                score=scorer,
-                patience=patience,
-                progress=report,
-            )
-        if not is_put_back:
-            run.keep(steps)
-        return results
+        # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = self.encode(data)
+            targets = label_tensors(labels, len(rows), self.joint_loss, "labels")
+            scorer = None if validation is None else Scorer(self, validation, score, batch_size)
+            run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
+            warn_of_unlabelled(self.joint_loss, targets, "labels", "they are not trained")
+            if scorer is not None:
+                effect = "the default score leaves them out"
+                warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
+            if not is_training(self):
+                warnings.warn(
+                    "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
+                    "batch norm stand still; call model.train() first if that is not wanted",
+                    stacklevel=2,
+                )
+            self._run, steps = run, run.take_optimizer()
+            with progress_bar(progress) as report:
+                results, is_put_back = train(
+                    self,
+                    self.joint_loss,
+                    rows,
+                    targets,
+                    optimizer=steps,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    generator=run.generator,
+                    score=scorer,
+                    patience=patience,
+                    progress=report,
+                )
+            if not is_put_back:
+                run.keep(steps)
+            return results
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.
