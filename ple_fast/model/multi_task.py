@@ -167,8 +167,6 @@ class MultiTaskModel(nn.Module):
                 outputs[task.name] = entire_space(outputs[self.given[task.name]], outputs[task.name])
         return outputs
 
-    @torch.inference_mode(False)  # it trains whatever mode it is called in
-    @torch.enable_grad()
     def fit(
         self,
         data: Table | Encoded,
