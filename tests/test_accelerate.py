@@ -466,3 +466,24 @@ def test_a_class_of_the_users_own_can_be_registered() -> None:
         assert restore(model) == ("0",)
     finally:
         del _CONVERTERS[0]
+
+
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_statistics_that_stand_still_stand_still_when_fused(activation: str) -> None:
+    model = make(activation=activation)
+    norms = [m for m in model.cgc_layers.modules() if isinstance(m, nn.BatchNorm1d)]
+    experts = [m for name, m in model.cgc_layers.named_modules() if isinstance(m, nn.BatchNorm1d) and "experts" in name]
+    for norm in experts[::2]:
+        norm.track_running_stats = False
+    original = copy.deepcopy(model)
+    assert len(accelerate(model).replaced) == 2
+    for m in (model, original):
+        m.train()(batch())
+    ours, theirs = model.state_dict(), original.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.track_running_stats, module.momentum = True, 0.3
+    restore(model)
+    assert all(norm.track_running_stats and norm.momentum == 0.3 for norm in norms)

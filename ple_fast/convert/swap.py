@@ -78,6 +78,10 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
     return trunk
 
 
+SETTINGS = ("eps", "momentum", "track_running_stats")
+"""Of norms, that may be changed while they are fused."""
+
+
 def _hold_unread(
     site: nn.Module, trunk: FusedTrunk, converter: Converter, unread: list[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
@@ -161,7 +165,11 @@ def swap_out(site: Accelerated) -> None:
     for child in record.skeleton.values():
         child.train(site.training)
     for twin in record.twins:
-        skeleton_module(record, twin.original).training = trunk.get_submodule(twin.fused).training
+        theirs, ours = skeleton_module(record, twin.original), trunk.get_submodule(twin.fused)
+        theirs.training = ours.training
+        for name in SETTINGS:
+            if hasattr(theirs, name) and hasattr(ours, name):
+                setattr(theirs, name, getattr(ours, name))
     modules = {**site._modules, **record.skeleton}
     del modules[CHILD]
     ordered = {name: modules.pop(name) for name in record.children if name in modules}

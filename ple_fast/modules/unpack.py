@@ -136,6 +136,7 @@ def _layer(layer: StackedLayer, row: int) -> list[nn.Module]:
             parts[role].training = source.training
     if isinstance(layer.activation, StackedDice):
         parts["dice_norm"].training = layer.activation.norm.training
+        parts["dice_norm"].track_running_stats = layer.activation.norm.track_running_stats
     for part in layer_parts(layer, row):
         _set(parts[part.role], part)
     order = ["linear", "norm", "activation"] if spec.norm_position == "before" else ["linear", "activation", "norm"]
@@ -175,7 +176,7 @@ def _activation(layer: StackedLayer, activation: Activation, where: dict[str, An
 def _batch_norm(norm: nn.Module, units: int, where: dict[str, Any]) -> nn.BatchNorm1d:
     assert isinstance(norm, nn.BatchNorm1d)
     plain = nn.BatchNorm1d(units, eps=norm.eps, momentum=norm.momentum, **where)
-    plain.training = norm.training
+    plain.training, plain.track_running_stats = norm.training, norm.track_running_stats
     return plain
 
 
