@@ -487,3 +487,28 @@ def test_statistics_that_stand_still_stand_still_when_fused(activation: str) -> 
             module.track_running_stats, module.momentum = True, 0.3
     restore(model)
     assert all(norm.track_running_stats and norm.momentum == 0.3 for norm in norms)
+
+
+def test_attributes_on_parameters_go_with_them_both_ways() -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.no_decay = parameter.dim() < 2
+        if "gate" in name:
+            parameter.lr_scale = torch.tensor(0.5)
+    assert len(accelerate(model).replaced) == 2
+    for name, parameter in model.named_parameters():
+        if ".blocks." in name:
+            assert parameter.no_decay == (not name.endswith("layers.0.weight") and not name.endswith("layers.1.weight"))
+        assert hasattr(parameter, "lr_scale") == ("gate" in name)
+    restore(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.no_decay == (parameter.dim() < 2), name
+        assert hasattr(parameter, "lr_scale") == ("gate" in name)
+
+
+def test_parameters_with_different_attributes_are_left() -> None:
+    model = make()
+    model.cgc_layers[1].experts_specific[2].mlp[0].weight.lr_scale = 0.1
+    report = accelerate(model)
+    assert [site.path for site in report.replaced] == ["cgc_layers.0"]
+    assert "have different attributes lr_scale" in report.left[0].why

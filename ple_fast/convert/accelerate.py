@@ -12,7 +12,17 @@ from torch.optim import Optimizer
 
 from . import ties as tied
 from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
-from .moves import Move, by_new, check_optimizers, move_gradients, ordered_groups, remap, settle
+from .moves import (
+    Move,
+    by_new,
+    check_attributes,
+    check_optimizers,
+    move_attributes,
+    move_gradients,
+    ordered_groups,
+    remap,
+    settle,
+)
 from .registry import Converter, converter_named, find
 from .swap import (
     Accelerated,
@@ -138,6 +148,7 @@ def accelerate(
     _check_holders(sites, renewed, model, moves, around, given)
     check_optimizers(given, moves)
     move_gradients(moves)
+    move_attributes(moves)
     names = {id(p): name for name, p in model.named_parameters()}
     before = list(model.parameters())
     ordered = ordered_groups(given, before)
@@ -185,11 +196,13 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         renewed = _renewed(sites)
         _check_holders(sites, renewed, model, moves, around, given)
         check_optimizers(given, moves)
+        check_attributes(moves)
         move_gradients(moves)
     except ValueError:
         for site in sites:
             dematerialise(site.module)
         raise
+    move_attributes(moves)
     before = list(model.parameters())
     ordered = ordered_groups(given, before)
     for site, attributes in zip(sites, renewed, strict=True):
@@ -235,6 +248,8 @@ def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[lis
             if path in shared:
                 raise ValueError(shared[path])
             trunk = build(site, own, style)
+            moves = moves_in(site, trunk)
+            check_attributes(moves)
             try_out(site, trunk, own)
         except Exception as error:
             why = str(error)
@@ -242,7 +257,7 @@ def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[lis
                 why = f"it cannot be read, because it is of another version or was changed: {error!r}"
             left.append(Left(path, own.name, why))
             continue
-        plans.append(_Plan(_Site(path, site, own, moves_in(site, trunk)), trunk))
+        plans.append(_Plan(_Site(path, site, own, moves), trunk))
     return plans, left
 
 

@@ -178,7 +178,45 @@ def _is_elementwise(value: Any, parameter: nn.Parameter) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b or torch.equal(a, b)
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):  # arrays, say
+        return False
+
+
+def attributes_of(parameter: Tensor) -> dict[str, Any]:
+    """What somebody has put on a parameter (``p.no_decay = True``), without what the compiler has."""
+    return {name: value for name, value in vars(parameter).items() if not name.startswith("_dynamo")}
+
+
+def check_attributes(moves: Sequence[Move]) -> None:
+    """Parameters that become one have equal attributes of a user's.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for group in by_new(moves):
+        first = attributes_of(group[0].old)
+        for move in group[1:]:
+            own = attributes_of(move.old)
+            differing = [
+                name
+                for name in {**first, **own}
+                if name not in first or name not in own or not _equal(first[name], own[name])
+            ]
+            if differing:
+                raise ValueError(
+                    f"parameters that become one of shape {tuple(group[0].new.shape)} have different attributes "
+                    f"{', '.join(sorted(differing))}; give them equal ones, or set these afterwards"
+                )
+
+
+def move_attributes(moves: Iterable[Move]) -> None:
+    """Carry attributes over. Checked before."""
+    for move in moves:
+        vars(move.new).update(attributes_of(move.old))
 
 
 def move_gradients(moves: Sequence[Move]) -> None:

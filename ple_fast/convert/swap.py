@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .moves import Move
+from .moves import Move, attributes_of
 from .pieces import Constant, Piece, Twin, pieces_of
 from .registry import Converter, converter_named
 from .stacks import check_bare
@@ -137,7 +137,7 @@ def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     site._modules = {**kept, CHILD: trunk}
     for child in replaced.values():
         # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
-        child.to("meta")
+        _emptied(child)
 
 
 def materialise(site: Accelerated) -> list[Move]:
@@ -155,7 +155,15 @@ def materialise(site: Accelerated) -> list[Move]:
 def dematerialise(site: Accelerated) -> None:
     """Undo ``materialise``."""
     for child in record_of(site.trunk()).skeleton.values():
-        child.to("meta")
+        _emptied(child)
+
+
+def _emptied(child: nn.Module) -> None:
+    """Move a replaced child to the meta device; what somebody has put on its parameters stays on them."""
+    kept = {name: attributes_of(parameter) for name, parameter in child.named_parameters()}
+    child.to("meta")
+    for name, parameter in child.named_parameters():
+        vars(parameter).update(kept[name])
 
 
 def swap_out(site: Accelerated) -> None:
@@ -199,7 +207,8 @@ def _fill(record: Record, trunk: FusedTrunk, name: str, parts: list[Piece]) -> N
     like = module._parameters[last]
     assert like is not None
     trained = source.requires_grad if isinstance(source, nn.Parameter) else like.requires_grad
-    module._parameters[last] = nn.Parameter(value, requires_grad=trained)
+    made = module._parameters[last] = nn.Parameter(value, requires_grad=trained)
+    vars(made).update(attributes_of(like))
 
 
 class Accelerated:
