@@ -512,3 +512,22 @@ def test_parameters_with_different_attributes_are_left() -> None:
     report = accelerate(model)
     assert [site.path for site in report.replaced] == ["cgc_layers.0"]
     assert "have different attributes lr_scale" in report.left[0].why
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_an_optimizer_of_named_parameters_has_the_new_names(prefix: str) -> None:
+    model = make()
+    named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
+    towers = [row for row in named if "tower" in row[0]]
+    rest = [row for row in named if "tower" not in row[0]]
+    optimizer = torch.optim.Adam([{"params": rest}, {"params": towers, "lr": 0.1}])
+    step(model, optimizer, 0)
+    for swap in (accelerate, restore):
+        swap(model, optimizers=optimizer)
+        names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
+        step(model, optimizer, 1)
+    assert [group["param_names"] for group in optimizer.param_groups] == [[name for name, _ in rest], [
+        name for name, _ in towers
+    ]]  # fmt: skip

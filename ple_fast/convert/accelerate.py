@@ -19,8 +19,10 @@ from .moves import (
     check_optimizers,
     move_attributes,
     move_gradients,
+    names_in,
     ordered_groups,
     remap,
+    rename,
     settle,
 )
 from .registry import Converter, converter_named, find
@@ -149,9 +151,9 @@ def accelerate(
     check_optimizers(given, moves)
     move_gradients(moves)
     move_attributes(moves)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = _names(model)
     before = list(model.parameters())
-    ordered = ordered_groups(given, before)
+    ordered, named = ordered_groups(given, before), [names_in(optimizer) for optimizer in given]
     for (site, trunk), attributes in zip(plans, renewed, strict=True):
         note = site.converter.noted(site.module)
         swap_in(site.module, trunk, site.converter)
@@ -160,6 +162,7 @@ def accelerate(
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
+    rename(given, moves, names, _names(model), named)
     return replace(_report(plans, names, model, left), already=already)
 
 
@@ -203,8 +206,9 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
             dematerialise(site.module)
         raise
     move_attributes(moves)
+    names = _names(model)
     before = list(model.parameters())
-    ordered = ordered_groups(given, before)
+    ordered, named = ordered_groups(given, before), [names_in(optimizer) for optimizer in given]
     for site, attributes in zip(sites, renewed, strict=True):
         old_note, note = site.module.trunk().record.notes
         as_left = None not in (old_note, note) and site.converter.noted(site.module) == note
@@ -212,7 +216,12 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
+    rename(given, moves, names, _names(model), named)
     return tuple(site.path for site in sites)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _optimizers(optimizers: Any) -> list[Optimizer]:

@@ -124,6 +124,38 @@ def settle(
         group["params"].sort(key=lambda p: index[id(p)])
 
 
+def rename(
+    optimizers: Sequence[Optimizer],
+    moves: Iterable[Move],
+    before: Mapping[int, str],
+    after: Mapping[int, str],
+    named: Sequence[Mapping[int, str]],
+) -> None:
+    """After ``settle``: ``param_names`` of optimizers that were built of named parameters.
+
+    Args:
+        before, after: names in the model, by id.
+        named: ``names_in`` of the optimizers before anything was changed.
+    """
+    olds = {id(move.new): id(move.old) for move in moves}
+    for optimizer, known in zip(optimizers, named, strict=True):
+        # The names may begin with what stands before the model's own: those of a model that this one is a part of.
+        own = ((name, before[key]) for key, name in known.items() if key in before)
+        prefix = next((name.removesuffix(inner) for name, inner in own if name.endswith(inner)), "")
+        for group in optimizer.param_groups:
+            if "param_names" in group:
+                group["param_names"] = [
+                    known[id(p)] if id(p) in known and id(p) not in olds else prefix + after[id(p)]
+                    for p in group["params"]
+                ]
+
+
+def names_in(optimizer: Optimizer) -> dict[int, str]:
+    """Names of the parameters of an optimizer that was built of named ones, by id."""
+    rows = [zip(g["params"], g["param_names"], strict=True) for g in optimizer.param_groups if "param_names" in g]
+    return {id(p): name for row in rows for p, name in row}
+
+
 def _held(held: Container[int], moves: Sequence[Move]) -> list[list[Move]]:
     """``by_new`` of the moves of parameters that an optimizer holds.
 
