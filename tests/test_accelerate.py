@@ -520,7 +520,8 @@ def test_an_optimizer_of_named_parameters_has_the_new_names(prefix: str) -> None
     named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
     towers = [row for row in named if "tower" in row[0]]
     rest = [row for row in named if "tower" not in row[0]]
-    optimizer = torch.optim.Adam([{"params": rest}, {"params": towers, "lr": 0.1}])
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": towers, "lr": 0.1}]
+    optimizer = torch.optim.Adam(groups)
     step(model, optimizer, 0)
     for swap in (accelerate, restore):
         swap(model, optimizers=optimizer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -227,11 +229,16 @@ class Accelerated:
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As the library's own module has it, entry by entry, or with the fused names, as ``accelerate`` was told."""
-        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[misc]
-        trunk = self.trunk()
-        if record_of(trunk).style == "original":
-            to_original(trunk, found, prefix)
-        return found
+
+        def rename(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            to_original(self.trunk(), state, prefix)
+
+        given: dict[str, Any] = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        if record_of(self.trunk()).style == "fused":
+            return super().state_dict(*args, **given)  # type: ignore[misc]
+        # The first of the hooks: those of the user, and what a class does besides, are made for the library's names.
+        with _twin(self, "_state_dict_hooks", first=rename) as twin:
+            return super(Accelerated, twin).state_dict(*args, **given)  # type: ignore[misc]
 
     def _load_from_state_dict(
         self,
@@ -243,13 +250,17 @@ class Accelerated:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        trunk = self.trunk()
-        if not any(name.startswith(f"{prefix}{CHILD}.") for name in state_dict):
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            to_fused(trunk, state_dict, prefix, assign, missing_keys if strict else [], error_msgs)
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+
+        def rename(state: dict[str, Any], prefix: str, *_: Any) -> None:
+            if not any(name.startswith(f"{prefix}{CHILD}.") for name in state):
+                assign = bool(local_metadata.get("assign_to_params_buffers", False))
+                to_fused(self.trunk(), state, prefix, assign, missing_keys if strict else [], error_msgs)
+
+        # The last of the hooks: those of the user may bring entries into the library's names.
+        with _twin(self, "_load_state_dict_pre_hooks", last=rename) as twin:
+            super(Accelerated, twin)._load_from_state_dict(  # type: ignore[misc]
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def __getattr__(self, name: str) -> Any:
         trunk = self.__dict__.get("_modules", {}).get(CHILD)
@@ -262,6 +273,20 @@ class Accelerated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original_class, self._converter), self.__dict__.copy()
+
+
+@contextmanager
+def _twin(
+    site: Accelerated, hooks: str, *, first: Callable[..., Any] | None = None, last: Callable[..., Any] | None = None
+) -> Iterator[Accelerated]:
+    """The site with one more hook: an object of its own, because other threads may be saving the site."""
+    twin = type(site).__new__(type(site))
+    own = vars(twin)
+    own.update(vars(site))
+    rows = [*vars(site)[hooks].items()]
+    own[hooks] = OrderedDict([*([(-1, first)] if first else []), *rows, *([(-2, last)] if last else [])])
+    yield twin
+    vars(site).update({k: v for k, v in own.items() if k != hooks and vars(site).get(k) is not v})
 
 
 def _rebuild(original: type[nn.Module], converter: str) -> nn.Module:
