@@ -280,7 +280,7 @@ def _fill_layer(layer: Any, row: int, plain: PlainLayer) -> None:
         _copy(part, plain.modules)
 
 
-def _fill_norm(norm: Any, plain: nn.Module | None) -> None:
+def _fill_norm(norm: Any, plain: nn.BatchNorm1d | nn.LayerNorm | None) -> None:
     """The settings of a norm."""
     if plain is not None:
         norm.eps, norm.training = float(plain.eps), plain.training  # NumPy's is none that an operator takes
