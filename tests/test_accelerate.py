@@ -466,3 +466,69 @@ def test_a_class_of_the_users_own_can_be_registered() -> None:
         assert restore(model) == ("0",)
     finally:
         del _CONVERTERS[0]
+
+
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_statistics_that_stand_still_stand_still_when_fused(activation: str) -> None:
+    model = make(activation=activation)
+    norms = [m for m in model.cgc_layers.modules() if isinstance(m, nn.BatchNorm1d)]
+    experts = [m for name, m in model.cgc_layers.named_modules() if isinstance(m, nn.BatchNorm1d) and "experts" in name]
+    for norm in experts[::2]:
+        norm.track_running_stats = False
+    original = copy.deepcopy(model)
+    assert len(accelerate(model).replaced) == 2
+    for m in (model, original):
+        m.train()(batch())
+    ours, theirs = model.state_dict(), original.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.track_running_stats, module.momentum = True, 0.3
+    restore(model)
+    assert all(norm.track_running_stats and norm.momentum == 0.3 for norm in norms)
+
+
+def test_attributes_on_parameters_go_with_them_both_ways() -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.no_decay = parameter.dim() < 2
+        if "gate" in name:
+            parameter.lr_scale = torch.tensor(0.5)
+    assert len(accelerate(model).replaced) == 2
+    for name, parameter in model.named_parameters():
+        if ".blocks." in name:
+            assert parameter.no_decay == (not name.endswith("layers.0.weight") and not name.endswith("layers.1.weight"))
+        assert hasattr(parameter, "lr_scale") == ("gate" in name)
+    restore(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.no_decay == (parameter.dim() < 2), name
+        assert hasattr(parameter, "lr_scale") == ("gate" in name)
+
+
+def test_parameters_with_different_attributes_are_left() -> None:
+    model = make()
+    model.cgc_layers[1].experts_specific[2].mlp[0].weight.lr_scale = 0.1
+    report = accelerate(model)
+    assert [site.path for site in report.replaced] == ["cgc_layers.0"]
+    assert "have different attributes lr_scale" in report.left[0].why
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_an_optimizer_of_named_parameters_has_the_new_names(prefix: str) -> None:
+    model = make()
+    named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
+    towers = [row for row in named if "tower" in row[0]]
+    rest = [row for row in named if "tower" not in row[0]]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": towers, "lr": 0.1}]
+    optimizer = torch.optim.Adam(groups)
+    step(model, optimizer, 0)
+    for swap in (accelerate, restore):
+        swap(model, optimizers=optimizer)
+        names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
+        step(model, optimizer, 1)
+    assert [group["param_names"] for group in optimizer.param_groups] == [[name for name, _ in rest], [
+        name for name, _ in towers
+    ]]  # fmt: skip

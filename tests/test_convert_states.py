@@ -65,3 +65,58 @@ def test_a_part_of_a_stacked_tensor_cannot_leave_the_meta_device_alone() -> None
     without = {k: v for k, v in state.items() if not k.startswith(name.partition(".experts")[0])}
     missing = empty.load_state_dict(without, assign=True, strict=False).missing_keys
     assert sorted(missing) == sorted(k for k in state if k not in without)
+
+
+def with_hooks(model: nn.Module) -> None:
+    """Hooks of a checkpoint format of one's own: every name with a version in front, at every module that a site is."""
+
+    def saved(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.startswith(prefix) and "expert" in name]:
+            state[prefix + "v2_" + name.removeprefix(prefix)] = state.pop(name)
+
+    def loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in [name for name in state if name.startswith(prefix + "v2_")]:
+            state[prefix + name.removeprefix(prefix + "v2_")] = state.pop(name)
+
+    sites = [m for m in model.modules() if type(m).__name__ in ("CGC", "MMOE")] or [model]
+    for site in sites:
+        site.register_state_dict_post_hook(saved)
+        site.register_load_state_dict_pre_hook(loaded)
+
+
+@pytest.mark.parametrize("case", [rechub.CASES[0], deepctr.CASES[0], deepctr.MMOES[1]], ids=str)
+def test_hooks_that_rename_entries_see_the_librarys_names(case: Case) -> None:
+    torch.manual_seed(0)
+    original, other = shaken(case.make()), case.make()
+    for model in (original, other):
+        with_hooks(model)
+    saved = original.state_dict()
+    assert any("v2_" in name for name in saved)
+    assert accelerate(other).replaced
+    other.load_state_dict(saved)
+    assert_equal_results(case, other, original)
+    original.load_state_dict(other.state_dict())
+    twin = copy.deepcopy(other)
+    twin.load_state_dict(other.state_dict(), assign=True)
+    assert_same_state(twin, original)
+
+
+class Renaming(nn.Module):
+    """What a library does that has renamed its tensors: old checkpoints load."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(f"{prefix}old_")]:
+            state_dict[prefix + name.removeprefix(f"{prefix}old_")] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_class_that_renames_entries_sees_the_librarys_names() -> None:
+    case = rechub.CASES[0]
+    torch.manual_seed(0)
+    original, other = shaken(case.make()), case.make()
+    for site in [m for m in other.modules() if type(m).__name__ == "CGC"]:
+        site.__class__ = type("CGC", (Renaming, type(site)), {"__module__": type(site).__module__})
+    assert accelerate(other).replaced
+    old = {name.replace(".experts_", ".old_experts_"): value for name, value in original.state_dict().items()}
+    other.load_state_dict(old)
+    assert_same_state(other, original)

@@ -461,3 +461,21 @@ def test_the_snippets_of_the_document_run() -> None:
     assert lines[1].startswith("experts[0].1: Softplus: cannot be packed; pack takes Linear, BatchNorm1d, ")
     assert scope["y"].shape == (64, 2, 16)
     assert pack(scope["experts"], scope["gates"], scope["shared_first"]).topology.mixture_experts[0] == (2, 0)
+
+
+def test_statistics_that_stand_still_do_so_in_a_packed_level_and_after_unpack() -> None:
+    from ple_fast.convert import Dice
+
+    experts = [nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), Dice(4)) for _ in range(3)]
+    for norm in (experts[1][1], experts[1][2].bn):
+        norm.track_running_stats = False  # type: ignore[union-attr]  # of both
+    gates = [nn.Linear(5, 3)]
+    level = pack(experts, gates, Topology.mmoe(1, 3))
+    level(torch.randn(6, 5))
+    back, _ = level.unpack()
+    for e, expert in enumerate(back):
+        for norm in (expert[1], expert[2].bn):
+            assert isinstance(norm, nn.BatchNorm1d)
+            assert norm.track_running_stats == (e != 1)
+            assert norm.running_mean is not None
+            assert (not norm.running_mean.any()) == (e == 1)

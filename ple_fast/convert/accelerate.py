@@ -12,7 +12,19 @@ from torch.optim import Optimizer
 
 from . import ties as tied
 from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
-from .moves import Move, by_new, check_optimizers, move_gradients, ordered_groups, remap, settle
+from .moves import (
+    Move,
+    by_new,
+    check_attributes,
+    check_optimizers,
+    move_attributes,
+    move_gradients,
+    names_in,
+    ordered_groups,
+    remap,
+    rename,
+    settle,
+)
 from .registry import Converter, converter_named, find
 from .swap import (
     Accelerated,
@@ -138,9 +150,10 @@ def accelerate(
     _check_holders(sites, renewed, model, moves, around, given)
     check_optimizers(given, moves)
     move_gradients(moves)
-    names = {id(p): name for name, p in model.named_parameters()}
+    move_attributes(moves)
+    names = _names(model)
     before = list(model.parameters())
-    ordered = ordered_groups(given, before)
+    ordered, named = ordered_groups(given, before), [names_in(optimizer) for optimizer in given]
     for (site, trunk), attributes in zip(plans, renewed, strict=True):
         note = site.converter.noted(site.module)
         swap_in(site.module, trunk, site.converter)
@@ -149,6 +162,7 @@ def accelerate(
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
+    rename(given, moves, names, _names(model), named)
     return replace(_report(plans, names, model, left), already=already)
 
 
@@ -185,13 +199,16 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         renewed = _renewed(sites)
         _check_holders(sites, renewed, model, moves, around, given)
         check_optimizers(given, moves)
+        check_attributes(moves)
         move_gradients(moves)
     except ValueError:
         for site in sites:
             dematerialise(site.module)
         raise
+    move_attributes(moves)
+    names = _names(model)
     before = list(model.parameters())
-    ordered = ordered_groups(given, before)
+    ordered, named = ordered_groups(given, before), [names_in(optimizer) for optimizer in given]
     for site, attributes in zip(sites, renewed, strict=True):
         old_note, note = site.module.trunk().record.notes
         as_left = None not in (old_note, note) and site.converter.noted(site.module) == note
@@ -199,7 +216,12 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
     settle(given, moves, before, list(model.parameters()), ordered)
+    rename(given, moves, names, _names(model), named)
     return tuple(site.path for site in sites)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _optimizers(optimizers: Any) -> list[Optimizer]:
@@ -235,6 +257,8 @@ def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[lis
             if path in shared:
                 raise ValueError(shared[path])
             trunk = build(site, own, style)
+            moves = moves_in(site, trunk)
+            check_attributes(moves)
             try_out(site, trunk, own)
         except Exception as error:
             why = str(error)
@@ -242,7 +266,7 @@ def _plans(model: nn.Module, style: StateStyle, around: Bystanders) -> tuple[lis
                 why = f"it cannot be read, because it is of another version or was changed: {error!r}"
             left.append(Left(path, own.name, why))
             continue
-        plans.append(_Plan(_Site(path, site, own, moves_in(site, trunk)), trunk))
+        plans.append(_Plan(_Site(path, site, own, moves), trunk))
     return plans, left
 
 

@@ -58,6 +58,7 @@ def dice_fault(dice: Any, units: int) -> str | None:
     if {id(t) for t in [*dice.parameters(), *dice.buffers()]} != {id(dice.alpha), *map(id, norm.buffers())}:
         return "has more tensors than alpha and the statistics of its batch norm"
     ours = Dice(units, eps=norm.eps, momentum=norm.momentum, device="cpu")
+    ours.bn.track_running_stats = norm.track_running_stats
     return _difference(dice, ours, units, "with p = sigmoid(batch_norm(z))")
 
 

@@ -124,6 +124,38 @@ def settle(
         group["params"].sort(key=lambda p: index[id(p)])
 
 
+def rename(
+    optimizers: Sequence[Optimizer],
+    moves: Iterable[Move],
+    before: Mapping[int, str],
+    after: Mapping[int, str],
+    named: Sequence[Mapping[int, str]],
+) -> None:
+    """After ``settle``: ``param_names`` of optimizers that were built of named parameters.
+
+    Args:
+        before, after: names in the model, by id.
+        named: ``names_in`` of the optimizers before anything was changed.
+    """
+    olds = {id(move.new): id(move.old) for move in moves}
+    for optimizer, known in zip(optimizers, named, strict=True):
+        # The names may begin with what stands before the model's own: those of a model that this one is a part of.
+        own = ((name, before[key]) for key, name in known.items() if key in before)
+        prefix = next((name.removesuffix(inner) for name, inner in own if name.endswith(inner)), "")
+        for group in optimizer.param_groups:
+            if "param_names" in group:
+                group["param_names"] = [
+                    known[id(p)] if id(p) in known and id(p) not in olds else prefix + after[id(p)]
+                    for p in group["params"]
+                ]
+
+
+def names_in(optimizer: Optimizer) -> dict[int, str]:
+    """Names of the parameters of an optimizer that was built of named ones, by id."""
+    rows = [zip(g["params"], g["param_names"], strict=True) for g in optimizer.param_groups if "param_names" in g]
+    return {id(p): name for row in rows for p, name in row}
+
+
 def _held(held: Container[int], moves: Sequence[Move]) -> list[list[Move]]:
     """``by_new`` of the moves of parameters that an optimizer holds.
 
@@ -178,7 +210,45 @@ def _is_elementwise(value: Any, parameter: nn.Parameter) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+    if a is b or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b or torch.equal(a, b)
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):  # arrays, say
+        return False
+
+
+def attributes_of(parameter: Tensor) -> dict[str, Any]:
+    """What somebody has put on a parameter (``p.no_decay = True``), without what the compiler has."""
+    return {name: value for name, value in vars(parameter).items() if not name.startswith("_dynamo")}
+
+
+def check_attributes(moves: Sequence[Move]) -> None:
+    """Parameters that become one have equal attributes of a user's.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for group in by_new(moves):
+        first = attributes_of(group[0].old)
+        for move in group[1:]:
+            own = attributes_of(move.old)
+            differing = [
+                name
+                for name in {**first, **own}
+                if name not in first or name not in own or not _equal(first[name], own[name])
+            ]
+            if differing:
+                raise ValueError(
+                    f"parameters that become one of shape {tuple(group[0].new.shape)} have different attributes "
+                    f"{', '.join(sorted(differing))}; give them equal ones, or set these afterwards"
+                )
+
+
+def move_attributes(moves: Iterable[Move]) -> None:
+    """Carry attributes over. Checked before."""
+    for move in moves:
+        vars(move.new).update(attributes_of(move.old))
 
 
 def move_gradients(moves: Sequence[Move]) -> None:

@@ -207,7 +207,8 @@ def _settings(layer: PlainLayer) -> dict[str, Any]:
         if isinstance(module, nn.BatchNorm1d):
             tracked = module.num_batches_tracked
             assert tracked is not None
-            found |= {f"{role}.{name}": getattr(module, name) for name in ("eps", "momentum", "training")}
+            for name in ("eps", "momentum", "training", "track_running_stats"):
+                found[f"{role}.{name}"] = getattr(module, name)
             found[f"{role}.num_batches_tracked"] = 0 if tracked.is_meta else int(tracked)
     return found
 
@@ -279,12 +280,13 @@ def _fill_layer(layer: Any, row: int, plain: PlainLayer) -> None:
         _copy(part, plain.modules)
 
 
-def _fill_norm(norm: Any, plain: Any) -> None:
+def _fill_norm(norm: Any, plain: nn.BatchNorm1d | nn.LayerNorm | None) -> None:
     """The settings of a norm."""
     if plain is not None:
         norm.eps, norm.training = float(plain.eps), plain.training  # NumPy's is none that an operator takes
         if isinstance(plain, nn.BatchNorm1d):
             norm.momentum = None if plain.momentum is None else float(plain.momentum)
+            norm.track_running_stats = plain.track_running_stats
 
 
 def _fill_experts(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:

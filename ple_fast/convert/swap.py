@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .moves import Move
+from .moves import Move, attributes_of
 from .pieces import Constant, Piece, Twin, pieces_of
 from .registry import Converter, converter_named
 from .stacks import check_bare
@@ -78,6 +80,10 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
     return trunk
 
 
+SETTINGS = ("eps", "momentum", "track_running_stats")
+"""Of norms, that may be changed while they are fused."""
+
+
 def _hold_unread(
     site: nn.Module, trunk: FusedTrunk, converter: Converter, unread: list[Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
@@ -133,7 +139,7 @@ def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     site._modules = {**kept, CHILD: trunk}
     for child in replaced.values():
         # The modules stay the user's own, with hooks on containers, modes and attributes; their tensors go.
-        child.to("meta")
+        _emptied(child)
 
 
 def materialise(site: Accelerated) -> list[Move]:
@@ -151,7 +157,15 @@ def materialise(site: Accelerated) -> list[Move]:
 def dematerialise(site: Accelerated) -> None:
     """Undo ``materialise``."""
     for child in record_of(site.trunk()).skeleton.values():
-        child.to("meta")
+        _emptied(child)
+
+
+def _emptied(child: nn.Module) -> None:
+    """Move a replaced child to the meta device; what somebody has put on its parameters stays on them."""
+    kept = {name: attributes_of(parameter) for name, parameter in child.named_parameters()}
+    child.to("meta")
+    for name, parameter in child.named_parameters():
+        vars(parameter).update(kept[name])
 
 
 def swap_out(site: Accelerated) -> None:
@@ -161,7 +175,11 @@ def swap_out(site: Accelerated) -> None:
     for child in record.skeleton.values():
         child.train(site.training)
     for twin in record.twins:
-        skeleton_module(record, twin.original).training = trunk.get_submodule(twin.fused).training
+        theirs, ours = skeleton_module(record, twin.original), trunk.get_submodule(twin.fused)
+        theirs.training = ours.training
+        for name in SETTINGS:
+            if hasattr(theirs, name) and hasattr(ours, name):
+                setattr(theirs, name, getattr(ours, name))
     modules = {**site._modules, **record.skeleton}
     del modules[CHILD]
     ordered = {name: modules.pop(name) for name in record.children if name in modules}
@@ -191,7 +209,8 @@ def _fill(record: Record, trunk: FusedTrunk, name: str, parts: list[Piece]) -> N
     like = module._parameters[last]
     assert like is not None
     trained = source.requires_grad if isinstance(source, nn.Parameter) else like.requires_grad
-    module._parameters[last] = nn.Parameter(value, requires_grad=trained)
+    made = module._parameters[last] = nn.Parameter(value, requires_grad=trained)
+    vars(made).update(attributes_of(like))
 
 
 class Accelerated:
@@ -210,11 +229,16 @@ class Accelerated:
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As the library's own module has it, entry by entry, or with the fused names, as ``accelerate`` was told."""
-        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[misc]
-        trunk = self.trunk()
-        if record_of(trunk).style == "original":
-            to_original(trunk, found, prefix)
-        return found
+
+        def rename(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            to_original(self.trunk(), state, prefix)
+
+        given: dict[str, Any] = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        if record_of(self.trunk()).style == "fused":
+            return super().state_dict(*args, **given)  # type: ignore[misc]
+        # The first of the hooks: those of the user, and what a class does besides, are made for the library's names.
+        with _twin(self, "_state_dict_hooks", first=rename) as twin:
+            return super(Accelerated, twin).state_dict(*args, **given)  # type: ignore[misc]
 
     def _load_from_state_dict(
         self,
@@ -226,13 +250,17 @@ class Accelerated:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        trunk = self.trunk()
-        if not any(name.startswith(f"{prefix}{CHILD}.") for name in state_dict):
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            to_fused(trunk, state_dict, prefix, assign, missing_keys if strict else [], error_msgs)
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+
+        def rename(state: dict[str, Any], prefix: str, *_: Any) -> None:
+            if not any(name.startswith(f"{prefix}{CHILD}.") for name in state):
+                assign = bool(local_metadata.get("assign_to_params_buffers", False))
+                to_fused(self.trunk(), state, prefix, assign, missing_keys if strict else [], error_msgs)
+
+        # The last of the hooks: those of the user may bring entries into the library's names.
+        with _twin(self, "_load_state_dict_pre_hooks", last=rename) as twin:
+            super(Accelerated, twin)._load_from_state_dict(  # type: ignore[misc]
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def __getattr__(self, name: str) -> Any:
         trunk = self.__dict__.get("_modules", {}).get(CHILD)
@@ -245,6 +273,20 @@ class Accelerated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original_class, self._converter), self.__dict__.copy()
+
+
+@contextmanager
+def _twin(
+    site: Accelerated, hooks: str, *, first: Callable[..., Any] | None = None, last: Callable[..., Any] | None = None
+) -> Iterator[Accelerated]:
+    """The site with one more hook: an object of its own, because other threads may be saving the site."""
+    twin = type(site).__new__(type(site))
+    own = vars(twin)
+    own.update(vars(site))
+    rows = [*vars(site)[hooks].items()]
+    own[hooks] = OrderedDict([*([(-1, first)] if first else []), *rows, *([(-2, last)] if last else [])])
+    yield twin
+    vars(site).update({k: v for k, v in own.items() if k != hooks and vars(site).get(k) is not v})
 
 
 def _rebuild(original: type[nn.Module], converter: str) -> nn.Module:

@@ -135,7 +135,9 @@ def _layer(layer: StackedLayer, row: int) -> list[nn.Module]:
         if role in parts and source is not None:
             parts[role].training = source.training
     if isinstance(layer.activation, StackedDice):
-        parts["dice_norm"].training = layer.activation.norm.training
+        norm, dice_norm = layer.activation.norm, parts["dice_norm"]
+        assert isinstance(dice_norm, nn.BatchNorm1d)
+        dice_norm.training, dice_norm.track_running_stats = norm.training, norm.track_running_stats
     for part in layer_parts(layer, row):
         _set(parts[part.role], part)
     order = ["linear", "norm", "activation"] if spec.norm_position == "before" else ["linear", "activation", "norm"]
@@ -175,7 +177,7 @@ def _activation(layer: StackedLayer, activation: Activation, where: dict[str, An
 def _batch_norm(norm: nn.Module, units: int, where: dict[str, Any]) -> nn.BatchNorm1d:
     assert isinstance(norm, nn.BatchNorm1d)
     plain = nn.BatchNorm1d(units, eps=norm.eps, momentum=norm.momentum, **where)
-    plain.training = norm.training
+    plain.training, plain.track_running_stats = norm.training, norm.track_running_stats
     return plain
 
 
