@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState
 from .activations import activation_backward, activation_forward, from_output
-from .gate_combine import combine, combine_backward, gate_softmax, gate_softmax_backward
+from .gate_combine import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
 from .products import LINEAR_WORK, by_onednn, linear
 
@@ -115,7 +115,7 @@ def few_rows_train_forward(
             kept += (a, z)
         if norm is not None and spec.norm_position == "after":
             a = _normed(a, layers[i].norm_weight, layers[i].norm_bias, norm)
-    return combine(plan, weights, a.transpose(0, 1)), kept
+    return mix(plan, weights, a.transpose(0, 1)), kept
 
 
 def few_rows_train_backward(
@@ -134,7 +134,7 @@ def few_rows_train_backward(
     rows, at = x.shape[0], len(kept)
     grads: list[Tensor | None] = [None] * (WIDTH * (len(specs) + 1))
     assert gate_weight is not None
-    d = combine_backward(plan, kept[0], dy).transpose(0, 1)
+    d = mix(plan, kept[0], dy, backward=True).transpose(0, 1)
     dlogits = None
     for i in range(len(specs) - 1, -1, -1):
         activation = specs[i].activation

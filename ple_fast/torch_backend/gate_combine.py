@@ -169,8 +169,8 @@ def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bo
     return done.index_select(1, index_of(sums.order, done.device)) if sums.order else done
 
 
-def _product(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool) -> Tensor:
-    """``weights @ sources``, or with the weights transposed, of what is weighed alone."""
+def mix(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = False) -> Tensor:
+    """``weights @ sources``, or with the weights transposed, of what is weighed alone; all of one dtype."""
     dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources)
     if plan.weighs_all or looks_finite(dense):
         return dense
@@ -179,12 +179,12 @@ def _product(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: boo
 
 def combine(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
-    return _product(plan, weights, h.to(weights.dtype), backward=False).to(h.dtype)
+    return mix(plan, weights, h.to(weights.dtype)).to(h.dtype)
 
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
-    return _product(plan, weights, dy.to(weights.dtype), backward=True).to(dy.dtype)
+    return mix(plan, weights, dy.to(weights.dtype), backward=True).to(dy.dtype)
 
 
 def combine_dense(weights: Tensor, h: Tensor) -> Tensor:
