@@ -7,7 +7,8 @@ expert: ``combine`` looks at its result, and where that is not finite sums over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,12 +21,21 @@ from .finite import looks_finite
 
 @lru_cache(maxsize=4096)
 def _cached_index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with _untraced(), torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.tensor(entries, dtype=dtype, device=device)
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Hides from ``torch.jit.trace`` what only its first trace would see."""
     binding: Any = torch._C
     tracing = binding._get_tracing_state()
-    binding._set_tracing_state(None)  # of torch.jit.trace: the first trace would differ from all that follow
+    if tracing is None or binding._dispatch_tls_is_dispatch_key_excluded("Tracer"):
+        yield
+        return
+    binding._set_tracing_state(None)
     try:
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-            return torch.tensor(entries, dtype=dtype, device=device)
+        yield
     finally:
         binding._set_tracing_state(tracing)
 
