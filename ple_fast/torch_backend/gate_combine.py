@@ -168,12 +168,13 @@ def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bo
     """
     flat, parts = weights.flatten(1), []
     for members, taken, entries in sums.groups:
-        shape = (members, len(taken) // members)
-        own = flat.index_select(1, index_of(entries, flat.device)).unflatten(1, shape)
+        # The older exporter to ONNX makes a constant of the rows that unflatten leaves out.
+        shape = (flat.shape[0], members, len(taken) // members)
+        own = flat.index_select(1, index_of(entries, flat.device)).view(shape)
         if members == 1 and taken == tuple(range(sources.shape[1])):
             terms = sources.unsqueeze(1)
         else:
-            terms = sources.index_select(1, index_of(taken, sources.device)).unflatten(1, shape)
+            terms = sources.index_select(1, index_of(taken, sources.device)).view(*shape, sources.shape[2])
         parts.append((own.unsqueeze(2) @ terms).squeeze(2) if multiplies else (own.unsqueeze(3) * terms).sum(2))
     done = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return done.index_select(1, index_of(sums.order, done.device)) if sums.order else done
