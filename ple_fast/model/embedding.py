@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .columns import Categorical, Column, Encoded
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INITIAL_STD = 0.1
 """Of the embeddings. On Census-Income (PLE, one seed) 0.5 cost .003 of the income AUC, and 0.03 changed nothing."""
@@ -58,22 +61,33 @@ class FeatureEmbedding(nn.Module):
         self.number_weight = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
         self.number_bias = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
         self.out_features = sum(column.width for column in categorical) + len(self._plain) + embedded
+        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]  # untyped in torch
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal embeddings, zeros for unknown values; numbers as ``nn.Linear`` with one input."""
-        for group, (table, first) in enumerate(zip(self.tables, self._first, strict=True)):
+        for table, first in zip(self.tables, self._first, strict=True):
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=INITIAL_STD)
             table.weight[first] = 0.0
-            self.get_buffer(f"first_{group}").copy_(
-                torch.tensor(first, device="cpu", dtype=torch.int64)
-            )  # after to_empty from the meta device
-        self.get_buffer("owner").copy_(torch.tensor(self._owners, device="cpu", dtype=torch.int64))
+        self._set_indices(self.get_buffer("owner").device)
         for parameter in (self.number_weight, self.number_bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -1.0, 1.0)
+
+    def _set_indices(self, device: torch.device) -> None:
+        """Make anew what follows from the columns, and is in no state dict."""
+        with torch.inference_mode(False):
+            for group, first in enumerate(self._first):
+                self._buffers[f"first_{group}"] = torch.tensor(first, device=device, dtype=torch.int64)
+            self._buffers["owner"] = torch.tensor(self._owners, device=device, dtype=torch.int64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in PyTorch; after ``to_empty`` nobody else would write the indices."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._set_indices(self.get_buffer("owner").device)
+        return self
 
     def forward(self, rows: Encoded) -> Tensor:
         """``rows``: codes ``(B, C)`` and numbers ``(B, N)``. Returns ``(B, out_features)``.
@@ -98,6 +112,13 @@ class FeatureEmbedding(nn.Module):
             chosen = numbers[:, self.get_buffer("owner")]
             parts.append(torch.relu(chosen * self.number_weight + self.number_bias))
         return torch.cat(parts, dim=1)
+
+
+def _follow(embedding: FeatureEmbedding, _: object) -> None:
+    """With ``assign=True`` the parameters have a new place, and the indices may have been left on the meta device."""
+    device = next(embedding.parameters(), embedding.get_buffer("owner")).device
+    if device != embedding.get_buffer("owner").device:
+        embedding._set_indices(device)
 
 
 def _look_up(weight: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..checks import check_more_than_one
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
 from .plain import row_dice
-from .uncalled import Uncalled, computed_tensor
+from .uncalled import StackedModules, Uncalled, computed_tensor
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -287,7 +287,7 @@ def stacked_layers(
     dtype: torch.dtype | None = None,
 ) -> nn.ModuleList:
     """The layers of ``count`` stacked MLPs."""
-    modules = nn.ModuleList()
+    modules = StackedModules()
     for spec in layers:
         modules.append(StackedLayer(count, in_features, spec, device=device, dtype=dtype))
         in_features = spec.units

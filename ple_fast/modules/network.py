@@ -18,6 +18,7 @@ from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
 from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
 from .symbolic import call_module, fixed, is_symbolic
+from .uncalled import Holder, StackedModules
 from .unpack import unpack
 
 
@@ -83,7 +84,7 @@ def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> t
     return specs
 
 
-class ExtractionNetwork(CheckedModule):
+class ExtractionNetwork(CheckedModule, Holder):
     """One level (Tang et al., RecSys 2020, eq. 2-4): ``y_o = sum_{e in A(o)} softmax(gate_o(x_t(o)))_e MLP_e(x_s(e))``.
 
     Args:
@@ -133,7 +134,7 @@ class ExtractionNetwork(CheckedModule):
             e for e, spec in enumerate(self.expert_specs) if e == 0 or e in _splits or spec != self.expert_specs[e - 1]
         ]
         ranges = list(zip(starts, [*starts[1:], topology.num_experts], strict=True))
-        self.blocks = nn.ModuleList(
+        self.blocks = StackedModules(
             ExpertBlock((start, stop), in_features, self.expert_specs[start].layers, **where) for start, stop in ranges
         )
         assert topology.mixture_offset is not None

@@ -1,4 +1,4 @@
-"""Modules inside a level hold its tensors and are never called: whoever hooks their call is told so."""
+"""Modules inside a level hold its tensors and are never called: whoever hooks or wraps their call is told so."""
 
 from __future__ import annotations
 
@@ -23,11 +23,38 @@ def _warn(module: nn.Module, kind: str) -> None:
     )
 
 
-class Uncalled(nn.Module):
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_UNIT = "a level of ple_fast runs as a whole and calls no module inside it, so levels are the unit: "
+
+
+class Holder(nn.Module):
+    """Base of a level, and of what is inside it: takes no child that works by being called on its own."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value).__name__ in _WRAPPERS and not isinstance(value.module, nn.BatchNorm1d):
+            raise TypeError(
+                f"{type(value).__name__} around {type(value.module).__name__}: {_UNIT}use "
+                "auto_wrap_policy=ModuleWrapPolicy({ExtractionNetwork}), or give a policy by size "
+                "force_leaf_modules={ExtractionNetwork}, which keeps each level within one unit"
+            )
+        super().__setattr__(name, value)
+
+
+class Uncalled(Holder):
     """Base of the modules that a level does not call."""
 
     def register_forward_pre_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in PyTorch, and a warning unless the hook computes a tensor, which the level lets it do."""
+        """As in PyTorch, and a warning unless the hook computes a tensor, which the level lets it do.
+
+        Raises:
+            TypeError: the hook is that of ``fully_shard`` or ``replicate``, which could not work.
+        """
+        owner = type(getattr(hook, "__self__", None))
+        if owner.__module__.startswith("torch.distributed.") and not isinstance(self, nn.BatchNorm1d):
+            raise TypeError(
+                f"{owner.__name__} on {type(self).__name__}: {_UNIT}call fully_shard, or replicate, on each level of "
+                "trunk.levels"
+            )
         if computed_tensor(hook) is None:
             _warn(self, "forward pre-")
         return super().register_forward_pre_hook(hook, *args, **kwargs)
@@ -46,3 +73,7 @@ class Uncalled(nn.Module):
         """As in PyTorch, and a warning."""
         _warn(self, "backward ")
         return super().register_full_backward_hook(*args, **kwargs)
+
+
+class StackedModules(Uncalled, nn.ModuleList):
+    """The blocks of a level, or the layers of stacked MLPs."""

@@ -7,7 +7,8 @@ expert: ``combine`` looks at its result, and where that is not finite sums over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,12 +21,21 @@ from .finite import looks_finite
 
 @lru_cache(maxsize=4096)
 def _cached_index(entries: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with _untraced(), torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.tensor(entries, dtype=dtype, device=device)
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Hides from ``torch.jit.trace`` what only its first trace would see."""
     binding: Any = torch._C
     tracing = binding._get_tracing_state()
-    binding._set_tracing_state(None)  # of torch.jit.trace: the first trace would differ from all that follow
+    if tracing is None or binding._dispatch_tls_is_dispatch_key_excluded("Tracer"):
+        yield
+        return
+    binding._set_tracing_state(None)
     try:
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-            return torch.tensor(entries, dtype=dtype, device=device)
+        yield
     finally:
         binding._set_tracing_state(tracing)
 
@@ -158,12 +168,13 @@ def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bo
     """
     flat, parts = weights.flatten(1), []
     for members, taken, entries in sums.groups:
-        shape = (members, len(taken) // members)
-        own = flat.index_select(1, index_of(entries, flat.device)).unflatten(1, shape)
+        # The older exporter to ONNX makes a constant of the rows that unflatten leaves out.
+        shape = (flat.shape[0], members, len(taken) // members)
+        own = flat.index_select(1, index_of(entries, flat.device)).view(shape)
         if members == 1 and taken == tuple(range(sources.shape[1])):
             terms = sources.unsqueeze(1)
         else:
-            terms = sources.index_select(1, index_of(taken, sources.device)).unflatten(1, shape)
+            terms = sources.index_select(1, index_of(taken, sources.device)).view(*shape, sources.shape[2])
         parts.append((own.unsqueeze(2) @ terms).squeeze(2) if multiplies else (own.unsqueeze(3) * terms).sum(2))
     done = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return done.index_select(1, index_of(sums.order, done.device)) if sums.order else done
