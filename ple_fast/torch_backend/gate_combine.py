@@ -182,9 +182,10 @@ def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bo
 
 def mix(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = False) -> Tensor:
     """``weights @ sources``, or with the weights transposed, of what is weighed alone; all of one dtype."""
-    dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources)
-    if plan.weighs_all or looks_finite(dense):
-        return dense
+    if plan.weighs_all or weights.is_cpu:
+        dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources)
+        if plan.weighs_all or looks_finite(dense):
+            return dense
     return sum_weighted(_expert_sums(plan) if backward else mixture_sums(plan), weights, sources)
 
 
