@@ -147,7 +147,7 @@ class MLPPlan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LevelPlan:
-    """A level without its tensors."""
+    """A level without its tensors. Levels of equal make-up share one plan, which is told from others by identity."""
 
     topology: Topology
     blocks: tuple[MLPPlan, ...]
@@ -241,7 +241,12 @@ class LevelPlan:
             position += len(layers)
         return cls._of(topology, tuple(plans), GateSpec.from_config(gate), position)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies, and what is unpickled, are the same plan again: caches by plan do not grow with them.
+        return LevelPlan.from_text, (self.text,)
+
     @classmethod
+    @lru_cache(maxsize=1024)
     def _of(cls, topology: Topology, blocks: tuple[MLPPlan, ...], gate: GateSpec, position: int) -> LevelPlan:
         slots = tuple(topology.mixture_slot[o] for o in topology.gated_mixtures)
         # Without a gated mixture there is no gate, hidden layers or not.
