@@ -18,7 +18,7 @@ export PIP_NO_INPUT := 1
 # Whoever reads a log sees each line when it is written.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help example example-full example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu tune style types
+.PHONY: help example example-full example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu soak tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(BENCH_READY)  ## time forward, training step and inference against the 
 
 bench-gpu: $(BENCH_READY)  ## the same on the GPU here (ARGS="--sizes small,medium --minutes 9")
 	$(BIN)/python benchmarks/run_gpu.py $(ARGS)
+
+soak: $(READY)  ## random use against what is right, for half an hour (ARGS="--minutes 2", ARGS="--only levels --seed 7")
+	$(BIN)/python -m soak $(ARGS)
 
 tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--in-features 512 --num-tasks 3 --batch 16384")
 	$(BIN)/python -m ple_fast.tune $(ARGS)

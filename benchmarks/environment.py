@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    code = ("ple_fast", "kernels", "benchmarks/*.py")  # what can change a figure
+    code = ("ple_fast", "kernels", "benchmarks/*.py", "soak")  # what can change a figure
     return {
         "machine": machine_name(),
         "cpu": cpu_model(),

@@ -91,8 +91,8 @@ def _shake(generator: torch.Generator, module: nn.Module, arguments: tuple[Tenso
     which half precision adds up in float32."""
     units = torch.randint(-1, 2, out.shape, generator=generator).to(out) * torch.finfo(out.dtype).eps
     if isinstance(module, nn.Linear) and out.dtype in (torch.float32, torch.float64):
-        bias = None if module.bias is None else module.bias.detach().abs()
-        return out + units * linear(arguments[0].detach().abs(), module.weight.detach().abs(), bias)
+        weight, *bias = (parameter.detach().abs() for parameter in module.parameters())
+        return out + units * linear(arguments[0].detach().abs(), weight, *bias)
     return out * (1 + units)
 
 
