@@ -132,7 +132,8 @@ def test_no_rows_leave_running_statistics_as_they_are(case: str, momentum: float
         with by_operator():
             module(x)
     for name, buffer in module.named_buffers():
-        assert "running" not in name or torch.equal(buffer, before[name]), name
+        if "running" in name:  # they take up themselves, which may round
+            torch.testing.assert_close(buffer, before[name], rtol=1e-15, atol=0.0)
 
 
 @pytest.mark.parametrize("case", ["plain gates", pytest.param("two blocks", marks=pytest.mark.slow)])

@@ -47,7 +47,7 @@ def _forward(*arguments: Any) -> Forward:
     given = Arguments(*arguments[:_WIDTH])
     needed, listed = arguments[_WIDTH:]
     if given.batch == 0:
-        # Running statistics take up what is returned: of no rows themselves, so that they stay as they are.
+        # Running statistics take up what is returned: of no rows themselves, so that they stay where they are.
         return *_fake_forward(*arguments)[:3], [t.clone() for t in given.moving()]
     if given.backend == "triton":
         return _forward_in_kernels(given, needed, listed)
