@@ -133,7 +133,7 @@ def mlp_forward(
             z = slots_linear_forward(slots, rows, groups, tensor.weight, tensor.bias, relu=relu)
         else:
             z = grouped(a, tensor.weight, tensor.bias, relu=relu)
-        keeps_a = a is not None and need.output and need.tensors.weight
+        keeps_a = a is not None and need.output and (need.tensors.weight or _relu_drops(spec, state))
         kept_a = a if keeps_a and not is_replayed(states[i - 1], needs[i - 1]) else None
         a = None  # a barrier may follow
         a, keep = yield from after_linear(
@@ -317,11 +317,8 @@ def _up_to_dropout(
 ) -> Replayed:
     """Layer ``i`` as it was before dropout: where an element was dropped, what is kept does not tell whether ReLU let
     it through, and a gradient that is not finite is NaN there if it did.
-
-    Where the layer's weight is frozen its input may not have been kept, and it is what is kept.
     """
-    tensor, act = tensors[i], kept[i].act
-    assert act is not None
+    tensor = tensors[i]
     if states[i].norm is not None:
         return replay(specs[i], tensor, states[i], kept[i])
     if i == 0:
@@ -330,8 +327,7 @@ def _up_to_dropout(
     a = kept[i].a
     if a is None and is_replayed(states[i - 1], needs[i - 1]):
         a = replay(specs[i - 1], tensors[i - 1], states[i - 1], kept[i - 1]).output
-    if a is None:
-        return Replayed(act, act, None)
+    assert a is not None
     out = grouped(a, tensor.weight, tensor.bias, relu=True)
     return Replayed(out, out, None)
 
