@@ -360,6 +360,7 @@ class MultiTaskModel(nn.Module):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # or nothing could train what it returns
     def load(
         cls,
         directory: str | Path,
@@ -384,13 +385,14 @@ class MultiTaskModel(nn.Module):
         if (saved["kind"] == CUSTOM) != (trunk is not None):
             expected = f"the trunk, of class {saved['class']}" if trunk is None else f"none: it is {saved['kind']!r}"
             raise ValueError(f"trunk: expected {expected}, got {trunk!r}")
-        model = cls(
-            [from_json(column) for column in config["columns"]],
-            [TaskLoss(**task) for task in config["tasks"]],
-            trunk=saved["kind"] if trunk is None else trunk,
-            trunk_options=saved.get("options"),
-            **{key: config[key] for key in ("tower_units", "tower_activation", "tower_dropout", "given")},
-        )
+        with torch.device("cpu"):  # a user's default device may be meta, which has no weights to load into
+            model = cls(
+                [from_json(column) for column in config["columns"]],
+                [TaskLoss(**task) for task in config["tasks"]],
+                trunk=saved["kind"] if trunk is None else trunk,
+                trunk_options=saved.get("options"),
+                **{key: config[key] for key in ("tower_units", "tower_activation", "tower_dropout", "given")},
+            )
         model.to(dtype=getattr(torch, config["dtype"]))
         storage.read_weights(model, directory)
         return model.to(device).eval()
