@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scalars import check_count, check_number
+from .scalars import check_count, check_number, own_scalar, shown
 
 __all__ = ["MISSING_CLASS", "JointLoss", "JointLossResult", "TaskLoss", "entire_space"]
 
@@ -49,10 +49,13 @@ class TaskLoss:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", own_scalar(self.name))
         if not isinstance(self.name, str):
-            raise TypeError(f"name: expected a string, got {self.name!r}")
+            raise TypeError(f"name: expected a string, got {shown(self.name)}")
         if self.kind not in get_args(Kind):
-            raise ValueError(f"task {self.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {self.kind!r}")
+            raise ValueError(
+                f"task {self.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {shown(self.kind)}"
+            )
         if self.kind == "multiclass":
             where = f"task {self.name!r}: num_classes of kind='multiclass'"
             if self.num_classes is None:
@@ -119,7 +122,7 @@ class JointLoss(nn.Module):
             raise ValueError("tasks: expected at least one TaskLoss, got none")
         for task in self.tasks:
             if not isinstance(task, TaskLoss):
-                raise TypeError(f"tasks: expected TaskLoss, got {task!r}")
+                raise TypeError(f"tasks: expected TaskLoss, got {shown(task)}")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: expected unique names, got {names}")

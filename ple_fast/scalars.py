@@ -9,6 +9,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST = 200
+"""Characters of a value in an error."""
+
 
 def own_scalar(value: Any) -> Any:
     """The Python value of a NumPy scalar or of a tensor without axes; anything else as it is."""
@@ -31,6 +34,15 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value if isinstance(value, Sequence) else value.tolist())
 
 
+def shown(value: Any) -> str:
+    """A value in an error: on one line, and short; several numbers of an array or a tensor by their shape alone."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """An int of at least ``least``, or an error that names it.
 
@@ -40,11 +52,11 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """
     own = own_scalar(value)
     if isinstance(own, bool) or not hasattr(type(own), "__index__"):
-        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name}: expected an int, got {shown(value)} ({type(value).__name__})")
     try:
         count = operator.index(own)
     except TypeError as error:  # an array has the method, and refuses
-        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})") from error
+        raise TypeError(f"{name}: expected an int, got {shown(value)} ({type(value).__name__})") from error
     if count < least:
         raise ValueError(f"{name}: expected {least} or more, got {count}")
     return count
@@ -54,16 +66,16 @@ def check_number(name: str, value: Any, what: str = "a number") -> float:
     """A float, or a TypeError that says what was expected; a bool and text are no numbers."""
     own = own_scalar(value)
     if isinstance(own, (bool, str, bytes, bytearray)) or is_sequence(own):
-        raise TypeError(f"{name}: expected {what}, got {value!r}")
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}")
     try:
         return float(own)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: expected {what}, got {value!r}") from error
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}") from error
 
 
 def check_flag(name: str, value: Any) -> bool:
     """A bool, or a TypeError that names it."""
     own = own_scalar(value)
     if not isinstance(own, bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
     return own

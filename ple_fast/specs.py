@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from .scalars import as_tuple, check_count, check_flag, check_number, is_sequence
+from .scalars import as_tuple, check_count, check_flag, check_number, is_sequence, shown
 
 Norm = Literal["batch", "layer"] | None
 NormPosition = Literal["before", "after"]
@@ -74,7 +74,7 @@ def parse_activation(activation: Any) -> Activation:
             name = "gelu_tanh"
     name = _ALIASES.get(name, name)
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {shown(activation)}")
     value = _DEFAULT_VALUE.get(name, 0.0)
     if name == "leaky_relu":
         value = getattr(activation, "negative_slope", value)
@@ -93,7 +93,7 @@ def _per_layer(name: str, value: T | Sequence[T], layers: int) -> tuple[T, ...]:
     if is_sequence(value) and not isinstance(value, Activation):
         row = as_tuple(value)
         if len(row) != layers:
-            raise ValueError(f"{name}: expected one value or one per layer ({layers}), got {len(row)}: {value}")
+            raise ValueError(f"{name}: expected one value or one per layer ({layers}), got {len(row)}: {shown(value)}")
         return row
     return (value,) * layers  # type: ignore[return-value]  # a scalar T after the branch above
 
@@ -107,21 +107,21 @@ def _check_units(name: str, units: Any, *, allow_empty: bool) -> tuple[int, ...]
     try:
         return (check_count(name, units),)
     except TypeError as error:
-        raise TypeError(f"{name}: expected a tuple of layer widths, got {units!r}") from error
+        raise TypeError(f"{name}: expected a tuple of layer widths, got {shown(units)}") from error
 
 
 def _check_choice(name: str, value: Any, choices: tuple[T, ...]) -> T:
     """The choice that a value equals."""
     found = [choice for choice in choices if isinstance(value, type(choice)) and value == choice]
     if not found:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
     return found[0]
 
 
 def _check_dropout(name: str, p: Any) -> float:
     rate = check_number(name, p, "a probability")
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {shown(p)}")
     return rate
 
 

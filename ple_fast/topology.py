@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .scalars import as_tuple, check_count, is_sequence, own_scalar
+from .scalars import as_tuple, check_count, is_sequence, own_scalar, shown
 
 MixtureKind = Literal["softmax", "static"]
 
 
 def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
     if not is_sequence(values):
-        raise TypeError(f"{name}: expected a sequence of {what}, got {values!r} ({type(values).__name__})")
+        raise TypeError(f"{name}: expected a sequence of {what}, got {shown(values)} ({type(values).__name__})")
     return as_tuple(values)
 
 

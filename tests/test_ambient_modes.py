@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,19 @@ def test_fit_and_predict_are_the_same_in_every_ambient_mode(mode: str) -> None:
     for task, values in model.predict(data).items():
         np.testing.assert_allclose(predictions[task], values, atol=0.1 if rounds else 1e-6)
     assert not any(parameter.is_inference() for parameter in other.parameters())
+
+
+@every_mode
+def test_save_and_load_are_the_same_in_every_ambient_mode(mode: str, tmp_path: Path) -> None:
+    model, data, labels = model_and_data()
+    model.eval()
+    with MODES[mode]():
+        model.save(tmp_path)
+        again = MultiTaskModel.load(tmp_path)
+    for task, values in model.predict(data).items():
+        np.testing.assert_array_equal(again.predict(data)[task], values)
+    again.train().fit(data, labels)
+    assert {(p.device.type, p.dtype, p.is_inference()) for p in again.parameters()} == {("cpu", torch.float32, False)}
 
 
 @pytest.mark.parametrize("train", [True, False])

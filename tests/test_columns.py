@@ -212,6 +212,13 @@ def test_what_is_constant_up_to_rounding_has_a_deviation_of_one(constant: Any) -
     assert abs(column.encode([column.mean + 0.01])[0, 0] - 0.01) < 1e-6
 
 
+def test_a_constant_of_any_size_is_one() -> None:
+    for value in (1e300, -1e300, 5e-324):
+        (column,) = columns_from({"x": [value] * 4}, numeric=["x"])
+        assert isinstance(column, Numeric)
+        assert column.std == 1.0
+
+
 def test_small_deviations_beside_a_large_mean_are_kept() -> None:
     seconds = 1.7e9 + np.arange(10.0)
     (column,) = columns_from({"x": seconds}, numeric=["x"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,32 @@ def an_unregistered_module(model: Any) -> None:
     model.others = [other]
 
 
+class Slotted:
+    """Somebody's object, without a dict."""
+
+    __slots__ = ("__hidden", "open")
+
+    def __init__(self, hidden: object, shown: object) -> None:
+        self.__hidden = hidden
+        self.open = shown
+
+
+def a_slot(model: Any) -> None:
+    model.penalty = Slotted(None, expert(model, 0))
+
+
+def a_private_slot(model: Any) -> None:
+    model.penalty = Slotted([expert(model, 0)], None)
+
+
+def a_weak_reference(model: Any) -> None:
+    model.source = weakref.ref(expert(model, 0))
+
+
+def a_weak_dict(model: Any) -> None:
+    model.sources = weakref.WeakValueDictionary({"first": expert(model, 0)})
+
+
 HELD: dict[Callable[[Any], None], str] = {
     decoder: "decoder.weight",
     auxiliary: "aux",
@@ -164,6 +191,10 @@ HELD: dict[Callable[[Any], None], str] = {
     a_partial: "penalty",
     a_bound_method: "encode",
     a_hook: "_forward_hooks",
+    a_slot: "penalty",
+    a_private_slot: "penalty",
+    a_weak_reference: "source",
+    a_weak_dict: "sources",
     an_unregistered_module: "(others|inner.0|0 of a ModuleList)",
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..scalars import shown
 from . import ties as tied
 from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
 from .moves import (
@@ -133,7 +134,7 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if state_dict not in ("original", "fused"):
-        raise ValueError(f'state_dict: expected "original" or "fused", got {state_dict!r}')
+        raise ValueError(f'state_dict: expected "original" or "fused", got {shown(state_dict)}')
     given = _optimizers(optimizers)
     around = bystanders(model, given)
     _check_unwrapped(model, around)
@@ -228,7 +229,7 @@ def _optimizers(optimizers: Any) -> list[Optimizer]:
     if isinstance(optimizers, Optimizer):
         return [optimizers]
     if not isinstance(optimizers, (list, tuple)) or not all(isinstance(o, Optimizer) for o in optimizers):
-        raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {optimizers!r}")
+        raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {shown(optimizers)}")
     return list(optimizers)
 
 

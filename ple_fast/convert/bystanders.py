@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def references(module: nn.Module, wanted: Collection[int], known: Collection[int
 
 
 def _reached(value: Any, wanted: Collection[int], known: Collection[int], seen: set[int], depth: int) -> Iterator[int]:
-    """Through containers, what a function remembers, and attributes of plain objects."""
+    """Through containers, what a function remembers, weak references, and attributes of plain objects."""
     if id(value) in wanted:
         yield id(value)
         return
@@ -141,7 +142,17 @@ def _parts(value: Any) -> Iterable[Any]:
     if kind is FunctionType:
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-    return list(getattr(value, "__dict__", {}).values())
+    if issubclass(kind, weakref.ref):
+        return (value(),)
+    slots = [name for base in kind.__mro__ for name in _slots(base)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+
+
+def _slots(kind: type) -> Sequence[str]:
+    """What a class keeps outside of ``__dict__``, by the names under which it is found."""
+    given = vars(kind).get("__slots__", ())
+    names = [name for name in ((given,) if isinstance(given, str) else given) if not name.endswith("__")]
+    return [f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") else name for name in names]
 
 
 def _is_filled(cell: Any) -> bool:

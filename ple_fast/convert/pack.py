@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..modules import ExtractionNetwork
 from ..modules.layers import ExpertBlock, Gate, StackedDice, StackedLayer
 from ..modules.unpack import Part, gate_parts, layer_parts, offset_part
+from ..scalars import shown
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
 from .stacks import PlainLayer, PlainStack, kind, parse, refuse
@@ -63,9 +64,9 @@ def packed(
 ) -> Packed:
     """``pack``, with what it read of the modules."""
     if not isinstance(topology, Topology):
-        raise TypeError(f"topology: expected a Topology, got {topology!r} ({kind(topology)})")
+        raise TypeError(f"topology: expected a Topology, got {shown(topology)} ({kind(topology)})")
     if gate_input not in (None, "previous", "raw"):
-        raise ValueError(f'gate_input: expected "previous", "raw" or None, got {gate_input!r}')
+        raise ValueError(f'gate_input: expected "previous", "raw" or None, got {shown(gate_input)}')
     expert_modules = _listed("experts", experts, topology.num_experts)
     gate_modules = _listed("gates", gates, topology.num_mixtures)
     expert_stacks = [parse(f"experts[{e}]", module) for e, module in enumerate(expert_modules)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..scalars import shown
 from .moves import Move
 from .pieces import LevelSource
 
@@ -98,7 +99,7 @@ def register(converter: Converter) -> None:
         TypeError: it is no ``Converter``.
     """
     if not isinstance(converter, Converter):
-        raise TypeError(f"converter: expected a ple_fast.convert.Converter, got {converter!r}")
+        raise TypeError(f"converter: expected a ple_fast.convert.Converter, got {shown(converter)}")
     _CONVERTERS.insert(0, converter)
 
 

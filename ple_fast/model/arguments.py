@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses import JointLoss, TaskLoss
+from ..scalars import shown
 from .columns import Categorical, Column, Numeric
 from .tables import Table, check_names, column_of, label_values
 from .training import Labels
@@ -32,7 +33,9 @@ def kind_of(data: Any) -> str:
     if isinstance(data, (str, int, float)):
         return repr(data)[:60]
     shape = getattr(data, "shape", None)
-    return type(data).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+    if shape is not None:
+        return f"{type(data).__name__} of shape {tuple(shape)}"
+    return f"{type(data).__name__} of {len(data)}" if isinstance(data, (list, tuple)) else type(data).__name__
 
 
 def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) -> Labels:
@@ -81,7 +84,7 @@ def check_columns(columns: Any) -> tuple[Column, ...]:
     found = tuple(columns)
     for column in found:
         if not isinstance(column, COLUMN_TYPES):
-            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {column!r}")
+            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {shown(column)}")
     check_names([column.name for column in found])
     return found
 
@@ -89,7 +92,7 @@ def check_columns(columns: Any) -> tuple[Column, ...]:
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
     """A mapping; an empty one for None. TypeError for anything else."""
     if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name}: expected a dict, got {value!r}")
+        raise TypeError(f"{name}: expected a dict, got {shown(value)}")
     return value or {}
 
 

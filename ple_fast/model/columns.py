@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scalars import check_count, check_number, own_scalar
+from ..scalars import check_count, check_number, own_scalar, shown
 from .tables import Array, Cells, Table, cells_of, column_of, kinds_of, listed
 
 Value = str | int
@@ -71,7 +71,8 @@ class Categorical:
         object.__setattr__(self, "name", own_scalar(self.name))
         if (self.values is None) == (self.size is None):
             raise ValueError(
-                f"column {self.name!r}: expected either values or size, got values={self.values!r}, size={self.size!r}"
+                f"column {self.name!r}: expected either values or size, got values={shown(self.values)}, "
+                f"size={shown(self.size)}"
             )
         for field in ("size", "width"):
             count = getattr(self, field)
@@ -179,7 +180,7 @@ class Numeric:
         for field, choices in (("transform", ("log1p", None)), ("missing", ("error", "indicator", "mean"))):
             if getattr(self, field) not in choices:
                 got = getattr(self, field)
-                raise ValueError(f"column {self.name!r}: expected {field} to be one of {choices}, got {got!r}")
+                raise ValueError(f"column {self.name!r}: expected {field} to be one of {choices}, got {shown(got)}")
         if not np.isfinite(self.mean) or not np.isfinite(self.std) or self.std <= 0:
             raise ValueError(
                 f"column {self.name!r}: expected a finite mean and a finite std above 0, got {self.mean} and {self.std}"

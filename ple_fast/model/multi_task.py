@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses import JointLoss, TaskLoss, entire_space
-from ..scalars import check_count
+from ..scalars import check_count, shown
 from ..topology import Topology
 from . import storage
 from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
@@ -89,11 +89,11 @@ class MultiTaskModel(nn.Module):
         if isinstance(trunk, str):
             self.trunk = build_trunk(trunk, width, len(self.tasks), options)
         elif not callable(trunk):
-            raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {trunk!r}")
+            raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {shown(trunk)}")
         else:
             self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
             if not isinstance(self.trunk, nn.Module):
-                raise TypeError(f"trunk: expected the function to return a module, got {self.trunk!r}")
+                raise TypeError(f"trunk: expected the function to return a module, got {shown(self.trunk)}")
         defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
@@ -227,7 +227,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError("score, patience: expected validation=(data, labels) with them, got none")
         for name, function in (("score", score), ("progress", progress)):
             if not (function is None or callable(function) or (name == "progress" and isinstance(function, bool))):
-                raise TypeError(f"{name}: expected a function, got {function!r}")
+                raise TypeError(f"{name}: expected a function, got {shown(function)}")
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
         with torch.inference_mode(False), torch.enable_grad():
             rows = self.encode(data)
@@ -360,6 +360,7 @@ class MultiTaskModel(nn.Module):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # or nothing could train what it returns
     def load(
         cls,
         directory: str | Path,
@@ -383,14 +384,15 @@ class MultiTaskModel(nn.Module):
         saved = config["trunk"]
         if (saved["kind"] == CUSTOM) != (trunk is not None):
             expected = f"the trunk, of class {saved['class']}" if trunk is None else f"none: it is {saved['kind']!r}"
-            raise ValueError(f"trunk: expected {expected}, got {trunk!r}")
-        model = cls(
-            [from_json(column) for column in config["columns"]],
-            [TaskLoss(**task) for task in config["tasks"]],
-            trunk=saved["kind"] if trunk is None else trunk,
-            trunk_options=saved.get("options"),
-            **{key: config[key] for key in ("tower_units", "tower_activation", "tower_dropout", "given")},
-        )
+            raise ValueError(f"trunk: expected {expected}, got {shown(trunk)}")
+        with torch.device("cpu"):  # a user's default device may be meta, which has no weights to load into
+            model = cls(
+                [from_json(column) for column in config["columns"]],
+                [TaskLoss(**task) for task in config["tasks"]],
+                trunk=saved["kind"] if trunk is None else trunk,
+                trunk_options=saved.get("options"),
+                **{key: config[key] for key in ("tower_units", "tower_activation", "tower_dropout", "given")},
+            )
         model.to(dtype=getattr(torch, config["dtype"]))
         storage.read_weights(model, directory)
         return model.to(device).eval()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scalars import check_count, check_number
+from ..scalars import check_count, check_number, shown
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
@@ -53,7 +53,7 @@ class Run:
             return kept
         made = self.make(list(self.parameters), lr=self.lr)
         if not callable(getattr(made, "step", None)) or not callable(getattr(made, "zero_grad", None)):
-            raise TypeError(f"optimizer: expected the function to return an optimizer, got {made!r}")
+            raise TypeError(f"optimizer: expected the function to return an optimizer, got {shown(made)}")
         return made
 
     def keep(self, optimizer: torch.optim.Optimizer) -> None:
@@ -78,9 +78,13 @@ def run_for(
     if not callable(optimizer):
         raise TypeError(
             "optimizer: expected a class or function that is called as optimizer(parameters, lr=lr), such as "
-            f"torch.optim.Adam, got {optimizer!r}"
+            f"torch.optim.Adam, got {shown(optimizer)}"
         )
     seed = check_count("seed", seed, least=-(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected less than 2 ** 64, got {seed}")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise TypeError(f"lr: expected a number, got {shown(lr)}")
     lr = lr if isinstance(lr, Tensor) else check_number("lr", lr)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:

@@ -102,8 +102,9 @@ def _measured(blank: Numeric, column: Any, missing: Missing | None) -> Numeric:
     with np.errstate(over="ignore", invalid="ignore"):  # Numeric refuses what is not finite
         mean, variance = (float(present.mean()), float(present.var())) if len(present) else (0.0, 0.0)
     # What rounding alone leaves of a constant (Chan, Golub and LeVeque, 1983), as in scikit-learn.
+    # A product, because a power of floats that overflows raises.
     rounding = len(present) * float(np.finfo(np.float64).eps)
-    is_constant = math.isfinite(variance) and variance <= rounding * variance + (rounding * mean) ** 2
+    is_constant = math.isfinite(variance) and variance <= rounding * variance + (rounding * mean) * (rounding * mean)
     if missing is None:
         missing = "indicator" if absent.any() else "error"
     return replace(blank, mean=mean, std=1.0 if is_constant else math.sqrt(variance), missing=missing)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..scalars import as_tuple, check_count, check_number, is_sequence
+from ..scalars import as_tuple, check_count, check_number, is_sequence, shown
 
 TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -29,10 +29,10 @@ def tower_options(units: Any, activation: Any, dropout: Any) -> tuple[list[int],
         ValueError: a width below 1, an unknown activation, a rate outside [0, 1].
     """
     if not is_sequence(units):
-        raise TypeError(f"tower_units: expected the widths of the hidden layers, such as (64,), got {units!r}")
+        raise TypeError(f"tower_units: expected the widths of the hidden layers, such as (64,), got {shown(units)}")
     widths = [check_count(f"tower_units[{place}]", width) for place, width in enumerate(as_tuple(units))]
     if not isinstance(activation, str) or activation not in TOWER_ACTIVATIONS:
-        raise ValueError(f"tower_activation: expected one of {', '.join(TOWER_ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(f"tower_activation: expected one of {', '.join(TOWER_ACTIVATIONS)}, got {shown(activation)}")
     rate = check_number("tower_dropout", dropout)
     if not 0 <= rate <= 1:
         raise ValueError(f"tower_dropout: expected a rate from 0 to 1, got {rate}")

@@ -23,7 +23,7 @@ from ..modules import (
     MMoE,
     SingleTask,
 )
-from ..scalars import as_tuple, own_scalar
+from ..scalars import as_tuple, own_scalar, shown
 from .eval_view import eval_view
 
 CUSTOM = "custom"
@@ -61,7 +61,7 @@ def plain(name: str, value: Any) -> Any:
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: plain(f"{name}[{key!r}]", item) for key, item in value.items()}
     raise ValueError(
-        f"{name}: expected numbers, strings, tuples and dicts, which the configuration can hold, got {value!r}; "
+        f"{name}: expected numbers, strings, tuples and dicts, which the configuration can hold, got {shown(value)}; "
         "say an activation by its name, or build the trunk yourself and pass the module"
     )
 

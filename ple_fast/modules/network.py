@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_dtype
 from ..functional import Input, extraction_level, must_compose
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
-from ..scalars import as_tuple, check_count, check_flag, is_sequence
+from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
@@ -75,7 +75,9 @@ def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> t
         return (experts,) * topology.num_experts
     specs = as_tuple(experts) if is_sequence(experts) else ()
     if not is_sequence(experts) or not all(isinstance(spec, MLPSpec) for spec in specs):
-        raise TypeError(f"experts: expected an MLPSpec, or one per expert, got {experts!r} ({type(experts).__name__})")
+        raise TypeError(
+            f"experts: expected an MLPSpec, or one per expert, got {shown(experts)} ({type(experts).__name__})"
+        )
     if len(specs) != topology.num_experts:
         raise ValueError(f"experts: expected one MLPSpec or {topology.num_experts}, one per expert, got {len(specs)}")
     widths = [spec.units[-1] for spec in specs]
@@ -120,9 +122,9 @@ class ExtractionNetwork(CheckedModule, Holder):
         super().__init__()
         self.in_features = in_features = check_count("in_features", in_features)
         if not isinstance(topology, Topology):
-            raise TypeError(f"topology: expected a Topology, got {topology!r} ({type(topology).__name__})")
+            raise TypeError(f"topology: expected a Topology, got {shown(topology)} ({type(topology).__name__})")
         if not isinstance(gate, GateSpec):
-            raise TypeError(f"gate: expected a GateSpec, got {gate!r} ({type(gate).__name__})")
+            raise TypeError(f"gate: expected a GateSpec, got {shown(gate)} ({type(gate).__name__})")
         self.gate_features = in_features if gate_features is None else check_count("gate_features", gate_features)
         check_dtype("dtype", dtype)
         self.topology, self.gate_spec, self.recompute = topology, gate, check_flag("recompute", recompute)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..scalars import as_tuple, check_count, check_flag, check_number, is_sequence
+from ..scalars import as_tuple, check_count, check_flag, check_number, is_sequence, shown
 
 
 class Dice(nn.Module):
@@ -97,7 +97,7 @@ class WeightOffset(nn.Module):
     ) -> None:
         super().__init__()
         if not is_sequence(columns):
-            raise TypeError(f"columns: expected one bool per column, got {columns!r}")
+            raise TypeError(f"columns: expected one bool per column, got {shown(columns)}")
         self.columns = tuple(check_flag(f"columns[{place}]", column) for place, column in enumerate(as_tuple(columns)))
         self.weight = nn.Parameter(torch.zeros(sum(self.columns), device=device, dtype=dtype))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Input
-from ..scalars import as_tuple, check_count, is_sequence
+from ..scalars import as_tuple, check_count, is_sequence, shown
 from ..specs import Activation, GateSpec, MLPSpec
 from ..topology import Topology
 from .layers import OffsetStart
@@ -33,7 +33,7 @@ def per_level(name: str, value: Any, levels: int, *, depth: int) -> list[Any]:
         return [value] * levels
     rows = as_tuple(value)
     if len(rows) != levels:
-        raise ValueError(f"{name}: expected one per level ({levels}), got {len(rows)}: {value!r}")
+        raise ValueError(f"{name}: expected one per level ({levels}), got {len(rows)}: {shown(value)}")
     return list(rows)
 
 
