@@ -189,7 +189,7 @@ def add_layer(net: MultiTaskModel) -> None:
 
 
 def other_activation(net: MultiTaskModel) -> None:
-    net.towers[0][1] = nn.Tanh()  # type: ignore[index, operator]
+    net.towers[0][1] = nn.Tanh()  # type: ignore[operator]
 
 
 def other_columns(net: MultiTaskModel) -> None:
