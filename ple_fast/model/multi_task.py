@@ -210,7 +210,8 @@ class MultiTaskModel(nn.Module):
                 batch.
 
         Returns:
-            One result per epoch that ran.
+            One result per epoch that ran. An exception that ends the training, such as Ctrl-C's KeyboardInterrupt, has
+            them as ``error.history``.
 
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
