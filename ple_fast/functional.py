@@ -16,7 +16,7 @@ from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_with
 from .backend import Choice, is_exporting, note, resolve
 from .checks import check_input, shape_of
 from .ops import run_op
-from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, flatten
+from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, check_shapes, flatten
 from .torch_backend import composed
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
 from .torch_backend.gate_combine import combine_dense
@@ -142,7 +142,7 @@ def extraction_level(
         ``(B, O, H)``, and per mixture ``(B, |A(o)|)`` in float32 (float64 for float64) or None.
 
     Raises:
-        TypeError, ValueError: an input does not fit; the message says how to mend it.
+        TypeError, ValueError: an input or a parameter does not fit; the message says how to mend it.
     """
     topology = plan.topology
     slots = topology.num_slots
@@ -177,6 +177,8 @@ def extraction_level(
             if all(t is None or t.requires_grad for t in parameters):
                 note(choice)
                 return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), "hand")[0], None
+    if torch._C._get_tracing_state() is None:  # torch.jit.trace, to whom shapes are values
+        check_shapes(plan, layers, gate, in_features, gate_features)
     tensors, places = _place(x, slots)
     batch = tensors[0].shape[0]
     gate_tensors: tuple[Tensor, ...] = ()

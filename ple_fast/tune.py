@@ -261,20 +261,24 @@ def best_table(measured: Sequence[Measured], processors: int) -> Table:
 
     groups: dict[str, dict[int, list[Measured]]] = {}
     for entry in measured:
-        groups.setdefault(entry.kind, {}).setdefault(entry.results, []).append(entry)
+        # By the work that a table tells apart, in which an entry begins.
+        groups.setdefault(entry.kind, {}).setdefault(entry.results * 128 // processors, []).append(entry)
     table: Table = {}
-    for kind, by_results in groups.items():
+    for kind, by_work in groups.items():
         classes: list[Class] = []
-        for results, entries in sorted(by_results.items()):
+        for work, entries in sorted(by_work.items()):
             common = [t for t in entries[0].seconds if all(t in entry.seconds for entry in entries)]
+            if not common:  # each was cut to another size
+                continue
             total = {t: sum(entry.seconds[t] for entry in entries) for t in common}
             shipped = next(iter(entries[0].seconds))
             tile = min(total, key=lambda t: total[t])
             if shipped in total and total[tile] > (1 - GAIN) * total[shipped]:
                 tile = shipped
             if not classes or classes[-1].tile != tile:
-                classes.append(Class(results * 128 // processors if classes else 0, tile))
-        table[kind] = tuple(classes)
+                classes.append(Class(work if classes else 0, tile))
+        if classes:
+            table[kind] = tuple(classes)
     return table
 
 

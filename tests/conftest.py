@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import register_random, settings
+from torch.utils._device import _device_constructors
 
 from tests.poison import poison_fresh_memory
 
@@ -62,6 +63,8 @@ def pytest_configure() -> None:
     # The tensors of the tests are small: more threads only cost, and where another process has the other core, a
     # thread that waits for its partner costs a hundred times the work. A fixed number gives the same sums everywhere.
     torch.set_num_threads(1)
+    # `with torch.device(...)` looks for torch.empty in a table that it makes once: not of what replaces it in a test.
+    _device_constructors()
 
 
 @pytest.fixture

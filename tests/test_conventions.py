@@ -36,7 +36,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 # What modules may import besides the standard library; what is optional is imported by the function that needs it.
-RUN_TIME = {"torch", "numpy", "safetensors"}
+RUN_TIME = {"torch", "numpy"}
 WITHOUT_TENSORS = ("scalars", "topology", "specs")
 KERNEL_DEPENDENCIES = {"torch", "triton"}
 

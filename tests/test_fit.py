@@ -337,6 +337,42 @@ def test_after_an_exception_in_mid_epoch_the_order_goes_on_with_a_new_optimizer(
     assert net._run.generator is generator
 
 
+class Slotted(Exception):
+    """Of the kind that has no room for attributes of its class's own."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, FloatingPointError, SystemExit, Slotted])
+@pytest.mark.parametrize(("place", "has_validation"), [("step", False), ("step", True), ("score", True)])
+def test_what_ends_a_training_brings_the_history_of_the_epochs_that_ran(
+    place: str, has_validation: bool, kind: type[BaseException]
+) -> None:
+    data, labels = table()
+    epochs = 0
+
+    def interrupt(step: Step) -> None:
+        if place == "step" and (step.epoch, step.batch) == (3, 2):
+            raise kind
+
+    def score(predictions: Any, truth: Any) -> float:
+        nonlocal epochs
+        epochs += 1
+        if place == "score" and epochs == 3:
+            raise kind
+        return -float(np.square(predictions["watch"] - truth["watch"]).mean())
+
+    options: dict[str, Any] = {"validation": (data, labels), "score": score} if has_validation else {}
+    expected = model().fit(data, labels, epochs=2, batch_size=16, **options)
+    epochs = 0
+    with pytest.raises(kind) as caught:
+        model().fit(data, labels, epochs=5, batch_size=16, progress=interrupt, **options)
+    history = caught.value.history  # type: ignore[attr-defined]
+    assert [(result.epoch, result.loss, result.score) for result in history] == [
+        (result.epoch, result.loss, result.score) for result in expected
+    ]
+
+
 def test_an_optimizer_that_is_not_kept_is_freed() -> None:
     net = model()
     _again()(net)

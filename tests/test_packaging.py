@@ -17,7 +17,7 @@ import ple_fast
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"ple_fast": ROOT / "ple_fast", "ple_fast_kernels": ROOT / "kernels" / "ple_fast_kernels"}
-RUN_TIME_DEPENDENCIES = ["numpy", "safetensors", "torch>=2.10"]
+RUN_TIME_DEPENDENCIES = ["numpy", "torch>=2.10"]
 # Nothing of these may be needed, or loaded, by `import ple_fast`: other platforms' compilers, and extras.
 OPTIONAL = ("triton", "matplotlib", "pandas", "pyarrow", "sklearn", "rich")
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +122,31 @@ BROKEN = {
     "falling entries": ({"tiles": {"half": [[0, [64, 64]], [9, [64, 64]], [5, [64, 64]]]}}, "rise"),
     "a width that is no power of two": ({"tiles": {"half": [[0, [64, 96, 64, 4, 3, 8]]]}}, "powers of two"),
     "no tile": ({"tiles": {"half": [[0, "wide"]]}}, r"half: expected \[\[tiles"),
+    "a schema that is true": ({"schema": True}, "expected schema 1, got True"),
+    "a schema that is a float": ({"schema": 1.0}, "expected schema 1, got 1.0"),
+    "an architecture of another type": ({"architecture": ["sm_90"]}, "holds tiles for"),
+    "two entries from 0": ({"tiles": {"half": [[0, [64, 64, 64]], [0, [64, 64, 32]]]}}, "begin with 0 and rise"),
+    "a row that is text": ({"tiles": {"half": "00"}}, r"half: expected \[\[tiles"),
+    "an infinity": ({"tiles": {"half": [[0, [math.inf, 64, 64]]]}}, "Infinity is no number of JSON"),
+    "a float": ({"tiles": {"half": [[0, [64.7, 64, 64]]]}}, "of ints"),
+    "a whole float": ({"tiles": {"half": [[0, [64.0, 64, 64]]]}}, "of ints"),
+    "text": ({"tiles": {"half": [[0, ["64", 64, 64]]]}}, "of ints"),
+    "a bool": ({"tiles": {"half": [[False, [64, 64, 64]]]}}, "of ints"),
+    "seven numbers": ({"tiles": {"half": [[0, [64, 64, 64, 4, 3, 8, 1]]]}}, "of ints"),
+    "one number": ({"tiles": {"half": [[0, [64]]]}}, "of ints"),
+    "too many rows": ({"tiles": {"half": [[0, [2**40, 64, 64]]]}}, "at most 1048576 elements"),
+    "rows of 1": ({"tiles": {"half": [[0, [1, 64, 64]]]}}, "sizes of 16 or more"),
+    "columns of 2": ({"tiles": {"linear/tf32": [[0, [64, 2, 64]]]}}, "sizes of 16 or more"),
+    "no depth": ({"tiles": {"fused/half": [[0, [64, 64]]]}}, "the depth too"),
+    "a depth of 8": ({"tiles": {"weight_grad/half": [[0, [64, 64, 8]]]}}, "sizes of 16 or more"),
+    "1,024 warps": ({"tiles": {"half": [[0, [64, 64, 64, 1024]]]}}, "at most 32 warps"),
+    "100 stages": ({"tiles": {"half": [[0, [64, 64, 64, 4, 100]]]}}, "1 stage or more, of at most"),
+    "no stage": ({"tiles": {"half": [[0, [64, 64, 64, 4, 0]]]}}, "1 stage or more"),
+    "a group of 0": ({"tiles": {"half": [[0, [64, 64, 64, 4, 3, 0]]]}}, "a group of 1"),
+    "a group that is too large": ({"tiles": {"half": [[0, [64, 64, 64, 4, 3, 2**40]]]}}, "a group of 1"),
+    "negative sizes": ({"tiles": {"half": [[0, [-64, 64, 64]]]}}, "powers of two"),
+    "a depth of mixtures": ({"tiles": {"combine": [[0, [8, 128, 64]]]}}, "depth 0"),
+    "mixtures of 2": ({"tiles": {"combine_grad": [[0, [8, 2]]]}}, "sizes of 4 or more"),
 }
 
 
@@ -134,6 +163,80 @@ def test_a_broken_file_that_was_named_is_an_error_and_in_the_cache_a_warning(
     reload_tables()
     with pytest.raises(ValueError, match=f"PLE_FAST_TILES: .*named.json.*{message}"):
         tile()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "\x00", '"a"', "1", "null", '{"a": NaN}']
+)
+def test_no_text_in_the_cache_stops_a_launch(text: str) -> None:
+    cached().parent.mkdir(parents=True)
+    cached().write_text(text, encoding="utf-8")
+    with pytest.warns(RuntimeWarning, match="shipped tiles"):
+        assert tile() == TABLES["sm_90"]["half"][-1].tile
+
+
+def test_a_user_without_a_home_folder_gets_the_shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert tile() == TABLES["sm_90"]["half"][-1].tile
+    monkeypatch.setenv("PLE_FAST_TILES", "~/tiles.json")
+    reload_tables()
+    with pytest.raises(ValueError, match=r"PLE_FAST_TILES: '~/tiles\.json' names no file"):
+        tile()
+
+
+def test_a_cache_folder_that_cannot_be_looked_into_holds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = os.stat
+
+    def forbidden(path: Any, **options: Any) -> Any:
+        if str(path) == str(cached()):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    assert tile() == TABLES["sm_90"]["half"][-1].tile
+
+
+def test_every_shipped_tile_may_stand_in_a_file(tmp_path: Path) -> None:
+    for name, table in TABLES.items():
+        path = tmp_path / f"{name}.json"
+        files.write_table(path, table, name, {})
+        assert files.read_table(path, name, tiles.KINDS) == table
+
+
+def test_a_wavefront_counts_as_two_warps(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    for warps, name, fits in ((32, "sm_90", True), (16, "amd", True), (32, "amd", False)):
+        files.write_table(path, {"half": (Class(0, Tile(64, 64, 64, warps, 2)),)}, name, {})
+        with nullcontext() if fits else pytest.raises(ValueError, match="at most 16 warps"):
+            files.read_table(path, name, tiles.KINDS)
+
+
+def test_threads_write_one_file_whole_and_leave_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    with ThreadPoolExecutor(8) as pool:
+        writes = [pool.submit(files.write_table, path, TABLES["sm_90"], "sm_90", {}) for _ in range(64)]
+        for write in writes:
+            write.result()
+    assert files.read_table(path, "sm_90", tiles.KINDS) == TABLES["sm_90"]
+    assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved(tmp_path / "tiles.json")
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        files.write_table(path, TABLES["sm_90"], "sm_90", {})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]
 
 
 def test_a_named_file_must_exist_and_be_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

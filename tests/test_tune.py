@@ -125,6 +125,12 @@ def test_equal_amounts_are_added_and_the_shipped_tile_stays_within_noise() -> No
     assert tune.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.97})], 100)["half"] == (Class(0, B),)
 
 
+def test_amounts_that_a_table_does_not_tell_apart_are_one_entry() -> None:
+    few = [tune.Measured("half", 1, {A: 1.0, B: 2.0}), tune.Measured("half", 2, {A: 9.0, B: 1.0})]
+    assert tune.best_table(few, 1000)["half"] == (Class(0, B),), "and not two that begin at 0"
+    assert tune.best_table([tune.Measured("half", 1, {A: 1.0}), tune.Measured("half", 2, {B: 1.0})], 1000) == {}
+
+
 @pytest.mark.parametrize("operands", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("limit", [65_536, 166_912, 232_448])
 def test_candidates_fit_into_shared_memory(operands: str, limit: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +17,18 @@ from typing import Any, NamedTuple
 
 ENVIRONMENT = "PLE_FAST_TILES"
 SCHEMA = 1
+
+# What a file may ask for: no kernel compiles, or launches on any GPU, outside.
+LEAST = 16
+"""Of each side of a product; matrix units take no less."""
+LEAST_MIXED = 4
+MOST_ELEMENTS = 1 << 20
+"""Of any block; Triton's limit."""
+MOST_SHARED = 256 << 10
+"""Bytes of shared memory for all stages of a product; no GPU has more."""
+MOST_THREADS = 1024
+MOST_GROUP = 1024
+OPERAND_BYTES = {"half": 2, "tf32": 4, "ieee": 4, "double": 8}
 
 
 class Tile(NamedTuple):
@@ -66,8 +79,13 @@ def read_for(gpu: str, architecture: str, kinds: Collection[str]) -> Table | Non
     named = os.environ.get(ENVIRONMENT)
     if named == "":
         return None
-    path = tiles_path(gpu)
-    if named is None and not path.is_file():
+    try:
+        path = tiles_path(gpu)
+    except RuntimeError as error:  # a user without a home folder
+        if named is None:
+            return None
+        raise ValueError(f"environment variable {ENVIRONMENT}: {named!r} names no file ({error})") from error
+    if named is None and not os.path.isfile(path):  # Path.is_file raises where it may not look
         return None
     try:
         return read_table(path, architecture, kinds)
@@ -89,12 +107,12 @@ def read_table(path: Path, architecture: str, kinds: Collection[str]) -> Table:
         ValueError: it cannot be read, is of another schema or architecture, or holds what is no tile.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or content.get("kind") != "tiles":
         raise ValueError(f"{path}: expected a file of ple_fast.tune, with kind 'tiles'")
-    if content.get("schema") != SCHEMA:
+    if type(content.get("schema")) is not int or content["schema"] != SCHEMA:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {content.get('schema')!r}: another version wrote it")
     if content.get("architecture") != architecture:
         raise ValueError(f"{path}: holds tiles for {content.get('architecture')!r}, this GPU takes {architecture!r}")
@@ -103,21 +121,60 @@ def read_table(path: Path, architecture: str, kinds: Collection[str]) -> Table:
         raise ValueError(f"{path}: expected an object of rows under 'tiles'")
     if unknown := sorted(set(rows) - set(kinds)):
         raise ValueError(f"{path}: no kernel reads the rows {', '.join(unknown)}")
-    return {kind: _classes(path, kind, row) for kind, row in rows.items()}
+    return {kind: _classes(path, kind, row, architecture) for kind, row in rows.items()}
 
 
-def _classes(path: Path, kind: str, row: Any) -> tuple[Class, ...]:
-    try:
-        classes = tuple(Class(int(tiles), Tile(*map(int, tile))) for tiles, tile in row)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {kind}: expected [[tiles, [rows, columns, depth, warps, stages, group]]]") from error
-    if not classes or classes[0].tiles != 0 or [c.tiles for c in classes] != sorted(c.tiles for c in classes):
-        raise ValueError(f"{path}: {kind}: expected entries that begin with 0 and rise, got {row!r}")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _classes(path: Path, kind: str, row: Any, architecture: str) -> tuple[Class, ...]:
+    if not isinstance(row, list) or not all(map(_is_entry, row)):
+        raise ValueError(
+            f"{path}: {kind}: expected [[tiles, [rows, columns, depth, warps, stages, group]]] of ints, got "
+            f"{row!r:.200}"
+        )
+    classes = tuple(Class(tiles, Tile(*tile)) for tiles, tile in row)
+    starts = [entry.tiles for entry in classes]
+    # Of fused kernels several may begin at the same work: the first that fits is taken.
+    rising = sorted(starts) if kind.startswith(("fused/", "two_layers/")) else sorted(set(starts))
+    if not starts or starts[0] != 0 or starts != rising:
+        raise ValueError(f"{path}: {kind}: expected entries that begin with 0 and rise, got {row!r:.200}")
     for _, tile in classes:
-        sizes = (tile.rows, tile.columns, tile.warps, *((tile.depth,) if tile.depth else ()))
-        if min(tile.stages, tile.group) < 1 or any(n < 1 or n & (n - 1) for n in sizes):
-            raise ValueError(f"{path}: {kind}: expected powers of two, got {tile}")
+        if wrong := _what_is_wrong(kind, tile, architecture):
+            raise ValueError(f"{path}: {kind}: expected {wrong}, got {tile}")
     return classes
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is ``[tiles, [rows, columns, ...]]``, of ints."""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
+        return False
+    numbers = [entry[0], *entry[1]]
+    return 2 <= len(entry[1]) <= len(Tile._fields) and all(type(number) is int for number in numbers)
+
+
+def _what_is_wrong(kind: str, tile: Tile, architecture: str) -> str | None:
+    """What a tile of a row is expected to be, and is not."""
+    mixes = kind.startswith("combine")
+    sizes = (tile.rows, tile.columns) if mixes else (tile.rows, tile.columns, tile.depth)
+    least, threads = LEAST_MIXED if mixes else LEAST, 64 if architecture == "amd" else 32
+    if any(size < 1 or size & (size - 1) for size in (*sizes, tile.warps)):
+        return f"powers of two{'' if mixes else ' (the depth too)'}"
+    if mixes and tile.depth:
+        return "depth 0, for mixtures"
+    if min(sizes) < least:
+        return f"sizes of {least} or more"
+    if any(a * b > MOST_ELEMENTS for i, a in enumerate(sizes) for b in sizes[:i]):
+        return f"blocks of at most {MOST_ELEMENTS} elements"
+    if tile.warps * threads > MOST_THREADS:
+        return f"at most {MOST_THREADS // threads} warps"
+    if not 1 <= tile.group <= MOST_GROUP:
+        return f"a group of 1 to {MOST_GROUP}"
+    size = tile.rows * tile.columns * 4 if mixes else sum(sizes[:2]) * tile.depth * OPERAND_BYTES[kind.split("/")[-1]]
+    if tile.stages < 1 or tile.stages * size > MOST_SHARED:
+        return f"1 stage or more, of at most {MOST_SHARED} bytes together"
+    return None
 
 
 def write_table(path: Path, table: Table, architecture: str, about: dict[str, Any]) -> None:
@@ -129,6 +186,12 @@ def write_table(path: Path, table: Table, architecture: str, about: dict[str, An
     head = {"schema": SCHEMA, "kind": "tiles", "architecture": architecture, **about}
     lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(f'{{\n {lines},\n "tiles": {{\n  {rows}\n }}\n}}\n', encoding="utf-8")
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this call alone
+    try:
+        with part.open("x", encoding="utf-8") as handle:
+            handle.write(f'{{\n {lines},\n "tiles": {{\n  {rows}\n }}\n}}\n')
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

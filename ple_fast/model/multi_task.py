@@ -18,9 +18,10 @@ from ..scalars import check_count, shown
 from ..topology import Topology
 from . import storage
 from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
-from .columns import Column, Encoded, encode, from_json, to_json
+from .columns import Column, Encoded, encode, to_json
 from .embedding import FeatureEmbedding
 from .eval_view import eval_view, is_training
+from .rebuild import rebuilt, saved_form
 from .run import Run, run_for
 from .scoring import Score, Scorer
 from .tables import Array, Table
@@ -209,7 +210,8 @@ class MultiTaskModel(nn.Module):
                 batch.
 
         Returns:
-            One result per epoch that ran.
+            One result per epoch that ran. An exception that ends the training, such as Ctrl-C's KeyboardInterrupt, has
+            them as ``error.history``.
 
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
@@ -344,20 +346,23 @@ class MultiTaskModel(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``model.safetensors`` and ``config.json`` into a directory, each file at once.
+        """Writes one file, ``model.safetensors``, into a directory; the configuration stands in it.
 
-        A trunk of the user's own is not described in the configuration: :meth:`load` then wants it.
+        It replaces the model that is there in one step: an interruption or a crash leaves either of the two, whole, and
+        whoever loads meanwhile gets one of them. Any number of threads and processes may save there; the last one
+        stays. Weights that a parametrisation or pruning computes are saved as values, tied ones each by itself, and
+        compiled parts as they were before. A trunk of the user's own is not described: :meth:`load` then wants it.
+
+        Raises:
+            ValueError: the model has been changed so that :meth:`load` could not build it again.
         """
-        storage.write(
-            self,
-            {
-                "dtype": str(next(self.towers.parameters()).dtype).removeprefix("torch."),
-                "columns": [to_json(column) for column in self.columns],
-                "tasks": [asdict(task) for task in self.tasks],
-                **self._config,
-            },
-            directory,
-        )
+        config = {
+            "dtype": str(next(self.towers.parameters()).dtype).removeprefix("torch."),
+            "columns": [to_json(column) for column in self.columns],
+            "tasks": [asdict(task) for task in self.tasks],
+            **self._config,
+        }
+        storage.write(*saved_form(self, config), directory)
 
     @classmethod
     @torch.inference_mode(False)  # or nothing could train what it returns
@@ -368,7 +373,7 @@ class MultiTaskModel(nn.Module):
         trunk: nn.Module | Callable[[int], nn.Module] | None = None,
         device: torch.device | str = "cpu",
     ) -> MultiTaskModel:
-        """The model that :meth:`save` wrote, in eval mode. Nothing is unpickled.
+        """The model that :meth:`save` wrote, in eval mode, each weight in its dtype. Nothing is unpickled.
 
         Args:
             trunk: for a model with a trunk of the user's own, and only then: such a module, or a function that makes
@@ -376,23 +381,9 @@ class MultiTaskModel(nn.Module):
             device: where the model goes.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a configuration of another kind or version, or not that of the weights; a trunk that is missing
-                or not wanted.
+            FileNotFoundError: there is no model.
+            ValueError: a file that is damaged, of another kind or version; a trunk that is missing, not wanted, or of
+                another class.
         """
-        config = storage.read_config(directory)
-        saved = config["trunk"]
-        if (saved["kind"] == CUSTOM) != (trunk is not None):
-            expected = f"the trunk, of class {saved['class']}" if trunk is None else f"none: it is {saved['kind']!r}"
-            raise ValueError(f"trunk: expected {expected}, got {shown(trunk)}")
-        with torch.device("cpu"):  # a user's default device may be meta, which has no weights to load into
-            model = cls(
-                [from_json(column) for column in config["columns"]],
-                [TaskLoss(**task) for task in config["tasks"]],
-                trunk=saved["kind"] if trunk is None else trunk,
-                trunk_options=saved.get("options"),
-                **{key: config[key] for key in ("tower_units", "tower_activation", "tower_dropout", "given")},
-            )
-        model.to(dtype=getattr(torch, config["dtype"]))
-        storage.read_weights(model, directory)
-        return model.to(device).eval()
+        saved = storage.read(directory)
+        return rebuilt(cls, saved.where, saved.config, saved.state, trunk).to(device).eval()

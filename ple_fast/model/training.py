@@ -85,7 +85,7 @@ def train(
     """Trains in place, every module in the mode it is in.
 
     With ``score``, which is called with the number of the epoch, the weights of the best epoch are back at the end,
-    also after an interruption.
+    also after an interruption. Whatever is raised has the results of the epochs that ran as its ``history``.
 
     Returns:
         One result per epoch, and whether weights of an epoch before the last were put back.
@@ -129,6 +129,9 @@ def train(
             if patience is not None and best is not None and epoch - best[1] >= patience:
                 break
         is_complete = True
+    except BaseException as error:
+        vars(error)["history"] = results
+        raise
     finally:
         is_put_back = best is not None and not (is_complete and best[1] == len(results))
         if best is not None and is_put_back:

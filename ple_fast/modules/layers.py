@@ -150,7 +150,7 @@ def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
     """Settings and buffers of a norm at one call; counts the call where it moves running statistics.
 
     Raises:
-        ValueError: batch norm in train mode on one row.
+        ValueError: batch norm in train mode on one row, or running statistics of another shape.
     """
     if norm is None or isinstance(norm, nn.Identity):
         return None
@@ -159,6 +159,12 @@ def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
     if type(norm) not in (StackedBatchNorm, nn.BatchNorm1d):
         return NormState("batch", 0.0, module=norm)
     assert isinstance(norm, nn.BatchNorm1d)
+    for statistics in (norm.running_mean, norm.running_var):
+        if statistics is not None and statistics.shape != (norm.num_features,):
+            raise ValueError(
+                f"batch norm: size mismatch, expected running statistics of shape ({norm.num_features},), got "
+                f"{tuple(statistics.shape)}"
+            )
     if norm.training or norm.running_mean is None:
         check_more_than_one(batch, norm.num_features)
         factor = 0.0

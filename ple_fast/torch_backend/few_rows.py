@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState
+from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState, check_shapes
 from .activations import activation_backward, activation_forward, from_output
 from .gate_combine import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
@@ -76,11 +76,23 @@ def few_rows_train_forward(
     """
     rows = x.shape[0]
     weight, bias = layers[0].weight, layers[0].bias
-    count, units, width = weight.shape
+    try:
+        count, units, width = weight.shape
+    except ValueError:
+        check_shapes(plan, layers, gate, x.shape[-1], x.shape[-1])
+        raise
     specs = plan.blocks[0].layers
     norms = [None] * len(specs) if state is None else [layer.norm for layer in state.layers]
     applied = False  # by the product
     assert gate.weight is not None
+    # Shapes that the products would not refuse, because biases are read by their size; the check of all takes longer.
+    logits_shape = (plan.topology.num_logits,)
+    if (
+        (bias is not None and bias.shape != (count, units))
+        or (gate.bias is not None and gate.bias.shape != logits_shape)
+        or gate.weight.shape != (*logits_shape, width)
+    ):
+        check_shapes(plan, layers, gate, x.shape[-1], x.shape[-1])
     if x.dim() == 2:
         if rows <= WIDE_ROWS or not by_onednn(x):
             a = _products(x.expand(count, rows, width), weight, bias)
@@ -97,12 +109,19 @@ def few_rows_train_forward(
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
+    if state is not None and any(norm is not None for norm in state.norms()):
+        check_shapes(plan, layers, gate, width, width)
     if state is not None and state.gate_norm is not None:
         logits = _normed(logits.unsqueeze(0), gate.norm_weight, gate.norm_bias, state.gate_norm)[0]
     weights = gate_softmax(plan, logits)
     kept = [weights]
     for i, (spec, norm) in enumerate(zip(specs, norms, strict=True)):
-        z = a if i == 0 else _products(a, layers[i].weight, layers[i].bias)
+        z = a
+        if i > 0:
+            weight, bias = layers[i].weight, layers[i].bias
+            if bias is not None and bias.shape != (count, spec.units):
+                check_shapes(plan, layers, gate, width, width)
+            z = _products(a, weight, bias)
         if norm is not None and spec.norm_position == "before":
             z = _normed(z, layers[i].norm_weight, layers[i].norm_bias, norm)
         if i == 0 and applied:
