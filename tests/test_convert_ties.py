@@ -211,6 +211,28 @@ def test_what_is_also_used_elsewhere_is_left_with_both_names(hold: Callable[[Any
     assert not any(tensor.is_meta for tensor in model.parameters())
 
 
+@pytest.mark.parametrize("hold", HELD)
+def test_what_the_rest_of_the_model_holds_is_left_where_a_part_of_it_is_accelerated(
+    hold: Callable[[Any], None],
+) -> None:
+    model = make()
+    hold(model)
+    whole = nn.Sequential(nn.ModuleList([model]))
+    assert "0" in {site.path for site in accelerate(model.cgc_layers).left}
+    assert not any(tensor.is_meta for tensor in model.parameters())
+    assert len(accelerate(make().cgc_layers).replaced) == 2
+    del whole
+
+
+def test_parameters_that_the_rest_of_the_model_holds_are_an_error_where_a_part_of_it_is_accelerated() -> None:
+    model = make()
+    model.towers[0].penalised = [expert(model, 0).mlp[0].weight]
+    with pytest.raises(ValueError, match="the attribute penalised of a MLP outside of the model holds parameters"):
+        accelerate(model.cgc_layers)
+    del model.towers[0].penalised
+    assert len(accelerate(model.cgc_layers).replaced) == 2
+
+
 def test_what_other_models_share_is_left_as_long_as_they_live() -> None:
     model = make()
     other = nn.ModuleList([expert(model, 0)])
@@ -237,6 +259,18 @@ def test_tensors_of_one_file_and_modules_without_tensors_are_no_ties() -> None:
     expert(model, 1).mlp[2] = model.towers[0].mlp[2] = model.act = relu
     model.activations = [relu]
     assert len(accelerate(model).replaced) == 2
+
+
+def test_memory_that_processes_share_stays_such_memory() -> None:
+    """Workers that are started afterwards trained copies of their own."""
+    levels = make().cgc_layers.share_memory()
+    for swap in (accelerate, restore):
+        swap(levels)
+        assert all(tensor.is_shared() for tensor in [*levels.parameters(), *levels.buffers()])
+    levels = make().cgc_layers
+    for swap in (accelerate, restore):
+        swap(levels)
+        assert not any(tensor.is_shared() for tensor in [*levels.parameters(), *levels.buffers()])
 
 
 @pytest.mark.parametrize("change", ["a module", "a tensor"])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..scalars import shown
 from . import ties as tied
-from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
+from .bystanders import Bystanders, bystanders, enclosing, holders, references, wrapper_of
 from .moves import (
     Move,
     by_new,
@@ -162,7 +162,7 @@ def accelerate(
         assert trunk.record is not None
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
-    settle(given, moves, before, list(model.parameters()), ordered)
+    settle(given, moves, before, dict(model.named_parameters()), ordered)
     rename(given, moves, names, _names(model), named)
     return replace(_report(plans, names, model, left), already=already)
 
@@ -216,7 +216,7 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         swap_out(site.module)
         vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
-    settle(given, moves, before, list(model.parameters()), ordered)
+    settle(given, moves, before, dict(model.named_parameters()), ordered)
     rename(given, moves, names, _names(model), named)
     return tuple(site.path for site in sites)
 
@@ -312,11 +312,14 @@ def _check_holders(
             "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
-    wanted, known = {id(old) for old in olds}, {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
+    rest = enclosing(model, around.modules)
+    wanted, known = {id(old) for old in olds}, {id(module) for module in (*model.modules(), *rest)}
+    places = [(f"{path}.".lstrip("."), "", module) for path, module in model.named_modules()]
+    places += [("", f" of a {type(module).__name__} outside of the model", module) for module in rest]
+    for before, after, module in places:
         for name, _ in references(module, wanted, known):
             if (id(module), name) not in renewed:
-                where = f"{path}.{name}" if path else name
+                where = f"{before}{name}{after}"
                 raise ValueError(
                     f"model: the attribute {where} holds parameters that would be replaced, so what is computed with "
                     "it would go on with the old ones; empty it, and fill it again afterwards"

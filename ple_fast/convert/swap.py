@@ -134,6 +134,8 @@ def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     kept = {name: child for name, child in site._modules.items() if name not in replaced}
     # What runs the site next runs one form or the other: the class decides, and both have their children until then.
     record.skeleton.update(replaced)
+    if any(map(_is_shared, replaced.values())):
+        trunk.share_memory()
     site._modules[CHILD] = trunk
     site.__class__ = accelerated_class(type(site), converter)
     site._modules = {**kept, CHILD: trunk}
@@ -150,8 +152,16 @@ def materialise(site: Accelerated) -> list[Move]:
     with torch.no_grad():
         for name in parts:
             _fill(record, trunk, name, parts[name])
+    if _is_shared(trunk):
+        for child in record.skeleton.values():
+            child.share_memory()
     pairs = _parameters(trunk, lambda name: skeleton_tensor(record, name))
     return [Move(fused, piece.place, original, piece.inside) for piece, original, fused in pairs]
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether something of it lies in memory that processes share; what is on a GPU always says so."""
+    return any(tensor.is_cpu and tensor.is_shared() for _, tensor in tensors_of(module))
 
 
 def dematerialise(site: Accelerated) -> None:
@@ -172,11 +182,9 @@ def swap_out(site: Accelerated) -> None:
     """Put the library's modules, materialised before, back in their places."""
     trunk = site.trunk()
     record = record_of(trunk)
-    for child in record.skeleton.values():
-        child.train(site.training)
+    _set_modes(record, trunk)
     for twin in record.twins:
         theirs, ours = skeleton_module(record, twin.original), trunk.get_submodule(twin.fused)
-        theirs.training = ours.training
         for name in SETTINGS:
             if hasattr(theirs, name) and hasattr(ours, name):
                 setattr(theirs, name, getattr(ours, name))
@@ -186,6 +194,20 @@ def swap_out(site: Accelerated) -> None:
     site._modules.update(record.skeleton)  # both forms have their children until the class decides, as in swap_in
     site.__class__ = site._original_class  # type: ignore[assignment]  # which it had before
     site._modules = {**ordered, **modules}
+
+
+def _set_modes(record: Record, trunk: FusedTrunk) -> None:
+    """Train or eval mode of the replaced modules: their own, but where a fused one was set on its own."""
+    twins: dict[str, list[nn.Module]] = {}
+    for twin in record.twins:
+        twins.setdefault(twin.fused, []).append(skeleton_module(record, twin.original))
+    for name, theirs in twins.items():
+        training = trunk.get_submodule(name).training
+        # Where there is a dropout, the mode of the fused layer is its mode: nothing else in a layer reads one.
+        dropouts = [module for module in theirs if isinstance(module, nn.Dropout)]
+        if any(module.training != training for module in dropouts or theirs[:1]):
+            for module in theirs:
+                module.training = training
 
 
 def stand_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> nn.Module:
@@ -226,6 +248,13 @@ class Accelerated:
         trunk = self._modules[CHILD]
         assert isinstance(trunk, FusedTrunk)
         return trunk
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode of the replaced modules, too, which have it when they come back."""
+        given = super().train(mode)  # type: ignore[misc]
+        for child in record_of(self.trunk()).skeleton.values():
+            child.train(mode)
+        return given
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As the library's own module has it, entry by entry, or with the fused names, as ``accelerate`` was told."""
