@@ -18,7 +18,7 @@ SECTIONS = (
     Section("places", "one NaN or infinity in each, whose places must be the reference's", 3_000, places.run),
     Section("threads", "rounds of 8 threads that serve while one trains another model", 150, threads.run),
     Section("memory", "small steps with changing batches, whose memory must not grow", 20_000, memory.run),
-    Section("saves", "kills of a process that saves, and loads while it does", 200, saves.run),
+    Section("saves", "kills of a process that saves, and loads while it does", 1_000, saves.run),
 )
 
 

@@ -17,7 +17,7 @@ import torch
 from ple_fast.losses import TaskLoss
 from ple_fast.model import MultiTaskModel, Numeric
 
-READS = 3
+READS = 10
 """Loads while the writer writes, before it is killed."""
 
 
@@ -63,9 +63,9 @@ def run(seed: int, trials: int, figures: dict[str, Any]) -> Iterator[str | None]
     # The child begins to save at once, where a fresh interpreter would first import torch for seconds.
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        directory, last = Path(folder) / "model", 0
+        directory, last, is_there = Path(folder) / "model", 0, False
         for trial in range(trials):
-            if not (directory / "config.json").is_file() or trial == 0:
+            if not is_there:  # the first one, or after a failure
                 model = make_model()
                 fill(model, last)
                 model.save(directory)
@@ -93,6 +93,7 @@ def run(seed: int, trials: int, figures: dict[str, Any]) -> Iterator[str | None]
             figures["saves"] += last - before
             failures += _loaded(directory, figures, last, last + 1, f"after a kill behind save {last}")
             last += 1  # which may have been written
+            is_there = not failures
             yield f"kill {trial} (seed {seed}): {'; '.join(failures)}" if failures else None
 
 

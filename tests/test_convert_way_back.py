@@ -102,7 +102,7 @@ def test_what_nothing_reads_comes_back_into_the_group_of_its_kind() -> None:
 
     def optimizer() -> torch.optim.Optimizer:
         parameters = list(model.parameters())
-        groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+        groups: list[Any] = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
         return torch.optim.SGD([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}], lr=0.1)
 
     own = optimizer()
