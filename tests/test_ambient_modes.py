@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
         lambda: torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
         set_product_precision,
         "bf16",
+    ),
+    "swapping conversions": lambda: flag(
+        torch.__future__.get_swap_module_params_on_conversion,
+        torch.__future__.set_swap_module_params_on_conversion,
+        True,
     ),
     "deterministic": lambda: flag(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
 }
@@ -221,6 +227,21 @@ def test_a_trial_run_leaves_nothing_that_can_be_observed(train: bool) -> None:
     assert all(torch.equal(a, b) and a._version == v for a, (b, v, _) in zip(kept, before, strict=True))
     assert all(tensor.grad is grad for tensor, (_, _, grad) in zip(kept, before, strict=True))
     assert {name: m.training for name, m in model.named_modules() if name in modes}.items() <= modes.items()
+
+
+@pytest.mark.parametrize("held", ["by a graph", "by weak references"])
+@pytest.mark.parametrize("mode", [None, "swapping conversions"])
+def test_parameters_that_are_held_elsewhere_do_not_stop_a_swap_half_way(mode: str | None, held: str) -> None:
+    model = shaken(PEERS["torch-rechub PLE"][0]())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for swap in (accelerate, restore):
+        holds = model(BATCH) if held == "by a graph" else [weakref.ref(p) for p in model.parameters()]
+        with MODES[mode]() if mode else contextlib.nullcontext():
+            swap(model, optimizers=[optimizer])  # type: ignore[operator]  # either has it
+        held_now = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held_now == {id(p) for p in model.parameters()}
+        assert_trains(model, (BATCH,))
+        del holds
 
 
 def test_weights_that_have_diverged_are_replaced_like_others() -> None:

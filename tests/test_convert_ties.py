@@ -362,3 +362,34 @@ def test_a_part_of_a_wrapped_model_is_an_error() -> None:
         accelerate(model, strict=True)
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_class_that_cannot_be_looked_at_is_a_reason() -> None:
+    class PLE(nn.Module):
+        """Of the name of one that is refused."""
+
+        @property
+        def encoder(self) -> nn.Module:
+            raise RuntimeError("not built yet")
+
+    model = nn.ModuleList([PLE(), make()])
+    report = accelerate(model)
+    assert [site.path for site in report.replaced] == ["1.cgc_layers.0", "1.cgc_layers.1"]
+    (left,) = report.left
+    assert left.path == "0" and "not built yet" in left.why
+
+
+class Later:
+    """Somebody's object that stands for another one, which is not there."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]  # as local proxies of web frameworks have it
+        raise RuntimeError("not there yet")
+
+
+def test_objects_that_cannot_be_looked_into_hold_nothing() -> None:
+    model = make()
+    gone = Other()
+    model.one, model.two = [weakref.proxy(gone)], Later()
+    del gone
+    assert len(accelerate(model).replaced) == 2

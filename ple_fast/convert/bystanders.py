@@ -164,7 +164,10 @@ def _parts(value: Any) -> Iterable[Any]:
     if issubclass(kind, weakref.ref):
         return (value(),)
     slots = [name for base in kind.__mro__ for name in _slots(base)]
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    try:
+        return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    except Exception:  # it stands for something that is gone, or not there yet, and holds nothing itself
+        return ()
 
 
 def _slots(kind: type) -> Sequence[str]:

@@ -126,8 +126,13 @@ def find(module: nn.Module) -> Converter | str | None:
                 "converter for it (ple_fast.convert.register)"
             )
     for class_name, is_it, why in _REFUSED:
-        if class_name in names and is_it(module):
-            return why
+        if class_name not in names:
+            continue
+        try:
+            if is_it(module):
+                return why
+        except Exception as error:
+            return f"whether it is a known {class_name} cannot be told, because looking at it failed with {error!r}"
     return None
 
 

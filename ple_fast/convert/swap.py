@@ -172,10 +172,15 @@ def dematerialise(site: Accelerated) -> None:
 
 def _emptied(child: nn.Module) -> None:
     """Move a replaced child to the meta device; what somebody has put on its parameters stays on them."""
-    kept = {name: attributes_of(parameter) for name, parameter in child.named_parameters()}
-    child.to("meta")
-    for name, parameter in child.named_parameters():
-        vars(parameter).update(kept[name])
+    # Not by to(), which fails half-way where PyTorch is set to swap tensors and a graph or a weak reference is alive.
+    for module in child.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                vars(made).update(attributes_of(parameter))
+                module._parameters[name] = made
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
 
 
 def swap_out(site: Accelerated) -> None:
