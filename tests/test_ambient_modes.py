@@ -237,7 +237,7 @@ def test_parameters_that_are_held_elsewhere_do_not_stop_a_swap_half_way(mode: st
     for swap in (accelerate, restore):
         holds = model(BATCH) if held == "by a graph" else [weakref.ref(p) for p in model.parameters()]
         with MODES[mode]() if mode else contextlib.nullcontext():
-            swap(model, optimizers=[optimizer])  # type: ignore[operator]  # either has it
+            swap(model, optimizers=[optimizer])
         held_now = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held_now == {id(p) for p in model.parameters()}
         assert_trains(model, (BATCH,))
