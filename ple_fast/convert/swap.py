@@ -172,11 +172,9 @@ def swap_out(site: Accelerated) -> None:
     """Put the library's modules, materialised before, back in their places."""
     trunk = site.trunk()
     record = record_of(trunk)
-    for child in record.skeleton.values():
-        child.train(site.training)
+    _set_modes(record, trunk)
     for twin in record.twins:
         theirs, ours = skeleton_module(record, twin.original), trunk.get_submodule(twin.fused)
-        theirs.training = ours.training
         for name in SETTINGS:
             if hasattr(theirs, name) and hasattr(ours, name):
                 setattr(theirs, name, getattr(ours, name))
@@ -186,6 +184,20 @@ def swap_out(site: Accelerated) -> None:
     site._modules.update(record.skeleton)  # both forms have their children until the class decides, as in swap_in
     site.__class__ = site._original_class  # type: ignore[assignment]  # which it had before
     site._modules = {**ordered, **modules}
+
+
+def _set_modes(record: Record, trunk: FusedTrunk) -> None:
+    """Train or eval mode of the replaced modules: their own, but where a fused one was set on its own."""
+    twins: dict[str, list[nn.Module]] = {}
+    for twin in record.twins:
+        twins.setdefault(twin.fused, []).append(skeleton_module(record, twin.original))
+    for name, theirs in twins.items():
+        training = trunk.get_submodule(name).training
+        # Where there is a dropout, the mode of the fused layer is its mode: nothing else in a layer reads one.
+        dropouts = [module for module in theirs if isinstance(module, nn.Dropout)]
+        if any(module.training != training for module in dropouts or theirs[:1]):
+            for module in theirs:
+                module.training = training
 
 
 def stand_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> nn.Module:
@@ -226,6 +238,13 @@ class Accelerated:
         trunk = self._modules[CHILD]
         assert isinstance(trunk, FusedTrunk)
         return trunk
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode of the replaced modules, too, which have it when they come back."""
+        given = super().train(mode)  # type: ignore[misc]
+        for child in record_of(self.trunk()).skeleton.values():
+            child.train(mode)
+        return given
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As the library's own module has it, entry by entry, or with the fused names, as ``accelerate`` was told."""
