@@ -1,4 +1,4 @@
-"""What is as it was after a swap and the way back: modes of every module."""
+"""What is as it was after a swap and the way back: modes of every module, the order of an optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from ple_fast import accelerate, restore
-from tests.test_accelerate import make
+from tests import test_convert_deepctr_torch as deepctr
+from tests.test_accelerate import make, step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,3 +68,29 @@ def test_modes_of_fused_layers_that_were_set_alone_come_back() -> None:
     experts = [f"cgc_layers.0.experts_{kind}" for kind in ("specific.0", "specific.3", "shared.0")]
     assert {f"{expert}.mlp.{i}" for expert in experts for i in (4, 6)} <= still  # linear, ReLU
     assert not any(name.endswith(("mlp.0", "mlp.5")) for name in still if "expert" in name)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_optimizer_keeps_its_order_where_a_part_of_its_model_is_accelerated(named: bool) -> None:
+    """Its state dict would give the state of one parameter to another one."""
+    model = make()
+    rows: Any = list(model.named_parameters() if named else model.parameters())
+    optimizer = torch.optim.Adam(rows)
+    step(model, optimizer, 0)
+    for swap in (accelerate, restore):
+        for part in model.cgc_layers:
+            swap(part, optimizers=optimizer)
+            assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+            new = torch.optim.Adam(model.parameters())
+            new.load_state_dict(optimizer.state_dict())
+            for parameter, state in new.state.items():
+                assert torch.equal(state["exp_avg"], optimizer.state[parameter]["exp_avg"])
+            del new, state, parameter
+
+
+def test_what_nothing_reads_comes_back_among_its_own_part_of_the_optimizer() -> None:
+    whole = nn.ModuleList([nn.Linear(2, 2), deepctr.CASES[0].make(), nn.Linear(2, 2)])
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    assert accelerate(whole[1], optimizers=optimizer).replaced[0].unread
+    restore(whole[1], optimizers=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in whole.parameters()]

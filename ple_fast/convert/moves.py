@@ -84,13 +84,13 @@ def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
 
 
 def ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """The groups that hold a model's parameters alone, in the model's order."""
+    """The groups that hold a model's parameters in its order; those of others may stand among them."""
     index = {id(p): i for i, p in enumerate(parameters)}
     found = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            places = [index.get(id(p), -1) for p in group["params"]]
-            if -1 not in places and places == sorted(places):
+            places = [index[id(p)] for p in group["params"] if id(p) in index]
+            if places == sorted(places):
                 found.append(group)
     return found
 
@@ -105,7 +105,8 @@ def settle(
     """After ``remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
 
     What is no parameter of the model any more goes. What became one joins the rest where all of it is in one group. The
-    groups of ``ordered`` are in the model's order again.
+    groups of ``ordered`` are in the model's order again, between what they hold of others: the model may be a part of a
+    larger one.
     """
     index = {id(p): i for i, p in enumerate(after)}
     old = {id(p) for p in before}
@@ -119,9 +120,12 @@ def settle(
                     optimizer.state.pop(p, None)
             group["params"] = [p for p in group["params"] if id(p) in index or id(p) not in old]
     if len(homes) == 1:
-        homes[0]["params"] += came
+        held = homes[0]["params"]
+        stop = 1 + max(i for i, p in enumerate(held) if id(p) in index)
+        held[stop:stop] = came
     for group in ordered:
-        group["params"].sort(key=lambda p: index[id(p)])
+        own = iter(sorted((p for p in group["params"] if id(p) in index), key=lambda p: index[id(p)]))
+        group["params"] = [next(own) if id(p) in index else p for p in group["params"]]
 
 
 def rename(
