@@ -94,3 +94,19 @@ def test_what_nothing_reads_comes_back_among_its_own_part_of_the_optimizer() -> 
     assert accelerate(whole[1], optimizers=optimizer).replaced[0].unread
     restore(whole[1], optimizers=optimizer)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in whole.parameters()]
+
+
+def test_what_nothing_reads_comes_back_into_the_group_of_its_kind() -> None:
+    """It was in none where there are several, and the optimizer's state dict fitted into no new one."""
+    model: Any = deepctr.CASES[5].make()
+
+    def optimizer() -> torch.optim.Optimizer:
+        parameters = list(model.parameters())
+        groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+        return torch.optim.SGD([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}], lr=0.1)
+
+    own = optimizer()
+    assert accelerate(model, optimizers=own).replaced[0].unread
+    restore(model, optimizers=own)
+    for group, expected in zip(own.param_groups, optimizer().param_groups, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]]

@@ -161,7 +161,7 @@ def accelerate(
         assert trunk.record is not None
         trunk.record.notes = (note, site.converter.noted(site.module))
     remap(given, moves)
-    settle(given, moves, before, list(model.parameters()), ordered)
+    settle(given, moves, before, dict(model.named_parameters()), ordered)
     rename(given, moves, names, _names(model), named)
     return replace(_report(plans, names, model, left), already=already)
 
@@ -215,7 +215,7 @@ def restore(model: nn.Module, *, optimizers: Optimizer | Sequence[Optimizer] = (
         swap_out(site.module)
         vars(site.module).update(site.converter.recalled(site.module, old_note) if as_left else attributes)
     remap(given, moves)
-    settle(given, moves, before, list(model.parameters()), ordered)
+    settle(given, moves, before, dict(model.named_parameters()), ordered)
     rename(given, moves, names, _names(model), named)
     return tuple(site.path for site in sites)
 

@@ -99,30 +99,37 @@ def settle(
     optimizers: Sequence[Optimizer],
     moves: Sequence[Move],
     before: Sequence[nn.Parameter],
-    after: Sequence[nn.Parameter],
+    after: Mapping[str, nn.Parameter],
     ordered: Sequence[dict[str, Any]],
 ) -> None:
     """After ``remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
 
-    What is no parameter of the model any more goes. What became one joins the rest where all of it is in one group. The
-    groups of ``ordered`` are in the model's order again, between what they hold of others: the model may be a part of a
-    larger one.
+    What is no parameter of the model any more goes. What became one joins those of its kind, where they are in one
+    group, or else the rest where that is. The groups of ``ordered`` are in the model's order again, between what they
+    hold of others: the model may be a part of a larger one.
     """
-    index = {id(p): i for i, p in enumerate(after)}
+    index = {id(p): i for i, p in enumerate(after.values())}
     old = {id(p) for p in before}
     news = {id(move.new) for move in moves}
-    came = [p for p in after if id(p) not in old and id(p) not in news]
-    homes = [group for own in optimizers for group in own.param_groups if any(id(p) in news for p in group["params"])]
+    kinds = {id(p): (name.rpartition(".")[2], p.dim()) for name, p in after.items()}
+    homes: dict[int, dict[str, Any]] = {}
+    of_kind: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if id(p) in old and id(p) not in index:
                     optimizer.state.pop(p, None)
+                if id(p) in news:
+                    homes[id(group)] = of_kind.setdefault(kinds[id(p)], {})[id(group)] = group
             group["params"] = [p for p in group["params"] if id(p) in index or id(p) not in old]
-    if len(homes) == 1:
-        held = homes[0]["params"]
-        stop = 1 + max(i for i, p in enumerate(held) if id(p) in index)
-        held[stop:stop] = came
+    for p in after.values():
+        if id(p) in old or id(p) in news:
+            continue
+        found = list(of_kind.get(kinds[id(p)], homes).values())
+        if len(found) == 1:
+            held = found[0]["params"]
+            stop = 1 + max(i for i, other in enumerate(held) if id(other) in index)
+            held.insert(stop, p)
     for group in ordered:
         own = iter(sorted((p for p in group["params"] if id(p) in index), key=lambda p: index[id(p)]))
         group["params"] = [next(own) if id(p) in index else p for p in group["params"]]
