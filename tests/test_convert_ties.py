@@ -208,6 +208,18 @@ def test_tensors_of_one_file_and_modules_without_tensors_are_no_ties() -> None:
     assert len(accelerate(model).replaced) == 2
 
 
+def test_memory_that_processes_share_stays_such_memory() -> None:
+    """Workers that are started afterwards trained copies of their own."""
+    levels = make().cgc_layers.share_memory()
+    for swap in (accelerate, restore):
+        swap(levels)
+        assert all(tensor.is_shared() for tensor in [*levels.parameters(), *levels.buffers()])
+    levels = make().cgc_layers
+    for swap in (accelerate, restore):
+        swap(levels)
+        assert not any(tensor.is_shared() for tensor in [*levels.parameters(), *levels.buffers()])
+
+
 @pytest.mark.parametrize("change", ["a module", "a tensor"])
 def test_restore_refuses_what_would_part_new_ties(change: str) -> None:
     model = make()

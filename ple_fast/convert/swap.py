@@ -134,6 +134,8 @@ def swap_in(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     kept = {name: child for name, child in site._modules.items() if name not in replaced}
     # What runs the site next runs one form or the other: the class decides, and both have their children until then.
     record.skeleton.update(replaced)
+    if any(map(_is_shared, replaced.values())):
+        trunk.share_memory()
     site._modules[CHILD] = trunk
     site.__class__ = accelerated_class(type(site), converter)
     site._modules = {**kept, CHILD: trunk}
@@ -150,8 +152,16 @@ def materialise(site: Accelerated) -> list[Move]:
     with torch.no_grad():
         for name in parts:
             _fill(record, trunk, name, parts[name])
+    if _is_shared(trunk):
+        for child in record.skeleton.values():
+            child.share_memory()
     pairs = _parameters(trunk, lambda name: skeleton_tensor(record, name))
     return [Move(fused, piece.place, original, piece.inside) for piece, original, fused in pairs]
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether something of it lies in memory that processes share; what is on a GPU always says so."""
+    return any(tensor.is_cpu and tensor.is_shared() for _, tensor in tensors_of(module))
 
 
 def dematerialise(site: Accelerated) -> None:
