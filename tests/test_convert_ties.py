@@ -180,6 +180,28 @@ def test_what_is_also_used_elsewhere_is_left_with_both_names(hold: Callable[[Any
     assert not any(tensor.is_meta for tensor in model.parameters())
 
 
+@pytest.mark.parametrize("hold", HELD)
+def test_what_the_rest_of_the_model_holds_is_left_where_a_part_of_it_is_accelerated(
+    hold: Callable[[Any], None],
+) -> None:
+    model = make()
+    hold(model)
+    whole = nn.Sequential(nn.ModuleList([model]))
+    assert "0" in {site.path for site in accelerate(model.cgc_layers).left}
+    assert not any(tensor.is_meta for tensor in model.parameters())
+    assert len(accelerate(make().cgc_layers).replaced) == 2
+    del whole
+
+
+def test_parameters_that_the_rest_of_the_model_holds_are_an_error_where_a_part_of_it_is_accelerated() -> None:
+    model = make()
+    model.towers[0].penalised = [expert(model, 0).mlp[0].weight]
+    with pytest.raises(ValueError, match="the attribute penalised of a MLP outside of the model holds parameters"):
+        accelerate(model.cgc_layers)
+    del model.towers[0].penalised
+    assert len(accelerate(model.cgc_layers).replaced) == 2
+
+
 def test_what_other_models_share_is_left_as_long_as_they_live() -> None:
     model = make()
     other = nn.ModuleList([expert(model, 0)])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import ties as tied
-from .bystanders import Bystanders, bystanders, holders, references, wrapper_of
+from .bystanders import Bystanders, bystanders, enclosing, holders, references, wrapper_of
 from .moves import (
     Move,
     by_new,
@@ -311,11 +311,14 @@ def _check_holders(
             "old one"
         )
     renewed = {(id(site.module), name) for site, own in zip(sites, attributes, strict=True) for name in own}
-    wanted, known = {id(old) for old in olds}, {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
+    rest = enclosing(model, around.modules)
+    wanted, known = {id(old) for old in olds}, {id(module) for module in (*model.modules(), *rest)}
+    places = [(f"{path}.".lstrip("."), "", module) for path, module in model.named_modules()]
+    places += [("", f" of a {type(module).__name__} outside of the model", module) for module in rest]
+    for before, after, module in places:
         for name, _ in references(module, wanted, known):
             if (id(module), name) not in renewed:
-                where = f"{path}.{name}" if path else name
+                where = f"{before}{name}{after}"
                 raise ValueError(
                     f"model: the attribute {where} holds parameters that would be replaced, so what is computed with "
                     "it would go on with the old ones; empty it, and fill it again afterwards"

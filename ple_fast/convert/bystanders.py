@@ -42,8 +42,7 @@ def bystanders(model: nn.Module, given: Sequence[Optimizer]) -> Bystanders:
         for own in found.modules
         if id(own) not in inside
         and any(
-            id(part) in parts and part is not model
-            for part in (*own._modules.values(), *own._parameters.values(), *own._buffers.values())
+            id(part) in parts for part in (*own._modules.values(), *own._parameters.values(), *own._buffers.values())
         )
     ]
     if not suspects and not others and not wrapper_of(model, found.wrappers):
@@ -51,6 +50,26 @@ def bystanders(model: nn.Module, given: Sequence[Optimizer]) -> Bystanders:
     del found, suspects, others
     gc.collect()
     return _scan()
+
+
+def enclosing(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of everything that a model is a part of, without its own.
+
+    Args:
+        modules: all of the process.
+    """
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module._modules.values():
+            parents.setdefault(id(child), []).append(module)
+    found = {id(module): module for module in model.modules()}
+    own, waiting = set(found), [model]
+    while waiting:
+        for parent in parents.get(id(waiting.pop()), ()):
+            if id(parent) not in found:
+                waiting.append(parent)
+                found.update((id(module), module) for module in parent.modules())
+    return [module for key, module in found.items() if key not in own]
 
 
 def _scan() -> Bystanders:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bystanders import references
+from .bystanders import enclosing, references
 
 REMEDY = "the swap would part the two; give the site its own copy (copy.deepcopy)"
 
@@ -57,7 +57,9 @@ class _Ties:
         self._modules([*inside, *outside])
         self._tensors([*inside, *outside])
         wanted = {id(module) for module in inside if id(module) in self.homes and _has_tensors(module)}
-        for holder in inside:
+        rest = enclosing(model, outside)
+        known |= {id(module) for module in rest}
+        for holder in (*inside, *rest):
             for name, key in references(holder, wanted, known):
                 for i in self.homes[key]:
                     if id(holder) not in self.inner[i]:
