@@ -406,6 +406,37 @@ def test_frozen_experts_stay_frozen() -> None:
     assert all(p.requires_grad for p in model.cgc_layers[1].parameters())
 
 
+def as_buffer(linear: Any) -> None:
+    weight = linear.weight.detach().clone()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_weight_that_is_a_buffer_of_one_gate_alone_is_left(which: int) -> None:
+    """Stacked with the others it was trained."""
+    model = make()
+    as_buffer(model.cgc_layers[1].gates_specific[which].mlp[0])
+    report = accelerate(model)
+    assert [site.path for site in report.replaced] == ["cgc_layers.0"]
+    assert "expected linear.weight.requires_grad=" in report.left[0].why
+
+
+def test_weights_that_are_buffers_stay_as_they_are() -> None:
+    model = make()
+    as_buffer(model.cgc_layers[0].experts_shared[0].mlp[4])
+    for gate in model.cgc_layers[1].gates_specific:
+        as_buffer(gate.mlp[0])
+    original = copy.deepcopy(model)
+    assert len(accelerate(model).replaced) == 2
+    for own in (model, original):
+        step(own, torch.optim.Adam(own.parameters()), 0)
+    restore(model)
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in original.named_buffers()]
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
 def test_a_compiled_model_is_one_graph() -> None:
     model = make().eval()
     expected = model(batch())

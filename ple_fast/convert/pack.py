@@ -256,8 +256,9 @@ def _check_like(stack: PlainStack, first: PlainStack) -> None:
         for name, expected, got in zip(own.spec._fields, own.spec, layer.spec, strict=True):
             if not (is_last and name == "units"):
                 differs(layer.path, name, expected, got)
-        for name, expected in _settings(own).items():
-            differs(layer.path, name, expected, _settings(layer)[name])
+        expected_settings, settings = _settings(own), _settings(layer)
+        for name in {**expected_settings, **settings}:  # a weight that is a buffer has no requires_grad
+            differs(layer.path, name, expected_settings.get(name), settings.get(name))
 
 
 def _copy(part: Part, modules: dict[str, nn.Module]) -> None:
