@@ -102,8 +102,9 @@ def test_what_nothing_reads_comes_back_into_the_group_of_its_kind() -> None:
 
     def optimizer() -> torch.optim.Optimizer:
         parameters = list(model.parameters())
-        groups: list[Any] = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
-        return torch.optim.SGD([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}], lr=0.1)
+        groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+        rows: list[dict[str, Any]] = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1]}]
+        return torch.optim.SGD(rows, lr=0.1)
 
     own = optimizer()
     assert accelerate(model, optimizers=own).replaced[0].unread
