@@ -62,6 +62,14 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
+def check_seed(value: Any) -> int:
+    """A seed that PyTorch's generators take, or an error that names it."""
+    seed = check_count("seed", value, least=-(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected less than 2 ** 64, got {seed}")
+    return seed
+
+
 def check_number(name: str, value: Any, what: str = "a number") -> float:
     """A float, or a TypeError that says what was expected; a bool and text are no numbers."""
     own = own_scalar(value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scalars import check_count, check_number
+from .scalars import check_count, check_number, check_seed
 
 __all__ = ["synthetic_tasks"]
 
@@ -64,7 +64,7 @@ def synthetic_tasks(
         check_count("in_features", in_features),
         check_count("num_sinusoids", num_sinusoids, least=0),
     )
-    seed = check_count("seed", seed, least=-(2**63))
+    seed = check_seed(seed)
     scale, noise_std = check_number("scale", scale), check_number("noise_std", noise_std)
     if in_features < num_tasks:
         raise ValueError(f"in_features: expected at least one per task ({num_tasks}), got {in_features}")

@@ -36,6 +36,7 @@ from ple_fast.model import Categorical, MultiTaskModel, Numeric, columns_from
 from ple_fast.modules.plain import Temperature, WeightOffset
 from ple_fast.scalars import check_count, check_flag, check_number, is_sequence
 from ple_fast.specs import Activation
+from ple_fast.synthetic import synthetic_tasks
 
 
 def of_numpy(value: Any) -> Any:
@@ -372,6 +373,12 @@ def test_arguments_of_fit_that_do_not_fit_are_named(options: dict[str, Any], par
     with pytest.raises((TypeError, ValueError)) as error:
         _fitted(**options)
     assert part in str(error.value)
+
+
+def test_a_seed_that_no_generator_takes_is_named() -> None:
+    with pytest.raises(ValueError, match=r"seed: expected less than 2 \*\* 64, got"):
+        synthetic_tasks(4, 4, correlation=0.5, seed=2**64)
+    synthetic_tasks(4, 4, correlation=0.5, seed=2**64 - 1)
 
 
 def test_a_rate_that_is_a_tensor_of_one_number_stays_one() -> None:

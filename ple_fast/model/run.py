@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scalars import check_count, check_number, shown
+from ..scalars import check_number, check_seed, shown
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
@@ -80,9 +80,7 @@ def run_for(
             "optimizer: expected a class or function that is called as optimizer(parameters, lr=lr), such as "
             f"torch.optim.Adam, got {shown(optimizer)}"
         )
-    seed = check_count("seed", seed, least=-(2**63))
-    if seed >= 2**64:
-        raise ValueError(f"seed: expected less than 2 ** 64, got {seed}")
+    seed = check_seed(seed)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise TypeError(f"lr: expected a number, got {shown(lr)}")
     lr = lr if isinstance(lr, Tensor) else check_number("lr", lr)
