@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from soak import levels, memory, places, saves, threads
+from soak import levels, memory, places, saves, swaps, threads
 from soak.sections import Outcome, Section, run_section
 
 SECTIONS = (
@@ -19,6 +19,9 @@ SECTIONS = (
     Section("threads", "rounds of 8 threads that serve while one trains another model", 150, threads.run),
     Section("memory", "small steps with changing batches, whose memory must not grow", 20_000, memory.run),
     Section("saves", "kills of a process that saves, and loads while it does", 1_000, saves.run),
+    Section(
+        "swaps", "models changed at random, accelerated and restored, against themselves as they were", 2_000, swaps.run
+    ),
 )
 
 
