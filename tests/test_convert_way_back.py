@@ -1,4 +1,4 @@
-"""What is as it was after a swap and the way back: modes of every module, the order of an optimizer's parameters."""
+"""What is as it was after a swap and the way back: modes of every module, what an optimizer has of its parameters."""
 
 from __future__ import annotations
 
@@ -111,3 +111,29 @@ def test_what_nothing_reads_comes_back_into_the_group_of_its_kind() -> None:
     restore(model, optimizers=own)
     for group, expected in zip(own.param_groups, optimizer().param_groups, strict=True):
         assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]]
+
+
+def test_state_lies_in_memory_as_its_parameter_does() -> None:
+    """Fused optimizers go by memory: a parameter that nothing reads, and a penalty trains, was trained by the state of
+    other elements."""
+    model: Any = deepctr.CASES[4].make()  # three experts that nothing reads, all under a penalty
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.t().contiguous().t()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def penalised(own: Any, its: torch.optim.Optimizer) -> None:
+        its.zero_grad()
+        own.get_regularization_loss().backward()
+        its.step()
+
+    penalised(model, optimizer)
+    original, others = copy.deepcopy((model, optimizer))
+    optimizer.zero_grad()
+    accelerate(model, optimizers=optimizer)
+    strides = [(state["exp_avg"].stride(), parameter.stride()) for parameter, state in optimizer.state.items()]
+    penalised(model, optimizer)
+    penalised(original, others)
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert all(ours == theirs for ours, theirs in strides)

@@ -208,7 +208,8 @@ def _state(optimizer: Optimizer, group: list[Move]) -> dict[str, Any]:
         if not _is_elementwise(value, group[0].old):
             made[key] = value.clone() if isinstance(value, Tensor) else value
             continue
-        whole = torch.zeros(group[0].new.shape, dtype=value.dtype, device=value.device)
+        # In memory as its parameter lies there: fused optimizers go through both from the first byte to the last.
+        whole = torch.zeros_like(group[0].new, dtype=value.dtype, device=value.device, requires_grad=False)
         for move in group:
             whole[move.new_place] = optimizer.state[move.old][key][move.old_place]
         made[key] = whole
