@@ -93,6 +93,16 @@ def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_fresh_memory(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_programs_of_one_test() -> Iterator[None]:
+    """Dynamo counts programs per code object: those of other tests would be among the few that it allows."""
+    yield
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, in use; on a CPU the kernels are interpreted, so keep the tensors tiny."""
