@@ -311,25 +311,15 @@ def check_shapes(
     """
     expected = shapes_of(plan, in_features, gate_features)
     # Written out, because a small batch waits for this.
-    for (weight, bias, norm_weight, norm_bias, slope), shapes in zip(layers, expected, strict=False):
-        if weight.shape != shapes[0] or (bias is not None and bias.shape != shapes[1]):
+    for (weight, bias, norm_weight, norm_bias, last), shapes in zip((*layers, gate), expected, strict=True):
+        if (
+            (weight is not None and weight.shape != shapes[0])
+            or (bias is not None and bias.shape != shapes[1])
+            or (norm_weight is not None and norm_weight.shape != shapes[2])
+            or (norm_bias is not None and norm_bias.shape != shapes[2])
+            or (last is not None and last.shape != shapes[3])
+        ):
             _refuse_shapes(plan, layers, gate, expected)
-        if norm_weight is not None and norm_weight.shape != shapes[2]:
-            _refuse_shapes(plan, layers, gate, expected)
-        if norm_bias is not None and norm_bias.shape != shapes[2]:
-            _refuse_shapes(plan, layers, gate, expected)
-        if slope is not None and slope.shape != shapes[3]:
-            _refuse_shapes(plan, layers, gate, expected)
-    logits, bias, norm_weight, norm_bias, offset = gate
-    shapes = expected[-1]
-    if (logits is not None and logits.shape != shapes[0]) or (bias is not None and bias.shape != shapes[1]):
-        _refuse_shapes(plan, layers, gate, expected)
-    if norm_weight is not None and norm_weight.shape != shapes[2]:
-        _refuse_shapes(plan, layers, gate, expected)
-    if norm_bias is not None and norm_bias.shape != shapes[2]:
-        _refuse_shapes(plan, layers, gate, expected)
-    if offset is not None and offset.shape != shapes[3]:
-        _refuse_shapes(plan, layers, gate, expected)
 
 
 def _refuse_shapes(
