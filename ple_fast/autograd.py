@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .autocast import end_step
+from .autocast import end_step, without_autocast
 from .plan import LevelPlan, LevelState, unflatten
 from .torch_backend import composed
 from .torch_backend import level as by_hand
@@ -108,11 +108,8 @@ class ExtractionLevelFunction(torch.autograd.Function):
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
         end_step()
-        kind = some.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):  # backward() was called within the region
-            with torch.autocast(kind, enabled=False):
-                return _backward(ctx, dy, dlisted)
-        return _backward(ctx, dy, dlisted)
+        with without_autocast(some):  # backward() may be called within the region
+            return _backward(ctx, dy, dlisted)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tensor | None, ...]:
