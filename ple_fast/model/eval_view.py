@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import sys
 import types
 import weakref
@@ -170,7 +171,7 @@ class _View:
         if isinstance(value, functools.partial):
             parts = (value.func, value.args, value.keywords)
             func, args, keywords = self._led(parts, steps)
-            unchanged = all(map(_is, parts, (func, args, keywords)))
+            unchanged = all(map(operator.is_, parts, (func, args, keywords)))
             return value if unchanged else functools.partial(func, *args, **keywords)
         for held in _held(value):
             if self._led(held, steps - (1 if isinstance(value, types.FunctionType) else OBJECT_STEPS)) is not held:
@@ -191,7 +192,7 @@ class _View:
         if all(map(_is_plain, set(map(type, entries)))):
             return value
         led = [self._led(entry, steps) for entry in entries]
-        if all(map(_is, entries, led)):
+        if all(map(operator.is_, entries, led)):
             return value
         kind = type(value)
         if kind in (dict, OrderedDict):
@@ -201,10 +202,6 @@ class _View:
         if hasattr(value, "_make"):  # a named tuple
             return value._make(led)
         raise _Bound
-
-
-def _is(first: object, second: object) -> bool:
-    return first is second
 
 
 def _is_plain(kind: type) -> bool:

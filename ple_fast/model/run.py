@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Run:
         self, seed: int, lr: float | Tensor, optimizer: MakeOptimizer, parameters: Sequence[nn.Parameter]
     ) -> bool:
         """Whether a call with these arguments continues this run."""
-        same = len(parameters) == len(self.parameters) and all(map(_is, parameters, self.parameters))
+        same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
         return (
             same
             and self.places == _places(parameters)
@@ -94,10 +95,6 @@ def run_for(
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:
     return [(parameter.device, parameter.dtype) for parameter in parameters]
-
-
-def _is(first: object, second: object) -> bool:
-    return first is second
 
 
 def _are_equal(first: Any, second: Any) -> bool:
