@@ -13,19 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+from .stacks import HOOKS
+
+EMPTIED = (*HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+"""Hooks of a module, and what PyTorch notes of each."""
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 
 
@@ -112,11 +103,11 @@ class _Copier:
         own = vars(made)
         # A forward that stands on the instance is bound to the original.
         own.update({name: value for name, value in vars(module).items() if name != "forward"})
-        own.update({name: OrderedDict() for name in HOOKS if name in own}, training=False)
+        own.update({name: OrderedDict() for name in EMPTIED if name in own}, training=False)
         if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
             calls(made, functools.partial(self._looked_up, module))
             return made
-        own.update({name: self.value(value) for name, value in own.items() if name not in HOOKS})
+        own.update({name: self.value(value) for name, value in own.items() if name not in EMPTIED})
         calls(made, made.forward)
         return made
 
