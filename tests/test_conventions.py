@@ -22,7 +22,7 @@ KERNELS = ROOT / "kernels"
 
 # The layers of ple_fast, lowest first. A module imports only from rows below its own; a sub-package is one module here.
 LAYERS = (
-    ("scalars",),
+    ("scalars", "references"),
     ("topology", "specs"),
     ("reference", "checks", "backend", "autocast", "plan"),
     ("torch_backend",),
@@ -37,7 +37,7 @@ LAYERS = (
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 # What modules may import besides the standard library; what is optional is imported by the function that needs it.
 RUN_TIME = {"torch", "numpy"}
-WITHOUT_TENSORS = ("scalars", "topology", "specs")
+WITHOUT_TENSORS = ("scalars", "references", "topology", "specs")
 KERNEL_DEPENDENCIES = {"torch", "triton"}
 
 OURS = sorted((ROOT / "ple_fast").rglob("*.py"))

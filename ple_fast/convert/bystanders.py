@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..references import attributes, remembered
+
 TRACED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 OWN = ("_parameters", "_buffers", "_modules")
@@ -159,27 +161,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if issubclass(kind, functools.partial):
         return (value.func, *value.args, *value.keywords.values())
     if kind is FunctionType:
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return remembered(value)
     if issubclass(kind, weakref.ref):
         return (value(),)
-    slots = [name for base in kind.__mro__ for name in _slots(base)]
-    try:
-        return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
-    except Exception:  # it stands for something that is gone, or not there yet, and holds nothing itself
-        return ()
-
-
-def _slots(kind: type) -> Sequence[str]:
-    """What a class keeps outside of ``__dict__``, by the names under which it is found."""
-    given = vars(kind).get("__slots__", ())
-    names = [name for name in ((given,) if isinstance(given, str) else given) if not name.endswith("__")]
-    return [f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") else name for name in names]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # it raises
-    except ValueError:
-        return False
-    return True
+    return attributes(value)

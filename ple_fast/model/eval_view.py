@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from ..references import attributes, remembered
+
 M = TypeVar("M", bound=nn.Module)
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, range, type, types.BuiltinFunctionType})
@@ -213,26 +215,9 @@ def _is_plain(kind: type) -> bool:
 
 def _held(value: Any) -> Iterable[Any]:
     """What a function closes over, or the attributes of an object."""
-    kind = type(value)
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    if isinstance(value, (type, types.ModuleType)):
-        return ()
-    slots = [name for base in kind.__mro__ for name in _names(vars(base).get("__slots__", ()))]
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
-
-
-def _names(slots: str | Iterable[str]) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return True
-    return False
+        return remembered(value)
+    return () if isinstance(value, (type, types.ModuleType)) else attributes(value)
 
 
 def _loaded(where: str, name: str) -> tuple[type, ...]:
