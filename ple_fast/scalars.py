@@ -62,6 +62,11 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
+def check_counts(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
+    """The entries of what :func:`is_sequence` takes for several, each an int of at least ``least``: ``check_count``."""
+    return tuple(check_count(f"{name}[{place}]", value, least=least) for place, value in enumerate(as_tuple(values)))
+
+
 def check_seed(value: Any) -> int:
     """A seed that PyTorch's generators take, or an error that names it."""
     seed = check_count("seed", value, least=-(2**63))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from .scalars import as_tuple, check_count, check_flag, check_number, is_sequence, shown
+from .scalars import as_tuple, check_count, check_counts, check_flag, check_number, is_sequence, shown
 
 Norm = Literal["batch", "layer"] | None
 NormPosition = Literal["before", "after"]
@@ -100,7 +100,7 @@ def _per_layer(name: str, value: T | Sequence[T], layers: int) -> tuple[T, ...]:
 
 def _check_units(name: str, units: Any, *, allow_empty: bool) -> tuple[int, ...]:
     if is_sequence(units):
-        widths = tuple(check_count(f"{name}[{place}]", width) for place, width in enumerate(as_tuple(units)))
+        widths = check_counts(name, units)
         if not widths and not allow_empty:
             raise ValueError(f"{name}: expected at least one layer width, got none")
         return widths

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .scalars import as_tuple, check_count, is_sequence, own_scalar, shown
+from .scalars import as_tuple, check_count, check_counts, is_sequence, own_scalar, shown
 
 MixtureKind = Literal["softmax", "static"]
 
@@ -21,8 +21,7 @@ def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
 
 
 def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
-    row = _tuple(name, values, "ints")
-    return tuple(check_count(f"{name}[{place}]", v, least=0) for place, v in enumerate(row))
+    return check_counts(name, _tuple(name, values, "ints"), least=0)
 
 
 @dataclass(frozen=True)

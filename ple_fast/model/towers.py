@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..scalars import as_tuple, check_count, check_number, is_sequence, shown
+from ..scalars import check_counts, check_number, is_sequence, shown
 
 TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -30,7 +30,7 @@ def tower_options(units: Any, activation: Any, dropout: Any) -> tuple[list[int],
     """
     if not is_sequence(units):
         raise TypeError(f"tower_units: expected the widths of the hidden layers, such as (64,), got {shown(units)}")
-    widths = [check_count(f"tower_units[{place}]", width) for place, width in enumerate(as_tuple(units))]
+    widths = list(check_counts("tower_units", units))
     if not isinstance(activation, str) or activation not in TOWER_ACTIVATIONS:
         raise ValueError(f"tower_activation: expected one of {', '.join(TOWER_ACTIVATIONS)}, got {shown(activation)}")
     rate = check_number("tower_dropout", dropout)
