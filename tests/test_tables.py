@@ -22,6 +22,22 @@ from ple_fast.model.tables import column_of, label_values
 
 NAN = math.nan
 
+
+def readers(
+    numeric: Numeric | None = None, *, ints: tuple[int, ...] = (1, 2), texts: tuple[str, ...] = ("a", "b")
+) -> list[Callable[[Any], Any]]:
+    """Everything that reads a column, of the name x."""
+    return [
+        (numeric or Numeric("x", missing="indicator")).encode,
+        Categorical("x", size=3).encode,
+        Categorical("x", values=ints).encode,
+        Categorical("x", values=texts).encode,
+        lambda column: columns_from({"x": column}, categorical=["x"]),
+        lambda column: columns_from({"x": column}, numeric=["x"]),
+        lambda column: label_values("column 'x'", column),
+    ]
+
+
 # One column each: 3, 1, a missing value, 3.
 INTS: dict[str, Any] = {
     "list": [3, 1, None, 3],
@@ -230,15 +246,7 @@ NAMED = r"column 'x': .*"
     ids=str,
 )
 def test_what_is_neither_text_nor_number_is_refused_everywhere(column: Any, says: str) -> None:
-    for use in (
-        Numeric("x", missing="indicator").encode,
-        Categorical("x", size=3).encode,
-        Categorical("x", values=(1, 2)).encode,
-        Categorical("x", values=("a", "b")).encode,
-        lambda column: columns_from({"x": column}, categorical=["x"]),
-        lambda column: columns_from({"x": column}, numeric=["x"]),
-        lambda column: label_values("column 'x'", column),
-    ):
+    for use in readers():
         with pytest.raises(TypeError, match=NAMED + says):
             use(column)
 
@@ -270,15 +278,7 @@ def test_what_is_neither_text_nor_number_is_refused_everywhere(column: Any, says
     ids=lambda column: type(column).__name__,
 )
 def test_a_column_that_has_no_value_for_each_row_is_refused_everywhere(column: Any) -> None:
-    for use in (
-        Numeric("x").encode,
-        Categorical("x", size=3).encode,
-        Categorical("x", values=(1, 2)).encode,
-        Categorical("x", values=("a", "b")).encode,
-        lambda column: columns_from({"x": column}, categorical=["x"]),
-        lambda column: columns_from({"x": column}, numeric=["x"]),
-        lambda column: label_values("column 'x'", column),
-    ):
+    for use in readers(Numeric("x")):
         with pytest.raises(ValueError, match=NAMED + r"expected one value per row, \(B,\), got"):
             use(column)
 
@@ -308,16 +308,9 @@ MIXED: list[Any] = [
 
 @pytest.mark.parametrize("column", MIXED, ids=str)
 def test_every_value_is_looked_at_and_not_the_first_alone(column: Any) -> None:
-    for use in (
-        Numeric("x", missing="indicator").encode,
-        Categorical("x", size=3).encode,
-        Categorical("x", values=(1, 7)).encode,
-        Categorical("x", values=("2", "3")).encode,
-        lambda column: columns_from({"x": column}, categorical=["x"]),
-        lambda column: columns_from({"x": column}, categorical=["x"], min_count=9),
-        lambda column: columns_from({"x": column}, numeric=["x"]),
-        lambda column: label_values("column 'x'", column),
-    ):
+    uses = readers(ints=(1, 7), texts=("2", "3"))
+    uses.append(lambda column: columns_from({"x": column}, categorical=["x"], min_count=9))
+    for use in uses:
         with pytest.raises(TypeError, match=NAMED + "(text|numbers|str)"):
             use(column)
 
