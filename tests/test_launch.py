@@ -10,10 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import stub_driver
+from tests.conftest import alignments
 
 pytest.importorskip("triton")
+
+from tests import kernel_helpers
+from tests.kernel_helpers import DTYPES, guarded
+
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
@@ -95,3 +101,19 @@ def test_only_first_launches_go_through_tritons_own_path(tmp_path: Path) -> None
     assert found["aligned"] == [1, 1, 0]
     assert found["unaligned"] == [1, 1, 1], "an unaligned tensor needs other code, which Triton itself must choose"
     assert found["unaligned again"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_guarded_operands_are_aligned_or_not(dtype: torch.dtype, alignment: str, device: torch.device) -> None:
+    assert (guarded(torch.ones(3, 2, dtype=dtype, device=device)).data_ptr() % 16 == 0) == (alignment == "aligned")
+
+
+def test_tests_of_kernels_run_both_ways_on_a_gpu() -> None:
+    assert alignments("cuda:1") == ["aligned", "unaligned"]
+    assert alignments("cpu") == ["aligned"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unaligned_operands_are_at_no_multiple_of_16_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_helpers, "front", kernel_helpers.UNALIGNED)
+    assert guarded(torch.ones(3, 2, dtype=dtype)).data_ptr() % 16 != 0
