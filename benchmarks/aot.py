@@ -77,10 +77,11 @@ class _Recorder:
     def __init__(self) -> None:
         self.requests: dict[Request, None] = {}
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Any, device: torch.device, *arguments: Any) -> None:
+    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        kernel, tile = prepared.kernel, prepared.tile
         assert all(n >= 1 for n in grid), (kernel, grid)
         signature, constants = [], []
-        for parameter, value in zip(kernel.params, arguments, strict=True):
+        for parameter, value in zip(kernel.params, (*arguments, *prepared.constants), strict=True):
             if parameter.is_constexpr or value is None:
                 signature.append((parameter.name, "constexpr"))
                 constants.append((parameter.name, value))
@@ -127,11 +128,12 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     recorder = _Recorder()
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
-    modules = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
+    launch = importlib.import_module("ple_fast_kernels._launch")
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
-    patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]
-    patches += [
+    patches: list[Any] = [
+        # A function, not the recorder itself: it takes the place of a method.
+        mock.patch.object(launch.Prepared, "_launch", lambda prepared, grid, given: recorder(prepared, grid, given)),
         mock.patch.object(tiles, "table_of", return_value=table),
         mock.patch.object(backend, "_why_no_triton", return_value=None),
         mock.patch.object(run, "matmul_precision", return_value=precision),
