@@ -39,7 +39,7 @@ KERNEL_MODULES = (
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
-FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma")
+FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised")
 POINTER = {
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
@@ -201,14 +201,16 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
         usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
         row["registers"] = _number(r"REG:(\d+)", usage)
-        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _spills(compiled.asm["ptx"], folder)
+        said = _assembled(compiled.asm["ptx"], folder)
+        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _number(r"(\d+) bytes spill stores", said)
+        row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
     row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
     row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
     return row
 
 
-def _spills(ptx: str, folder: str) -> int:
-    """Bytes of spill stores: they are not in the binary, only in what the assembler says of one that has a stack."""
+def _assembled(ptx: str, folder: str) -> str:
+    """What the assembler says of the code: spills, and products that it had to put one after the other (C75xx)."""
     exact = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
     assert exact is not None
     assemblers = ("ptxas-blackwell", "ptxas") if int(exact.group(2)) >= 100 else ("ptxas", "ptxas-blackwell")
@@ -218,7 +220,7 @@ def _spills(ptx: str, folder: str) -> int:
     for assembler in assemblers:  # the one that Triton takes; the older one does not read every code
         done = _tools(assembler, "-v", "--gpu-name", exact.group(1), str(source), "-o", str(Path(folder) / "out"))
         if done.returncode == 0:
-            return _number(r"(\d+) bytes spill stores", done.stderr)
+            return done.stderr + done.stdout
         said.append(done.stderr)
     raise RuntimeError(f"no assembler takes the code: {said}")
 
@@ -307,6 +309,8 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         is_half = row["kernel"] in MATRIX_KERNELS and row["dtype"] in ("bfloat16", "float16")
         if is_half and row["mma"] + row.get("warp_group_mma", 0) == 0:
             found.append(f"no tensor cores: {_line(row)}")
+        if row.get("serialised"):
+            found.append(f"products wait for each other ({', '.join(row['serialised'])}): {_line(row)}")
         needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS
         if needs_warp_group and row["mma"] and row["warp_group_mma"] == 0:
             found.append(f"no warp-group products: {_line(row)}")
