@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ class Request:
         }
 
 
+def request_of(kernel: Any, tile: Any, arguments: Sequence[Any]) -> Request:
+    """What a launch would compile."""
+    signature, constants = [], []
+    for parameter, value in zip(kernel.params, arguments, strict=True):
+        if parameter.is_constexpr or value is None:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, POINTER[value.dtype]))
+        else:
+            signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
+    return Request(kernel.fn.__name__, tuple(signature), tuple(constants), tile.warps, tile.stages)
+
+
 class _Recorder:
     """Stands in for a launch."""
 
@@ -79,18 +94,7 @@ class _Recorder:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Any, device: torch.device, *arguments: Any) -> None:
         assert all(n >= 1 for n in grid), (kernel, grid)
-        signature, constants = [], []
-        for parameter, value in zip(kernel.params, arguments, strict=True):
-            if parameter.is_constexpr or value is None:
-                signature.append((parameter.name, "constexpr"))
-                constants.append((parameter.name, value))
-            elif isinstance(value, torch.Tensor):
-                signature.append((parameter.name, POINTER[value.dtype]))
-            else:
-                signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
-        name = kernel.fn.__name__
-        request = Request(name, tuple(signature), tuple(constants), tile.warps, tile.stages)
-        self.requests[request] = None
+        self.requests[request_of(kernel, tile, arguments)] = None
 
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
@@ -119,36 +123,37 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
     )
 
 
-def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
-    """What training steps and inference of a trunk would launch on an architecture."""
+@contextmanager
+def recording(architecture: str, precision: str, record: Callable[..., None]) -> Iterator[None]:
+    """Calls of a trunk launch nothing: ``record`` is called in the place of ``launch``, as on an architecture."""
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
-    recorder = _Recorder()
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
-    modules = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
+    with ExitStack() as stack:
+        for name in KERNEL_MODULES:
+            module = importlib.import_module(f"ple_fast_kernels.{name}")
+            stack.enter_context(mock.patch.object(module, "launch", record))
+        stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
+        stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
+        stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
+        stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
+        stack.enter_context(use_backend("triton"))
+        yield
+
+
+def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
+    """What training steps and inference of a trunk would launch on an architecture."""
+    recorder = _Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
-    patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]
-    patches += [
-        mock.patch.object(tiles, "table_of", return_value=table),
-        mock.patch.object(backend, "_why_no_triton", return_value=None),
-        mock.patch.object(run, "matmul_precision", return_value=precision),
-        mock.patch.object(fusion, "matmul_precision", return_value=precision),
-    ]
-    for patch in patches:
-        patch.start()
-    try:
-        with use_backend("triton"):
-            x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
-            y = ple(x)
-            y.backward(torch.empty_like(y))
-            with torch.inference_mode():
-                ple.eval()(x)
-    finally:
-        for patch in patches:
-            patch.stop()
+    with recording(architecture, precision, recorder):
+        x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
+        y = ple(x)
+        y.backward(torch.empty_like(y))
+        with torch.inference_mode():
+            ple.eval()(x)
     return list(recorder.requests)
 
 
@@ -370,16 +375,16 @@ def block() -> str:
     return summary({f"Triton {version}": rows for version, rows in tables.items()})
 
 
-def quoted(text: str) -> str:
-    """What the page holds between the two comments."""
-    return text.partition(BEGIN + "\n")[2].partition(END)[0]
+def quoted(text: str, begin: str = BEGIN, end: str = END) -> str:
+    """What the page holds between two comments."""
+    return text.partition(begin + "\n")[2].partition(end)[0]
 
 
-def write_page() -> None:
-    """Render the page again."""
+def write_block(begin: str, content: str, end: str) -> None:
+    """Put ``content`` between two comments of the page."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN + "\n")
-    PAGE.write_text(f"{before}{BEGIN}\n{block()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    before, _, rest = text.partition(begin + "\n")
+    PAGE.write_text(f"{before}{begin}\n{content}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], version: str) -> None:
@@ -404,7 +409,7 @@ def main() -> None:
     parser.add_argument("--write-page", action="store_true", help="only render the summary of the committed files")
     arguments = parser.parse_args()
     if arguments.write_page:
-        write_page()
+        write_block(BEGIN, block(), END)
         return
     asked = arguments.architectures.split(","), arguments.sizes.split(","), arguments.dtypes.split(",")
     if arguments.list:
