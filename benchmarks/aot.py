@@ -72,10 +72,11 @@ class Request:
         }
 
 
-def request_of(kernel: Any, tile: Any, arguments: Sequence[Any]) -> Request:
+def request_of(prepared: Any, arguments: Sequence[Any]) -> Request:
     """What a launch would compile."""
+    kernel, tile = prepared.kernel, prepared.tile
     signature, constants = [], []
-    for parameter, value in zip(kernel.params, arguments, strict=True):
+    for parameter, value in zip(kernel.params, (*arguments, *prepared.constants), strict=True):
         if parameter.is_constexpr or value is None:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
@@ -92,9 +93,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.requests: dict[Request, None] = {}
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Any, device: torch.device, *arguments: Any) -> None:
-        assert all(n >= 1 for n in grid), (kernel, grid)
-        self.requests[request_of(kernel, tile, arguments)] = None
+    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        assert all(n >= 1 for n in grid), (prepared.kernel, grid)
+        self.requests[request_of(prepared, arguments)] = None
 
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
@@ -125,16 +126,19 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
 
 @contextmanager
 def recording(architecture: str, precision: str, record: Callable[..., None]) -> Iterator[None]:
-    """Calls of a trunk launch nothing: ``record`` is called in the place of ``launch``, as on an architecture."""
+    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture."""
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
+    launch = importlib.import_module("ple_fast_kernels._launch")
     with ExitStack() as stack:
-        for name in KERNEL_MODULES:
-            module = importlib.import_module(f"ple_fast_kernels.{name}")
-            stack.enter_context(mock.patch.object(module, "launch", record))
+        # A function, not ``record`` itself: it takes the place of a method.
+        method = mock.patch.object(
+            launch.Prepared, "_launch", lambda prepared, grid, given: record(prepared, grid, given)
+        )
+        stack.enter_context(method)
         stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
         stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))

@@ -71,9 +71,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Any, device: torch.device, *arguments: Any) -> None:
-        named = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
-        request = aot.request_of(kernel, tile, arguments)
+    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        named = dict(zip(prepared.names, arguments, strict=True))
+        request = aot.request_of(prepared, arguments)
         constants = dict(request.constants)
         numbers = {n: v for n, v in named.items() if n not in constants and isinstance(v, int)}
         tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor)}
