@@ -59,7 +59,8 @@ def warm_up(
     if not sizes:
         raise ValueError("batches: expected one number of rows or more, got none")
     learns, serves = check_flag("training", training), check_flag("inference", inference)
-    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+    asked: Any = autocast
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
         raise TypeError(f"autocast: expected a dtype such as torch.bfloat16, or None, got {shown(autocast)}")
     parts = list(_parts(module))
     if not parts:
