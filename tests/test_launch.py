@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests import stub_driver
-from tests.conftest import alignments
 
 pytest.importorskip("triton")
-
-from tests import kernel_helpers
-from tests.kernel_helpers import DTYPES, guarded
-
 ROOT = Path(__file__).parents[1]
+launching = importlib.import_module("ple_fast_kernels._launch")
+batch_norm = importlib.import_module("ple_fast_kernels.batch_norm")
+TILE = batch_norm.MERGE_TILE
+CONSTANTS: dict[str, Any] = {"WIDTH": 4, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32}
 
 PROGRAM = """
 import ctypes, json, os, sys
@@ -34,6 +35,7 @@ stub_driver.activate(90)
 library = ctypes.CDLL(os.environ["TRITON_LIBCUDA_PATH"] + "/libcuda.so.1")
 library.stub_launches.restype = ctypes.c_ulonglong
 
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 import ple_fast.backend
@@ -67,6 +69,31 @@ base = torch.zeros(33 * 2 * 32 + 1, dtype=torch.bfloat16)
 weight = torch.zeros(2, 32, 16, dtype=torch.bfloat16)
 aligned, unaligned = (base[i : i + 33 * 64].view(33, 2, 32) for i in (0, 1))
 grouped_data_grad(aligned, weight)
+
+
+def forbidden():
+    # A tool that compiles elsewhere: its hook says that Triton need not.
+    knobs.runtime.jit_cache_hook = lambda **given: True
+    grouped_data_grad(wider, weight_of_one)
+    knobs.runtime.jit_cache_hook = None
+
+
+def inspected(attribute, value):
+    before = getattr(knobs.runtime, attribute)
+    setattr(knobs.runtime, attribute, value)
+    grouped_data_grad(aligned, weight)
+    setattr(knobs.runtime, attribute, before)
+
+
+def profiled():
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    grouped_data_grad(aligned, weight)
+    knobs.runtime.launch_enter_hook.remove(seen.append)
+
+
+seen = []
+wider = base[: 33 * 64].view(33, 1, 64)
+weight_of_one = torch.zeros(1, 64, 16, dtype=torch.bfloat16)
 found = {
     "first": count(lambda: step(1024)),
     "again": count(lambda: step(1024)),
@@ -75,6 +102,14 @@ found = {
     "aligned": count(lambda: grouped_data_grad(aligned, weight)),
     "unaligned": count(lambda: grouped_data_grad(unaligned, weight)),
     "unaligned again": count(lambda: grouped_data_grad(unaligned, weight)),
+    "compiling forbidden": count(forbidden),
+    "compiling allowed": count(lambda: grouped_data_grad(wider, weight_of_one)),
+    "allowed again": count(lambda: grouped_data_grad(wider, weight_of_one)),
+    "debugged": count(lambda: inspected("debug", True)),
+    "stages inspected": count(lambda: inspected("add_stages_inspection_hook", lambda *given: ("key", "hash"))),
+    "profiled": count(profiled),
+    "after all": count(lambda: grouped_data_grad(aligned, weight)),
+    "hooks called": [one.get()["name"] for one in seen],
 }
 print(json.dumps(found))
 """
@@ -101,19 +136,51 @@ def test_only_first_launches_go_through_tritons_own_path(tmp_path: Path) -> None
     assert found["aligned"] == [1, 1, 0]
     assert found["unaligned"] == [1, 1, 1], "an unaligned tensor needs other code, which Triton itself must choose"
     assert found["unaligned again"] == [1, 1, 1]
+    # A hook that forbids to compile: nothing was launched, and nothing may be remembered.
+    assert found["compiling forbidden"] == [0, 1, 1]
+    assert found["compiling allowed"] == [1, 1, 1]
+    assert found["allowed again"] == [1, 1, 0]
+    for case in ("debugged", "stages inspected"):
+        assert found[case] == [1, 1, 1], f"{case}: Triton compiles other code, and must be asked"
+    assert found["profiled"] == [1, 1, 0]
+    assert found["hooks called"] == ["_grouped_data_grad_kernel"]
+    assert found["after all"] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_guarded_operands_are_aligned_or_not(dtype: torch.dtype, alignment: str, device: torch.device) -> None:
-    assert (guarded(torch.ones(3, 2, dtype=dtype, device=device)).data_ptr() % 16 == 0) == (alignment == "aligned")
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"WIDE": 4}, "unknown: WIDE"), ({"WIDTH": None}, "missing: WIDTH"), ({"B": 4}, "unknown: B")],
+)
+def test_a_constant_that_a_kernel_lacks_or_misses_is_refused(given: dict[str, Any], named: str) -> None:
+    constants = {name: value for name, value in (CONSTANTS | given).items() if value is not None}
+    with pytest.raises(TypeError, match=named):
+        launching.prepare(batch_norm._norm_sums_merge_kernel, TILE, **constants)
 
 
-def test_tests_of_kernels_run_both_ways_on_a_gpu() -> None:
-    assert alignments("cuda:1") == ["aligned", "unaligned"]
-    assert alignments("cpu") == ["aligned"]
+def test_arguments_are_taken_by_name_in_any_order() -> None:
+    run = launching.prepare(batch_norm._norm_sums_merge_kernel, TILE, **CONSTANTS)
+    parts, means = torch.arange(24.0).view(3, 2, 4), torch.empty(2, 4)
+    run((1,), parts.device, parts=3, B=2, DWeight=None, DBias=None, Means=means, Parts=parts)
+    torch.testing.assert_close(means, parts.sum(0) / 2)
+    for given, named in (({}, "missing: Means"), ({"Means": means, "Mean": means}, "unknown: Mean")):
+        with pytest.raises(TypeError, match=named):
+            run((1,), parts.device, Parts=parts, DWeight=None, DBias=None, B=2, parts=3, **given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unaligned_operands_are_at_no_multiple_of_16_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_helpers, "front", kernel_helpers.UNALIGNED)
-    assert guarded(torch.ones(3, 2, dtype=dtype)).data_ptr() % 16 != 0
+def test_the_key_tells_apart_what_triton_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor_descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    x = torch.zeros(8, 64)
+    half, doubles = x.bfloat16(), x.double()
+    of = ((x, [4, 16]), (x, [8, 16]), (half, [4, 16]))
+    blocks = [tensor_descriptor.from_tensor(tensor, block) for tensor, block in of]
+    cases = [(x,), (half,), (doubles,), (None,), (1,), (1.0,), (True,), *((block,) for block in blocks)]
+    keys = [launching._key(0, case) for case in cases]
+    assert None not in keys and len({*keys, launching._key(1, (x,))}) == len(cases) + 1
+    assert launching._key(0, (x, 3)) == launching._key(0, (torch.ones(2), 1 << 20))
+    for looked_at in (x.view(-1)[1:], 1 << 31, -(1 << 31) - 1):
+        assert launching._key(0, (x, looked_at)) is None
+    # On ROCm Triton takes 32-bit offsets within storages of up to 2 GiB, whatever part of one the tensor is.
+    monkeypatch.setattr(launching, "_is_hip", True)
+    small, larger = torch.empty(4, device="meta"), torch.empty(1 << 29, device="meta")[:4]
+    assert launching._key(0, (small,)) != launching._key(0, (larger,))
+    assert launching._key(0, (small,)) == launching._key(0, (torch.empty(8, device="meta"),))

@@ -27,12 +27,23 @@ class Dropout(NamedTuple):
     """Rounded to a multiple of 2**-16, but neither 0 nor 1."""
 
 
-def dropout_constants(dropout: Dropout | None) -> tuple[int, int, float]:
-    """LAYER, KEEPS (0: no dropout) and SCALE of a kernel."""
+class DropoutConstants(NamedTuple):
+    """Of a kernel; KEEPS 0: no dropout."""
+
+    LAYER: int
+    KEEPS: int
+    SCALE: float
+
+
+_NO_DROPOUT = DropoutConstants(0, 0, 1.0)
+
+
+def dropout_constants(dropout: Dropout | None) -> DropoutConstants:
+    """Constants of dropout, or of none."""
     if dropout is None:
-        return 0, 0, 1.0
+        return _NO_DROPOUT
     keeps = min(max(round((1.0 - dropout.rate) * LEVELS), 1), LEVELS - 1)
-    return dropout.layer, keeps, 1.0 / (1.0 - dropout.rate)
+    return DropoutConstants(dropout.layer, keeps, 1.0 / (1.0 - dropout.rate))
 
 
 @triton.jit

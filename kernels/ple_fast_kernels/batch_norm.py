@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import drop
-from ._launch import cdiv, launch, wide_of
+from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._layer_end import affine, column_statistics, to_norm
 from ._tiles import Tile, end_tile
-from .layer_end import LayerEnd
+from .layer_end import EndConstants, LayerEnd
 
 MERGE_TILE = Tile(64, 32, 0, 4, 1)
 """Parts that a program adds up at once, by columns."""
@@ -127,6 +128,30 @@ def _norm_sums_merge_kernel(
         tl.store(Means + WIDTH + o_c, product / B, mask=m_c)
 
 
+@lru_cache(maxsize=CACHED)
+def _merge(width: int, tile_rows: int, eps: float, moves: bool) -> Prepared:
+    return prepare(
+        _batch_norm_merge_kernel, MERGE_TILE, WIDTH=width, TILE_ROWS=tile_rows, EPS=eps, MOVES=moves,
+        BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _sums(tile: Tile, units: int, members: int, d_row: int, z_row: int, end: EndConstants) -> Prepared:
+    return prepare(
+        _batch_norm_sums_kernel, tile, UNITS=units, MEMBERS=members, D_ROW=d_row, Z_ROW=z_row, **end._asdict(),
+        PART=PART_ROWS, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _sums_merge(width: int, save_grads: bool, save_means: bool) -> Prepared:
+    return prepare(
+        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, SAVE_GRADS=save_grads, SAVE_MEANS=save_means,
+        BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
+    )  # fmt: skip
+
+
 def batch_norm_merge(
     moments: Tensor,
     rows: int,
@@ -152,11 +177,10 @@ def batch_norm_merge(
     moves = factor > 0.0 and running_mean is not None
     # A kernel takes scalars in float32: what that cuts off comes as a second one.
     (head,) = struct.unpack("f", struct.pack("f", factor))
-    launch(
-        _batch_norm_merge_kernel, (cdiv(width, MERGE_TILE.columns),), MERGE_TILE, moments.device,
-        moments, mean, rstd, running_mean if moves else None, running_var if moves else None, rows, tiles,
-        head, factor - head,
-        width, tile_rows, eps, moves, MERGE_TILE.rows, MERGE_TILE.columns,
+    _merge(width, tile_rows, eps, moves)(
+        (cdiv(width, MERGE_TILE.columns),), moments.device,
+        Moments=moments, Mean=mean, Rstd=rstd, RunningMean=running_mean if moves else None,
+        RunningVar=running_var if moves else None, B=rows, tiles=tiles, factor=head, rest=factor - head,
     )  # fmt: skip
     return mean, rstd
 
@@ -171,10 +195,10 @@ def batch_norm_sums(d: Tensor, z: Tensor, end: LayerEnd) -> Tensor:
     tile = end_tile(z, units)
     count = cdiv(rows, PART_ROWS)
     parts = torch.empty((count, 2, members * units), dtype=wide_of(z.dtype), device=z.device)
-    launch(
-        _batch_norm_sums_kernel, (count, members * cdiv(units, tile.columns)), tile, z.device,
-        d, z, *end.pointers, parts, rows,
-        units, members, d.stride(0), z.stride(0), *end.constants, PART_ROWS, tile.rows, tile.columns,
+    _sums(tile, units, members, d.stride(0), z.stride(0), end.constants)(
+        (count, members * cdiv(units, tile.columns)), z.device,
+        D=d, Z=z, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed, Parts=parts,
+        B=rows,
     )  # fmt: skip
     return parts
 
@@ -190,9 +214,8 @@ def norm_sums_merge(
         dweight, dbias = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     if means:
         found = torch.empty((2, width), dtype=parts.dtype, device=parts.device)
-    launch(
-        _norm_sums_merge_kernel, (cdiv(width, MERGE_TILE.columns),), MERGE_TILE, parts.device,
-        parts, dweight, dbias, found, rows, count,
-        width, like is not None, means, MERGE_TILE.rows, MERGE_TILE.columns,
+    _sums_merge(width, like is not None, means)(
+        (cdiv(width, MERGE_TILE.columns),), parts.device,
+        Parts=parts, DWeight=dweight, DBias=dbias, Means=found, B=rows, parts=count,
     )  # fmt: skip
     return dweight, dbias, found

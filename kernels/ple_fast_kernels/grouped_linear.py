@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
-from ._dropout import Dropout, drop, dropout_constants, undropped
-from ._launch import cdiv, launch, wide_of
+from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
+from ._launch import CACHED, Prepared, cdiv, prefixed, prepare, wide_of
 from ._layer_end import (
     Norm,
+    NormConstants,
     affine,
     column_statistics,
     finish_running,
@@ -24,7 +27,7 @@ from ._layer_end import (
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
-from .layer_end import NO_END, LayerEnd
+from .layer_end import NO_END, EndConstants, LayerEnd
 from .tables import NO_GATES, GateRuns
 
 
@@ -200,6 +203,35 @@ def has_whole_rows(tile: Tile, units: int) -> bool:
     return tile.columns >= units
 
 
+@lru_cache(maxsize=CACHED)
+def _forward(
+    tile: Tile, precision: str, depth: int, units: int, slots: tuple[int, ...], a_row: int, a_slot: int, y_row: int,
+    z_row: int, activation: tuple[str, float], has_members: bool, has_bias: bool, save_z: bool, norm: NormConstants,
+    dropout: DropoutConstants, gates: GateRuns, logits: int, has_gates: bool, has_gate_bias: bool,
+    logits_norm: NormConstants,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _grouped_linear_fwd_kernel, tile, DEPTH=depth, UNITS=max(units, 1), SLOT=slots, A_ROW=a_row, A_SLOT=a_slot,
+        Y_ROW=y_row, Z_ROW=z_row, NAME=activation[0], VALUE=activation[1], HAS_MEMBERS=has_members,
+        HAS_BIAS=has_bias, SAVE_Z=save_z, **norm._asdict(), **dropout._asdict(), **prefixed("GATE_", logits_norm),
+        HAS_GATES=has_gates, HAS_GATE_BIAS=has_gate_bias, GATE_SLOT=gates.slot, GATE_FIRST=gates.first,
+        GATE_SIZE=gates.sizes, GATE_WIDTH=gate_width(gates), LOGITS=logits, PRECISION=precision, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=tile.group,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _data_grad(
+    tile: Tile, precision: str, depth: int, units: int, members: int, d_row: int, kept_row: int, out_row: int,
+    end: EndConstants,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _grouped_data_grad_kernel, tile, DEPTH=depth, UNITS=units, MEMBERS=members, D_ROW=d_row, KEPT_ROW=kept_row,
+        OUT_ROW=out_row, **end._asdict(), PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth, GROUP=tile.group,
+    )  # fmt: skip
+
+
 def grouped_linear_fwd(
     a: Tensor,
     weight: Tensor | None,
@@ -255,16 +287,20 @@ def grouped_linear_fwd(
         tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
-    launch(
-        _grouped_linear_fwd_kernel, (programs,), tile, a.device,
-        a, weight, bias, y, z, *norm_pointers(norm), None if dropout is None else dropout.seed,
-        gate_weight, gate_bias, logits, *norm_pointers(logits_norm), rows, depth,
-        depth, max(units, 1), slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0), members * units,
-        *activation, weight is not None, bias is not None, keep_input,
-        *norm_constants(norm), *dropout_constants(dropout), *norm_constants(logits_norm),
-        gate_weight is not None, gate_bias is not None,
-        gates.slot, gates.first, gates.sizes, gate_width(gates), total,
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    run = _forward(
+        tile, precision, depth, units, slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0),
+        members * units, activation, weight is not None, bias is not None, keep_input, norm_constants(norm),
+        dropout_constants(dropout), gates, total, gate_weight is not None, gate_bias is not None,
+        norm_constants(logits_norm),
+    )  # fmt: skip
+    first, second, norm_weight, norm_bias = norm_pointers(norm)
+    gate_first, gate_second, gate_norm_weight, gate_norm_bias = norm_pointers(logits_norm)
+    run(
+        (programs,), a.device,
+        A=a, W=weight, Bias=bias, Y=y, Z=z, First=first, Second=second, NormW=norm_weight, NormBias=norm_bias,
+        Seed=None if dropout is None else dropout.seed, GateW=gate_weight, GateBias=gate_bias, Logits=logits,
+        GateFirst=gate_first, GateSecond=gate_second, GateNormW=gate_norm_weight, GateNormBias=gate_norm_bias,
+        B=rows, depth=depth,
     )  # fmt: skip
     if not is_whole:
         return z, None, logits
@@ -301,10 +337,11 @@ def grouped_data_grad(
     parts = None
     if end.mean is not None:
         parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
-    launch(
-        _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
-        d, weight, kept, *end.pointers, out, parts, rows, depth,
-        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *end.constants,
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    kept_row = 0 if kept is None else kept.stride(0)
+    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants)
+    run(
+        (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), d.device,
+        D=d, W=weight, Kept=kept, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,
+        Out=out, Parts=parts, B=rows, depth=depth,
     )  # fmt: skip
     return out, parts

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
+from ._launch import CACHED, Prepared, cdiv, prepare
 from ._matmul import pick, swizzle
 from ._tiles import Tile, gate_width, matmul_tile
 from .tables import NO_GATES, GateRuns, Readers
@@ -74,6 +76,20 @@ def _input_grad_kernel(
     tl.store(p_out, acc.to(Out.dtype.element_ty), mask=m_mn)
 
 
+@lru_cache(maxsize=CACHED)
+def _prepared(
+    tile: Tile, precision: str, depth: int, units: int, d_row: int, out_row: int, slots: int, readers: Readers,
+    has_members: bool, gates: GateRuns, logits: int, has_gates: bool, adds: bool,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _input_grad_kernel, tile, DEPTH=depth, UNITS=units, D_ROW=d_row, OUT_ROW=out_row, SLOTS=slots,
+        FIRST=readers.first, LAST=readers.last, ORDER=readers.order, HAS_MEMBERS=has_members, HAS_GATES=has_gates,
+        GATE_SLOT=gates.slot, GATE_FIRST=gates.first, GATE_SIZE=gates.sizes, GATE_WIDTH=gate_width(gates),
+        LOGITS=logits, ADDS=adds, PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+        GROUP=tile.group,
+    )  # fmt: skip
+
+
 def grouped_input_grad(
     d: Tensor | None,
     weight: Tensor | None,
@@ -103,12 +119,12 @@ def grouped_input_grad(
     if readers is None:
         readers = Readers((0,) * slots, (0,) * slots, ())
     tile = matmul_tile("input_grad", some, rows, units, slots, precision) if tile is None else tile
-    launch(
-        _input_grad_kernel, (cdiv(rows, tile.rows) * slots * cdiv(units, tile.columns),), tile, out.device,
-        d, weight, dl, gate_weight, out, rows, cdiv(depth, tile.depth),
-        depth, units, 0 if d is None else d.stride(0), out.stride(0), slots,
-        *readers, d is not None, dl is not None,
-        gates.slot, gates.first, gates.sizes, gate_width(gates), 0 if dl is None else dl.shape[1], adds,
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    run = _prepared(
+        tile, precision, depth, units, 0 if d is None else d.stride(0), out.stride(0), slots, readers, d is not None,
+        gates, 0 if dl is None else dl.shape[1], dl is not None, adds,
+    )  # fmt: skip
+    run(
+        (cdiv(rows, tile.rows) * slots * cdiv(units, tile.columns),), out.device,
+        D=d, W=weight, DL=dl, GateW=gate_weight, Out=out, B=rows, steps=cdiv(depth, tile.depth),
     )  # fmt: skip
     return out

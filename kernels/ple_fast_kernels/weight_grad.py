@@ -6,6 +6,7 @@ No atomics: the same inputs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, wide_of
+from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._matmul import pick, pick_wide
 from ._tiles import REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
 from .tables import NO_GATES, GateRuns
@@ -203,6 +204,32 @@ def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
     return _Region(bias_at, gate_at, gate_bias_at, size, row_splits(layer.a, rows, tiles), tile)
 
 
+@lru_cache(maxsize=CACHED)
+def _prepared(
+    tile: Tile, precision: str, depth: int, units: int, slots: tuple[int, ...], a_row: int, a_slot: int, d_row: int,
+    has_members: bool, has_weight: bool, has_bias: bool, gates: GateRuns, logits: int, has_gates: bool,
+    has_gate_bias: bool, size: int, bias_at: int, gate_at: int, gate_bias_at: int,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _grouped_weight_grad_kernel, tile, DEPTH=depth, UNITS=max(units, 1), SLOT=slots, A_ROW=a_row, A_SLOT=a_slot,
+        D_ROW=d_row, HAS_MEMBERS=has_members, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias, HAS_GATES=has_gates,
+        GATE_SLOT=gates.slot, GATE_FIRST=gates.first, GATE_SIZE=gates.sizes, GATE_WIDTH=gate_width(gates),
+        LOGITS=logits, HAS_GATE_BIAS=has_gate_bias, SIZE=size, BIAS_AT=bias_at, GATE_AT=gate_at,
+        GATE_BIAS_AT=gate_bias_at, PRECISION=precision, BLOCK_O=tile.rows, BLOCK_I=tile.columns, BLOCK_R=tile.depth,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _reduce(
+    start: tuple[int, ...], sizes: tuple[int, ...], splits: tuple[int, ...], parts_at: tuple[int, ...],
+    out_at: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _reduce_parts_kernel, REDUCE_TILE, START=start, SIZE=sizes, SPLITS=splits, PARTS_AT=parts_at, OUT_AT=out_at,
+        BLOCK=REDUCE_TILE.columns,
+    )  # fmt: skip
+
+
 def grouped_weight_grads(
     layers: Sequence[WeightGrad], dtype: torch.dtype, *, precision: str = "ieee", tile: Tile | None = None
 ) -> list[WeightGradResult]:
@@ -226,11 +253,9 @@ def grouped_weight_grads(
     for layer, region, at in zip(layers, regions, parts_at, strict=False):
         _launch_weight_grad(layer, region, parts[at : at + region.size * region.splits], precision)
     flat = torch.empty(out_at[-1], dtype=dtype, device=device)
-    launch(
-        _reduce_parts_kernel, (start[-1],), REDUCE_TILE, device,
-        parts, flat, tuple(start), tuple(r.size for r in regions), tuple(r.splits for r in regions),
-        tuple(parts_at[:-1]), tuple(out_at[:-1]), REDUCE_TILE.columns,
-    )  # fmt: skip
+    sizes, splits = tuple(r.size for r in regions), tuple(r.splits for r in regions)
+    run = _reduce(tuple(start), sizes, splits, tuple(parts_at[:-1]), tuple(out_at[:-1]))
+    run((start[-1],), device, Parts=parts, Out=flat)
     return [_views(layer, region, flat, at) for layer, region, at in zip(layers, regions, out_at, strict=False)]
 
 
@@ -246,16 +271,12 @@ def _launch_weight_grad(layer: WeightGrad, region: _Region, parts: Tensor, preci
         + cdiv(logits, tile.rows) * layer.gate_bias
     )
     chunk = cdiv(cdiv(rows, region.splits), tile.depth) * tile.depth
-    launch(
-        _grouped_weight_grad_kernel, (programs, region.splits), tile, a.device,
-        a, d, dl, parts, rows, chunk,
-        depth, max(units, 1), layer.slots, a.stride(0), a.stride(1), 0 if d is None else d.stride(0),
-        d is not None, layer.weight, layer.bias,
-        layer.gate_weight, layer.gates.slot, layer.gates.first, layer.gates.sizes, gate_width(layer.gates), logits,
-        layer.gate_bias,
-        region.size, region.bias_at, region.gate_at, region.gate_bias_at,
-        precision, tile.rows, tile.columns, tile.depth,
+    run = _prepared(
+        tile, precision, depth, units, layer.slots, a.stride(0), a.stride(1), 0 if d is None else d.stride(0),
+        d is not None, layer.weight, layer.bias, layer.gates, logits, layer.gate_weight, layer.gate_bias, region.size,
+        region.bias_at, region.gate_at, region.gate_bias_at,
     )  # fmt: skip
+    run((programs, region.splits), a.device, A=a, D=d, DL=dl, Parts=parts, B=rows, CHUNK=chunk)
 
 
 def _views(layer: WeightGrad, region: _Region, flat: Tensor, at: int) -> WeightGradResult:
