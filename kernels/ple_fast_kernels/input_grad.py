@@ -41,7 +41,7 @@ def _input_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
     if HAS_MEMBERS:
         p_d = D + row * D_ROW + o_k[None, :]
-        p_w = W + o_k[:, None] * UNITS + o_n[None, :]
+        p_w = W + o_k.to(tl.int64)[:, None] * UNITS + o_n[None, :]
         for t in range(pick(FIRST, s) * steps, pick(LAST, s) * steps):
             e = t // steps
             if len(ORDER) > 0:
@@ -67,7 +67,7 @@ def _input_grad_kernel(
                 m_g = o_g < GATE_SIZE[r]
                 p_dl = DL + row * LOGITS + (GATE_FIRST[r] + o_g)[None, :]
                 dl = tl.load(p_dl, mask=m_g[None, :], other=0.0)
-                p_g = GateW + (GATE_FIRST[r] + o_g)[:, None] * UNITS + o_n[None, :]
+                p_g = GateW + (GATE_FIRST[r] + o_g).to(tl.int64)[:, None] * UNITS + o_n[None, :]
                 g = tl.load(p_g, mask=m_g[:, None] & m_n[None, :], other=0.0)
                 acc = tl.dot(dl, g, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     p_out = Out + o_m[:, None] * OUT_ROW + (s * UNITS + o_n)[None, :]

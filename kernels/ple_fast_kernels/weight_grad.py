@@ -75,7 +75,7 @@ def _grouped_weight_grad_kernel(
                 acc = tl.dot(tl.trans(d), a, acc, input_precision=PRECISION, out_dtype=acc.dtype)
                 p_d += BLOCK_R * D_ROW
                 p_a += BLOCK_R * A_ROW
-            p_part = Parts + e.to(tl.int64) * (UNITS * DEPTH) + o_o[:, None] * DEPTH + o_i[None, :]
+            p_part = Parts + (e.to(tl.int64) * UNITS + o_o)[:, None] * DEPTH + o_i[None, :]
             tl.store(p_part, acc, mask=m_o[:, None] & m_i[None, :])
     elif pid < WEIGHT_TILES + GATE_TILES:
         if HAS_GATES:
@@ -97,7 +97,7 @@ def _grouped_weight_grad_kernel(
                 gate_acc = tl.dot(tl.trans(x), dl, gate_acc, input_precision=PRECISION, out_dtype=gate_acc.dtype)
                 p_dl += BLOCK_R * LOGITS
                 p_x += BLOCK_R * A_ROW
-            p_gate = Parts + GATE_AT + o_l[None, :] * DEPTH + o_x[:, None]
+            p_gate = Parts + GATE_AT + o_l.to(tl.int64)[None, :] * DEPTH + o_x[:, None]
             tl.store(p_gate, gate_acc, mask=m_x[:, None] & m_g[None, :])
     elif pid < WEIGHT_TILES + GATE_TILES + BIAS_TILES:
         if HAS_BIAS:
