@@ -75,7 +75,8 @@ def empty(shape, dtype, device):
 
 
 zeros, made = torch.zeros, []
-gpus = {i: SimpleNamespace(major=major, multi_processor_count=n) for i, major, n in ((0, 9, 132), (1, 9, 132), (2, 8, 108))}
+hopper, ampere = (SimpleNamespace(major=major, multi_processor_count=132) for major in (9, 8))
+gpus = {0: hopper, 1: hopper, 2: ampere}
 for name, value in {
     "device": Device,
     "current_device": lambda: stub_driver.current,
@@ -110,8 +111,9 @@ def test_a_launch_enters_the_device_of_its_tensors_and_compiles_for_each(tmp_pat
     environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PLE_FAST_TILES")}
     environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+    program = f"CASES = {CASES}\n{PROGRAM}"
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"CASES = {CASES}\n{PROGRAM}"], env=environment, capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT,
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -5,6 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
+def tiles_of(rows, BLOCK: tl.constexpr):
+    """``rows / BLOCK``, rounded up, of at least one row; ``tl.cdiv`` wraps where rows are nearly 2**31."""
+    return (rows - 1) // BLOCK + 1
+
+
+@triton.jit
 def swizzle(pid, rows, columns, GROUP: tl.constexpr):
     """Tile ``(row, column)`` of a program: GROUP rows of tiles go together, so that they share columns in L2."""
     width = GROUP * columns

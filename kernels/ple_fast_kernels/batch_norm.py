@@ -34,17 +34,18 @@ def _batch_norm_merge_kernel(
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH
     o_t = tl.arange(0, BLOCK_T)
+    tail = (B - tl.cast(tiles - 1, tl.int64) * TILE_ROWS).to(tl.int32)  # rows of the last tile
     total = tl.zeros((BLOCK_T, BLOCK_C), wide)
     for t in range(0, tiles, BLOCK_T):
         m = (t + o_t < tiles)[:, None] & m_c[None, :]
-        rows = tl.minimum(B - (t + o_t) * TILE_ROWS, TILE_ROWS)
+        rows = tl.where(t + o_t == tiles - 1, tail, TILE_ROWS)
         p = Moments + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH) + o_c[None, :]
         total += tl.load(p, mask=m, other=0.0) * rows[:, None]
     mean = tl.sum(total, 0) / B
     total = tl.zeros((BLOCK_T, BLOCK_C), wide)
     for t in range(0, tiles, BLOCK_T):
         m = (t + o_t < tiles)[:, None] & m_c[None, :]
-        rows = tl.minimum(B - (t + o_t) * TILE_ROWS, TILE_ROWS)
+        rows = tl.where(t + o_t == tiles - 1, tail, TILE_ROWS)
         p = Moments + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH) + o_c[None, :]
         gap = tl.load(p, mask=m, other=0.0) - mean[None, :]
         total += tl.where(m, tl.load(p + WIDTH, mask=m, other=0.0) + gap * gap * rows[:, None], 0.0)
@@ -83,8 +84,9 @@ def _batch_norm_sums_kernel(
     norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
     sums = tl.zeros((BLOCK_N,), wide)
     products = tl.zeros((BLOCK_N,), wide)
-    for r in range(part * PART, tl.minimum(B, part * PART + PART), BLOCK_M):
-        o_m = r + tl.arange(0, BLOCK_M).to(tl.int64)
+    begin = part.to(tl.int64) * PART
+    for r in range(0, tl.minimum(B - begin, PART).to(tl.int32), BLOCK_M):
+        o_m = begin + r + tl.arange(0, BLOCK_M)
         m_m = o_m < B
         m_mn = m_m[:, None] & m_n[None, :]
         d = tl.load(D + o_m[:, None] * D_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)

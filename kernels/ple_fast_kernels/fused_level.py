@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, next_power, prefixed, prepare, suffixed, wide_of
 from ._layer_end import Norm, RunningConstants, finish_running, norm_pointers, running_constants
-from ._matmul import accumulate, pick_wide, swizzle
+from ._matmul import accumulate, pick_wide, swizzle, tiles_of
 from ._tiles import Tile, fused_tile
 from .tables import Mixtures
 
@@ -107,7 +107,7 @@ def _fused_level_fwd_kernel(
     """
     wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     EXPERTS: tl.constexpr = len(SLOT)
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), (UNITS + BLOCK_N - 1) // BLOCK_N, GROUP)
+    i_m, i_n = swizzle(tl.program_id(0), tiles_of(B, BLOCK_M), (UNITS + BLOCK_N - 1) // BLOCK_N, GROUP)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)

@@ -25,7 +25,7 @@ from ._layer_end import (
     store_column_moments,
     to_norm,
 )
-from ._matmul import accumulate, pick, pick_wide, swizzle
+from ._matmul import accumulate, pick, pick_wide, swizzle, tiles_of
 from ._tiles import Tile, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .tables import NO_GATES, GateRuns
@@ -54,7 +54,7 @@ def _grouped_linear_fwd_kernel(
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     MEMBER_TILES: tl.constexpr = TILES * len(SLOT) if HAS_MEMBERS else 0
     GATE_TILES: tl.constexpr = len(GATE_SLOT) if HAS_GATES else 0
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), MEMBER_TILES + GATE_TILES, GROUP)
+    i_m, i_n = swizzle(tl.program_id(0), tiles_of(B, BLOCK_M), MEMBER_TILES + GATE_TILES, GROUP)
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < B
     o_k = tl.arange(0, BLOCK_K)
@@ -147,7 +147,7 @@ def _grouped_data_grad_kernel(
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * MEMBERS, GROUP)
+    i_m, i_n = swizzle(tl.program_id(0), tiles_of(B, BLOCK_M), TILES * MEMBERS, GROUP)
     e = i_n // TILES
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)

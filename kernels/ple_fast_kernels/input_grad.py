@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare
-from ._matmul import pick, swizzle
+from ._matmul import pick, swizzle, tiles_of
 from ._tiles import Tile, gate_width, matmul_tile
 from .tables import NO_GATES, GateRuns, Readers
 
@@ -30,7 +30,7 @@ def _input_grad_kernel(
     """
     wide: tl.constexpr = tl.float64 if Out.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(B, BLOCK_M), TILES * SLOTS, GROUP)
+    i_m, i_n = swizzle(tl.program_id(0), tiles_of(B, BLOCK_M), TILES * SLOTS, GROUP)
     s = i_n // TILES
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -61,8 +61,9 @@ def _layer_norm_grad_kernel(
     for _ in tl.static_range(CHUNKS):
         sums = sums + (tl.zeros((BLOCK_N,), wide),)
         products = products + (tl.zeros((BLOCK_N,), wide),)
-    for r in range(part * PART, tl.minimum(B, part * PART + PART), BLOCK_M):
-        o_m = r + tl.arange(0, BLOCK_M).to(tl.int64)
+    begin = part.to(tl.int64) * PART
+    for r in range(0, tl.minimum(B - begin, PART).to(tl.int32), BLOCK_M):
+        o_m = begin + r + tl.arange(0, BLOCK_M)
         m_m = o_m < B
         mean = tl.load(Mean + o_m * MEMBERS + e, mask=m_m, other=0.0)[:, None]
         rstd = tl.load(Rstd + o_m * MEMBERS + e, mask=m_m, other=0.0)[:, None]

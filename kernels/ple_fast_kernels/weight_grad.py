@@ -47,10 +47,10 @@ def _grouped_weight_grad_kernel(
     BIAS_TILES: tl.constexpr = (WIDTH + BLOCK_O - 1) // BLOCK_O if HAS_BIAS else 0
     pid = tl.program_id(0)
     z = tl.program_id(1)
-    first = z * CHUNK
-    last = tl.minimum(first + CHUNK, B)
+    begin = z.to(tl.int64) * CHUNK
+    first, last = 0, tl.minimum(B - begin, CHUNK).to(tl.int32)  # rows of this part, none where last is below 1
     o_r = tl.arange(0, BLOCK_R)
-    row = (first + o_r).to(tl.int64)[:, None]
+    row = (begin + o_r)[:, None]
     Parts += z.to(tl.int64) * SIZE
     if pid < WEIGHT_TILES:
         if HAS_WEIGHT:
