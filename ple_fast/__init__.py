@@ -17,6 +17,7 @@ from .modules import (
 )
 from .specs import GateSpec, MLPSpec
 from .topology import Topology
+from .warmup import warm_up
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "restore",
     "set_backend",
     "use_backend",
+    "warm_up",
 ]

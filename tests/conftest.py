@@ -16,6 +16,7 @@ import torch
 from hypothesis import register_random, settings
 from torch.utils._device import _device_constructors
 
+from tests.missing import SkipMissing
 from tests.poison import poison_fresh_memory
 
 # No deadline: the first example of a test pays for warm-up. The rest is hypothesis' own choice (in CI: a fixed seed).
@@ -50,6 +51,9 @@ if HAS_TRITON and not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that take the fixture `device`")
     parser.addoption("--only-device", action="store_true", help="only the tests that take the fixture `device`")
+    parser.addoption(
+        "--skip-missing", action="store_true", help="skip, and do not fail, tests whose package is not installed"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,7 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=without)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--skip-missing"):
+        config.pluginmanager.register(SkipMissing())
     # The tensors of the tests are small: more threads only cost, and where another process has the other core, a
     # thread that waits for its partner costs a hundred times the work. A fixed number gives the same sums everywhere.
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic"),
-    ("model", "convert", "viz", "tune"),
+    ("model", "convert", "viz", "tune", "warmup"),
     ("__init__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

@@ -181,6 +181,10 @@ class ExtractionNetwork(CheckedModule, Holder):
     def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
         return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()
 
+    @staticmethod
+    def _seed(device: torch.device) -> Tensor:
+        return draw_seed(device)
+
     def _state(self, batch: int, backend: str) -> LevelState:
         """What one call on ``batch`` rows reads besides parameters; draws the dropout seed, for ``backend``."""
         stacked = self._stacked_layers()
@@ -190,7 +194,7 @@ class ExtractionNetwork(CheckedModule, Holder):
         drops = self._drops and any(layer.dropout for layer in layers)
         if drops and not must_compose(stacked[0].weight):
             on_device = backend == "triton"  # where a CUDA graph draws it anew, and nobody waits for it
-            seed = draw_seed(stacked[0].weight.device) if on_device else int(draw_seed(torch.device("cpu")))
+            seed = self._seed(stacked[0].weight.device) if on_device else int(self._seed(torch.device("cpu")))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)
 
     @overload
