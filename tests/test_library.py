@@ -37,9 +37,24 @@ def _in_kernels() -> Iterator[None]:
         yield
 
 
+def route(device: torch.device, least: int | None) -> None:
+    """The library takes all that it may from so many billions of operations on, float64 too, which no shipped table
+    and no file can say; None: nothing."""
+    row = Library(least, least, least)
+    set_table(tiles.architecture(device)[0], {f"library/{operands}": row for operands in tiles.OPERANDS})
+
+
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The library takes all that it may, float64 too; rows, columns and depth of what it took."""
+def routed(device: torch.device) -> Iterator[None]:
+    """The library takes all that it may."""
+    route(device, 0)
+    yield
+    set_table(tiles.architecture(device)[0], None)
+
+
+@pytest.fixture
+def taken(routed: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows, columns and depth of what it takes."""
     products: list[tuple[int, ...]] = []
     run = library._product
 
@@ -48,17 +63,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         run(a, b, out, summand)
 
     monkeypatch.setattr(library, "_product", product)
-    monkeypatch.setattr(tiles, "_takes_library", lambda *_: True)
     return products
-
-
-@pytest.fixture
-def routed(device: torch.device) -> Iterator[None]:
-    """The table of the device routes all products of half and tf32."""
-    name = tiles.architecture(device)[0]
-    set_table(name, {f"library/{operands}": Library(0, 0, 0) for operands in ("half", "tf32")})
-    yield
-    set_table(name, None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -184,21 +189,13 @@ def test_nan_is_not_hidden_and_stays_in_its_row(device: torch.device, taken: lis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("experts", ["relu", "prelu"])
 def test_low_precision(
-    experts: str, dtype: torch.dtype, device: torch.device, routed: None, monkeypatch: pytest.MonkeyPatch
+    experts: str, dtype: torch.dtype, device: torch.device, taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ple_fast.triton_backend.run.matmul_precision", lambda: "tf32")
     module = level(TOPOLOGIES["ple-even"], MLPSpec((48, 32), experts), in_features=40).to(device)
     leaves = [leaf.to(device) for leaf in draw("one", 64, 1, 40)]
-    seen: list[int] = []
-    run = library._product
-
-    def product(a: Tensor, b: Tensor, out: Tensor, summand: Tensor | None) -> None:
-        seen.append(len(out))
-        run(a, b, out, summand)
-
-    monkeypatch.setattr(library, "_product", product)
     compare_low_precision(module, leaves, dtype=dtype, slots=3)
-    assert len(seen) == (3 if experts == "prelu" else 2)
+    assert len(taken) == (3 if experts == "prelu" else 2)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -220,30 +217,32 @@ def counted(module: ExtractionNetwork, x: Tensor) -> tuple[int, int]:
     return middle - start, launches() - middle
 
 
-def test_products_of_the_library_are_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more where the gates' part of a product becomes a launch of its own."""
-    counts = {}
-    for activation in ("relu", "prelu"):
-        module = level(TOPOLOGIES["ple-even"], MLPSpec((6, 5), activation), dtype=torch.float32).to(device)
-        x = torch.randn(9, 7, device=device)
-        for takes in (False, True):
-            monkeypatch.setattr(tiles, "_takes_library", lambda *_, takes=takes: takes)
-            counts[activation, takes] = counted(module, x)
-    for activation in ("relu", "prelu"):
-        (forward, backward), (routed_forward, routed_backward) = (counts[activation, takes] for takes in (False, True))
-        assert routed_forward == forward + (activation == "prelu")
-        assert routed_backward == backward + 2, "the gates' gradient of the input, and the weights' product"
+@pytest.mark.parametrize("activation", ["relu", "prelu"])
+def test_products_of_the_library_are_launches(activation: str, device: torch.device, routed: None) -> None:
+    """One more where the gates' part of a product becomes a launch of its own; the same at each call."""
+    module = level(TOPOLOGIES["ple-even"], MLPSpec((6, 5), activation), dtype=torch.float32).to(device)
+    x = torch.randn(9, 7, device=device)
+    route(device, None)
+    forward, backward = counted(module, x)
+    route(device, 0)
+    of_gates = (1 if activation == "prelu" else 0), 2  # logits; their part of the input's gradient, and the weights'
+    for _ in range(4):
+        assert counted(module, x) == (forward + of_gates[0], backward + of_gates[1])
 
 
-def test_deterministic_algorithms_keep_the_kernels(device: torch.device, taken: list[Any]) -> None:
+def test_deterministic_algorithms_keep_the_kernels(device: torch.device, routed: None) -> None:
     module = one_input("ple-even", EXPERTS["2-layers"], dtype=torch.float32).to(device)
     x = torch.randn(9, 7, device=device)
+    route(device, None)
+    in_kernels = counted(module, x)
+    route(device, 0)
+    for _ in range(3):
+        assert counted(module, x) != in_kernels
     torch.use_deterministic_algorithms(True)
     try:
-        counted(module, x)
+        assert counted(module, x) == in_kernels
     finally:
         torch.use_deterministic_algorithms(False)
-    assert not taken
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -16,14 +16,7 @@ from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_row
 from .input_grad import grouped_input_grad
 from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
-from .library import (
-    input_grad_in_library,
-    library_input_grad,
-    library_linear_fwd,
-    library_weight_grad,
-    linear_in_library,
-    weight_grad_in_library,
-)
+from .library import library_input_grad, library_linear_fwd, library_weight_grad
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
@@ -59,7 +52,6 @@ __all__ = [
     "grouped_linear_fwd",
     "grouped_weight_grads",
     "has_whole_rows",
-    "input_grad_in_library",
     "launches",
     "layer_end_fwd",
     "layer_end_grad",
@@ -67,11 +59,9 @@ __all__ = [
     "library_input_grad",
     "library_linear_fwd",
     "library_weight_grad",
-    "linear_in_library",
     "linear_tile",
     "norm_sums_merge",
     "reload_tables",
     "set_table",
-    "weight_grad_in_library",
     "wide_of",
 ]

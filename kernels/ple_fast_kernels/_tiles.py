@@ -281,10 +281,9 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
 
 
 def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: int, precision: str) -> bool:
-    """Whether a plain product of matrices ``(rows, columns)`` over a depth is the library's.
+    """Whether a plain product of matrices ``(rows, columns)`` over a depth is the library's, by the table.
 
-    Never in float64, in float32 as "ieee", or where deterministic algorithms are asked for: without an environment
-    variable of its own the library refuses those.
+    Never where deterministic algorithms are asked for: without an environment variable of its own the library refuses.
     """
     if torch.are_deterministic_algorithms_enabled():
         return False

@@ -20,8 +20,6 @@ from ple_fast_kernels import (
     gate_combine_fwd,
     grouped_linear_fwd,
     layer_end_fwd,
-    library_linear_fwd,
-    linear_in_library,
     linear_tile,
     wide_of,
 )
@@ -80,10 +78,6 @@ class ForwardRun(Run):
         with_gates: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, _Product | None]:
         """A layer's product and what its launch does besides; without ``tensor`` the logits alone."""
-        is_plain = activation == IDENTITY and norm is None and dropout is None and not keep_input
-        if tensor is not None and is_plain and linear_in_library(a, tensor.weight, self.precision):
-            done = library_linear_fwd(a, tensor.weight.contiguous(), dense(tensor.bias), out)
-            return done, None, self._product(a, None, (), with_gates=True)[2] if with_gates else None
         members, units = (0, 0) if tensor is None else tensor.weight.shape[:2]
         tile = linear_tile(a, members, units, self.precision, has_end=False) if tile is None else tile
         gate = self.inputs.gate if with_gates else None

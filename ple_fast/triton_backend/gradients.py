@@ -12,10 +12,6 @@ from ple_fast_kernels import (
     WeightGradResult,
     grouped_input_grad,
     grouped_weight_grads,
-    input_grad_in_library,
-    library_input_grad,
-    library_weight_grad,
-    weight_grad_in_library,
 )
 
 from ..plan import LayerTensors
@@ -65,12 +61,6 @@ class InputGrads:
         gate = owner.inputs.gate
         if dl is not None:
             self.has_gates = True
-        plain = None
-        if d is not None and weight is not None and input_grad_in_library(d, weight, target, owner.precision):
-            plain, d, weight, readers = (d, weight), None, None, None
-            if dl is None:
-                library_input_grad(*plain, target, adds=adds)
-                return
         grouped_input_grad(
             d,
             weight,
@@ -82,8 +72,6 @@ class InputGrads:
             adds=adds,
             precision=owner.precision,
         )
-        if plain is not None:  # after the gates, whose part is small: the sum is rounded last
-            library_input_grad(*plain, target, adds=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients, 0 where nothing contributed."""
@@ -127,11 +115,6 @@ class WeightGrads:
             return
         if a is None:  # a bias alone: nothing reads the layer's input
             a = d
-        elif weight and weight_grad_in_library(a, d, self.owner.precision):
-            self.grads[position][0] = library_weight_grad(a, d)
-            weight = False
-            if not (bias or gate_weight or gate_bias):
-                return
         runs = self.owner.runs if gate_weight or gate_bias else NO_GATES
         self.entries.append(
             WeightGrad(
