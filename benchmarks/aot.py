@@ -145,10 +145,10 @@ def recording(
         )
         stack.enter_context(method)
         stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
+        module = importlib.import_module("ple_fast_kernels.library")
         if library is None:
-            stack.enter_context(mock.patch.object(tiles, "_takes_library", return_value=False))
+            stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
         else:
-            module = importlib.import_module("ple_fast_kernels.library")
             stack.enter_context(mock.patch.object(module, "_product", library))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
         stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))

@@ -155,7 +155,7 @@ def _input_grad(launch: Launch) -> list[Role]:
     columns = _cdiv(_rows(launch), tile[0]) * _cdiv(c["UNITS"], tile[1])
     roles = []
     for s in range(c["SLOTS"]):
-        steps = (c["LAST"][s] - c["FIRST"][s]) * launch.numbers["steps"] + c["GATE_SLOT"].count(s)
+        steps = (c["LAST"][s] - c["FIRST"][s]) * _cdiv(c["DEPTH"], tile[2]) + c["GATE_SLOT"].count(s)
         roles.append(product("tiles", columns, tile, steps, size, size, narrow=int(launch.operands == "tf32")))
     return roles
 
@@ -170,7 +170,7 @@ def _weight_grad(launch: Launch) -> list[Role]:
     columns = _cdiv(c["DEPTH"], inner)
     roles = []
     for z in range(launch.grid[1]):
-        steps = _cdiv(min(chunk, _rows(launch) - z * chunk), rows)
+        steps = max(0, _cdiv(min(chunk, _rows(launch) - z * chunk), rows))
         if c["HAS_WEIGHT"]:
             tiles = members * _cdiv(c["UNITS"], outer) * columns
             roles.append(product("tiles", tiles, tile, steps, size, 4, narrow=narrow))

@@ -134,8 +134,19 @@ class Asked(NamedTuple):
     fits: Callable[[Tile], bool]
 
 
+class Plain(NamedTuple):
+    """A plain product that a launcher asked about: the row of the table, its field, and billions of floating-point
+    operations, at 128 multiprocessors."""
+
+    kind: str
+    product: str
+    work: float
+
+
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
+plain: list[Plain] | None = None
+"""The same for products that the library may take."""
 
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
@@ -159,7 +170,7 @@ def reload_tables() -> None:
 
 
 def _forget_choices() -> None:
-    for chooser in (_matmul, _weight_grad, _combine, _fused, _takes_library):
+    for chooser in (_matmul, _weight_grad, _combine, _fused):
         chooser.cache_clear()
 
 
@@ -288,17 +299,15 @@ def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: in
     if torch.are_deterministic_algorithms_enabled():
         return False
     key, processors = table_of(like.device)
-    return _takes_library(key, processors, product, kind_of(like.dtype, precision), 2 * rows * columns * depth)
-
-
-@lru_cache(maxsize=4096)
-def _takes_library(key: str, processors: int, product: str, operands: str, flops: int) -> bool:
+    operands, work = kind_of(like.dtype, precision), 2.0 * rows * columns * depth * 128 / processors / 1e9
+    if plain is not None:
+        plain.append(Plain(LIBRARY + operands, product, work))
     row = _rows(key).get(LIBRARY + operands)
     if row is None:
         return False
     assert isinstance(row, Library)
     least: int | None = getattr(row, product)
-    return least is not None and flops * 128 >= least * 10**9 * processors
+    return least is not None and work >= least
 
 
 MIN_SPLIT_ROWS = 512
