@@ -125,8 +125,13 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
 
 
 @contextmanager
-def recording(architecture: str, precision: str, record: Callable[..., None]) -> Iterator[None]:
-    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture."""
+def recording(
+    architecture: str, precision: str, record: Callable[..., None], library: Callable[..., None] | None
+) -> Iterator[None]:
+    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture.
+
+    ``library`` gets the operands of products that the library takes; None: it takes none.
+    """
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
@@ -140,6 +145,11 @@ def recording(architecture: str, precision: str, record: Callable[..., None]) ->
         )
         stack.enter_context(method)
         stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
+        module = importlib.import_module("ple_fast_kernels.library")
+        if library is None:
+            stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
+        else:
+            stack.enter_context(mock.patch.object(module, "_product", library))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
         stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
         stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
@@ -148,16 +158,17 @@ def recording(architecture: str, precision: str, record: Callable[..., None]) ->
 
 
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
-    """What training steps and inference of a trunk would launch on an architecture."""
+    """What training steps and inference of a trunk would launch on an architecture, without the library and with it."""
     recorder = _Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
-    with recording(architecture, precision, recorder):
-        x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
-        y = ple(x)
-        y.backward(torch.empty_like(y))
-        with torch.inference_mode():
-            ple.eval()(x)
+    for library in (None, lambda *operands: None):
+        with recording(architecture, precision, recorder, library):
+            x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
+            y = ple.train()(x)
+            y.backward(torch.empty_like(y))
+            with torch.inference_mode():
+                ple.eval()(x)
     return list(recorder.requests)
 
 

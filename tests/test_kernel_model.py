@@ -170,11 +170,11 @@ def test_every_launch_of_a_training_step_is_predicted(steps: list[dict[str, Any]
     for size in kernel_model.MODEL_SIZES:
         for dtype in kernel_model.MODEL_DTYPES:
             mine = [row for row in steps if (row["size"], row["dtype"]) == (size, dtype)]
-            assert len(mine) == 9, [row["kernel"] for row in mine]
+            assert sum(not row["routed"] for row in mine) == 9, [row["kernel"] for row in mine]
             assert all(row["total"] >= 2.2 for row in mine)
 
 
-LONGEST = {"small": 51, "medium": 520, "large": 12_500}
+LONGEST = {"small": 51, "medium": 400, "large": 10_900}
 """Microseconds that a step in bfloat16 may be predicted to take: a change that costs more says so here."""
 IDLE = {"small": 0.56, "medium": 0.45, "large": 0.32}
 """Share of a weight gradient's time in which processors may have nothing to do."""
@@ -182,14 +182,23 @@ IDLE = {"small": 0.56, "medium": 0.45, "large": 0.32}
 
 @pytest.mark.parametrize("size", LONGEST)
 def test_a_step_is_not_predicted_to_get_slower(size: str, steps: list[dict[str, Any]]) -> None:
-    total = sum(row["total"] for row in steps if (row["size"], row["dtype"]) == (size, "bfloat16"))
-    assert total <= LONGEST[size]
+    assert kernel_model.totals(steps)[size, "bfloat16"] <= LONGEST[size]
+
+
+def test_the_library_is_taken_where_the_model_says_that_it_wins(steps: list[dict[str, Any]]) -> None:
+    routed, alone = kernel_model.totals(steps), kernel_model.totals(steps, routed=False)
+    for size, dtype in routed:
+        taken = [row for row in steps if (row["size"], row["dtype"], row["kernel"]) == (size, dtype, "library")]
+        if size == "small":
+            assert not taken, "two launches more, for products of a few microseconds"
+        else:
+            assert len(taken) == 2 and routed[size, dtype] < 0.95 * alone[size, dtype]
 
 
 @pytest.mark.parametrize("size", IDLE)
 def test_programs_of_weight_gradients_fill_their_waves(size: str, steps: list[dict[str, Any]]) -> None:
     mine = [row for row in steps if row["kernel"] == "grouped_weight_grad" and row["size"] == size]
-    assert len(mine) == 4
+    assert len(mine) == 8
     for row in mine:
         assert row["idle"] <= IDLE[size], row
 

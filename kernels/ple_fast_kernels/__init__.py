@@ -7,7 +7,7 @@ from ._activations import FUSED
 from ._dropout import Dropout
 from ._launch import launches, wide_of
 from ._layer_end import Norm
-from ._tile_files import Class, Table, Tile
+from ._tile_files import Class, Library, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
 from .batch_norm import batch_norm_merge, batch_norm_sums, norm_sums_merge
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
@@ -16,6 +16,7 @@ from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_row
 from .input_grad import grouped_input_grad
 from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
+from .library import library_input_grad, library_linear_fwd, library_weight_grad
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
@@ -29,6 +30,7 @@ __all__ = [
     "Dropout",
     "GateRuns",
     "LayerEnd",
+    "Library",
     "Mixtures",
     "Norm",
     "Readers",
@@ -54,6 +56,9 @@ __all__ = [
     "layer_end_fwd",
     "layer_end_grad",
     "layer_norm_grad",
+    "library_input_grad",
+    "library_linear_fwd",
+    "library_weight_grad",
     "linear_tile",
     "norm_sums_merge",
     "reload_tables",

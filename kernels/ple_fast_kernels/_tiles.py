@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._tile_files import LIBRARY, Library, read_for
 from ._tile_files import Class as Class
 from ._tile_files import Table as Table
 from ._tile_files import Tile as Tile
-from ._tile_files import read_for
 from .tables import GateRuns
 
 PRODUCTS = ("linear", "data_grad", "input_grad", "weight_grad", "fused", "two_layers")
@@ -33,12 +33,15 @@ _FUSED_FLOAT = (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3))
 _FUSED_IEEE = (Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 8, 3))
 
 
+_Tiles = dict[str, tuple[Class, ...]]
+
+
 def _preferred(*tiles: Tile) -> tuple[Class, ...]:
     """Of a fused kernel: the first that fits into registers is taken, whatever the amount of work."""
     return tuple(Class(0, tile) for tile in tiles)
 
 
-_SM90: Table = {
+_SM90: _Tiles = {
     "half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
         Class(64, Tile(64, 128, 64, 4, 4)),
@@ -66,14 +69,14 @@ _SM90: Table = {
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
 _SM100_HALF = (Class(0, Tile(64, 64, 64, 8, 4)), *_SM90["half"][1:])
-_SM100: Table = {
+_SM100: _Tiles = {
     **_SM90,
     "half": _SM100_HALF,
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 8, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
     "data_grad/half": _SM100_HALF[:-1],
     "data_grad/tf32": (Class(0, Tile(64, 64, 32, 8, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
 }
-_SM80: Table = {
+_SM80: _Tiles = {
     **_SM90,
     "half": (
         Class(0, Tile(64, 64, 64, 4, 3)),
@@ -86,28 +89,42 @@ _SM80: Table = {
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
-_AMD: Table = {  # 64 KiB of shared memory: two stages; a warp is twice as wide
+_AMD: _Tiles = {  # 64 KiB of shared memory: two stages; a warp is twice as wide
     **{name: tuple(Class(c.tiles, c.tile._replace(stages=2)) for c in classes) for name, classes in _SM80.items()},
     "combine": _preferred(Tile(16, 128, 0, 4, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 4, 2)),
 }
-_INTERPRETER: Table = {  # costs a few milliseconds per step, whatever the tile
+_INTERPRETER: _Tiles = {  # costs a few milliseconds per step, whatever the tile
     **{operands: (Class(0, Tile(32, 32, 32, 4, 2)),) for operands in OPERANDS},
     "combine": _preferred(Tile(32, 128, 0, 4, 2)),
     "combine_grad": _preferred(Tile(32, 256, 0, 4, 2)),
 }
 
+_LIBRARY: Table = {
+    "library/half": Library(linear=30, input_grad=30, weight_grad=30),
+    "library/tf32": Library(linear=4, input_grad=4, weight_grad=4),
+}
+"""As ``benchmarks/kernel_model.py`` predicts them for sm_90 (no GPU has measured it); on sm_100 the library is further
+ahead of what waits for L2. Architectures without a model keep the kernels."""
+
 TABLES: dict[str, Table] = {
-    "sm_80": _SM80,
-    "sm_90": _SM90,
-    "sm_100": _SM100,
-    "amd": _AMD,
-    "interpreter": _INTERPRETER,
+    "sm_80": {**_SM80},
+    "sm_90": {**_SM90, **_LIBRARY},
+    "sm_100": {**_SM100, **_LIBRARY},
+    "amd": {**_AMD},
+    "interpreter": {**_INTERPRETER},
 }
 """Per architecture. sm_80 serves every NVIDIA GPU that is not sm_9x, sm_10x or sm_11x: also those of workstations,
 which have 99 KiB of shared memory."""
 
-KINDS = frozenset({*OPERANDS, *MIXTURES, *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS)})
+KINDS = frozenset(
+    {
+        *OPERANDS,
+        *MIXTURES,
+        *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS),
+        *(LIBRARY + operands for operands in OPERANDS[:2]),
+    }
+)
 """Names that a row of a table may have."""
 
 REDUCE_TILE = Tile(1, 1024, 0, 4, 1)
@@ -122,8 +139,19 @@ class Asked(NamedTuple):
     fits: Callable[[Tile], bool]
 
 
+class Plain(NamedTuple):
+    """A plain product that a launcher asked about: the row of the table, its field, and billions of floating-point
+    operations, at 128 multiprocessors."""
+
+    kind: str
+    product: str
+    work: float
+
+
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
+plain: list[Plain] | None = None
+"""The same for products that the library may take."""
 
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
@@ -136,15 +164,18 @@ def set_table(architecture: str, table: Table | None) -> None:
         _own.pop(architecture, None)
     else:
         _own[architecture] = {**TABLES[architecture], **table}
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
-        chooser.cache_clear()
+    _forget_choices()
 
 
 def reload_tables() -> None:
     """Look for files of ``ple_fast.tune`` again, at the next launch on each device."""
     _read.clear()
     _table_of.cache_clear()
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
         chooser.cache_clear()
 
 
@@ -197,8 +228,9 @@ def _rows(key: str) -> Table:
 
 def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
     table = _rows(key)
-    named = table.get(f"{kernel}/{operands}")
-    return table[operands] if named is None else named
+    found = table.get(f"{kernel}/{operands}", table[operands])
+    assert not isinstance(found, Library), kernel
+    return found
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -264,6 +296,25 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
     return tile
 
 
+def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: int, precision: str) -> bool:
+    """Whether a plain product of matrices ``(rows, columns)`` over a depth is the library's, by the table.
+
+    Never where deterministic algorithms are asked for: without an environment variable of its own the library refuses.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    key, processors = table_of(like.device)
+    operands, work = kind_of(like.dtype, precision), 2.0 * rows * columns * depth * 128 / processors / 1e9
+    if plain is not None:
+        plain.append(Plain(LIBRARY + operands, product, work))
+    row = _rows(key).get(LIBRARY + operands)
+    if row is None:
+        return False
+    assert isinstance(row, Library)
+    least: int | None = getattr(row, product)
+    return least is not None and work >= least
+
+
 NARROW_BYTES = 128
 """Of a row of a tile at most, where more registers beside the accumulator would make products wait for each other."""
 
@@ -327,7 +378,9 @@ MIXED_ELEMENTS = 96
 
 @lru_cache(maxsize=4096)
 def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
-    tile = _rows(key)["combine_grad" if backward else "combine"][0].tile
+    row = _rows(key)["combine_grad" if backward else "combine"]
+    assert not isinstance(row, Library)
+    tile = row[0].tile
     columns = min(max(4, 1 << (units - 1).bit_length()), tile.columns)
     if key == "interpreter":
         return tile._replace(columns=columns)

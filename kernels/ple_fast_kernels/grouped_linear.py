@@ -28,6 +28,7 @@ from ._layer_end import (
 from ._matmul import accumulate, pick, pick_wide, swizzle
 from ._tiles import NARROW_BYTES, Tile, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
+from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
 
 
@@ -268,11 +269,21 @@ def grouped_linear_fwd(
         dropout: after all of that.
         gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
         logits_norm: ``"batch"`` or ``"moments"`` of the logits, ``(G,)``.
+        tile: default from the tables, by which also the library may take the product (``library.py``).
 
     Returns:
         ``(B, n, H)``, the product ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
         asked for.
     """
+    is_plain = activation[0] == "identity" and norm is None and dropout is None and not keep_input and tile is None
+    if weight is not None and is_plain and linear_in_library(a, weight, precision):
+        beside = None
+        if gate_weight is not None:
+            _, _, beside = grouped_linear_fwd(
+                a, None, None, (), gate_weight=gate_weight, gate_bias=gate_bias, gates=gates, logits_norm=logits_norm,
+                precision=precision,
+            )  # fmt: skip
+        return library_linear_fwd(a, weight, bias, out), None, beside
     rows, depth = a.shape[0], a.shape[2]
     y = z = logits = None
     units = members = 0

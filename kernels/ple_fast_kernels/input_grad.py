@@ -11,6 +11,7 @@ from torch import Tensor
 from ._launch import CACHED, Prepared, cdiv, prepare
 from ._matmul import accumulate, pick, swizzle
 from ._tiles import NARROW_BYTES, Tile, gate_width, matmul_tile
+from .library import input_grad_in_library, library_input_grad
 from .tables import NO_GATES, GateRuns, Readers
 
 
@@ -106,7 +107,14 @@ def grouped_input_grad(
         out: contiguous.
         dl, gate_weight: ``(B, G)`` and ``(G, K)``, contiguous; both None: no gates.
         gates: which rows of ``gate_weight`` read which slot.
+        tile: default from the tables, by which also the library may take the product (``library.py``).
     """
+    if d is not None and weight is not None and tile is None and input_grad_in_library(d, weight, out, precision):
+        if dl is not None:  # their part is small: the sum is rounded last
+            grouped_input_grad(
+                None, None, None, out, dl=dl, gate_weight=gate_weight, gates=gates, adds=adds, precision=precision
+            )
+        return library_input_grad(d, weight, out, adds=adds or dl is not None)
     some = d if d is not None else dl
     assert some is not None
     rows, slots, units = out.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._matmul import pick, pick_wide
 from ._tiles import REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
+from .library import library_weight_grad, weight_grad_in_library
 from .tables import NO_GATES, GateRuns
 
 ALIGNMENT = 16
@@ -283,8 +284,11 @@ def grouped_weight_grads(
     Args:
         layers: what to compute; B at least 1, the same for all.
         dtype: of the gradients. Sums run in float32 (float64 for float64).
+        tile: default from the tables, by which also the library may take a layer's weights (``library.py``).
     """
     layers = list(layers)
+    if tile is None and any(_in_library(layer, dtype, precision) for layer in layers):
+        return _beside_library(layers, dtype, precision)
     regions = [_region(layer, precision, tile) for layer in layers]
     if not regions:
         return []
@@ -301,6 +305,27 @@ def grouped_weight_grads(
     run = _reduce(tuple(start), tuple(region.size for region in regions), tuple(out_at[:-1]))
     run((start[-1],), device, Parts=buffer[parts_at[0] :], Splits=buffer, Out=flat)
     return [_views(layer, region, flat, at) for layer, region, at in zip(layers, regions, out_at, strict=False)]
+
+
+def _in_library(layer: WeightGrad, dtype: torch.dtype, precision: str) -> bool:
+    d = layer.d
+    return layer.weight and d is not None and d.dtype == dtype and weight_grad_in_library(layer.a, d, precision)
+
+
+def _beside_library(layers: Sequence[WeightGrad], dtype: torch.dtype, precision: str) -> list[WeightGradResult]:
+    """``grouped_weight_grads`` where the library takes some of the weights."""
+    weights: list[Tensor | None] = []
+    rest = []
+    for layer in layers:
+        takes = _in_library(layer, dtype, precision)
+        weights.append(library_weight_grad(layer.a, layer.d) if takes and layer.d is not None else None)
+        rest.append(layer._replace(weight=False) if takes else layer)
+    left = [any((layer.weight, layer.bias, layer.gate_weight, layer.gate_bias)) for layer in rest]
+    found = iter(
+        grouped_weight_grads([r for r, is_left in zip(rest, left, strict=True) if is_left], dtype, precision=precision)
+    )
+    results = [next(found) if is_left else WeightGradResult(None, None, None, None) for is_left in left]
+    return [r if w is None else r._replace(weight=w) for r, w in zip(results, weights, strict=True)]
 
 
 def _launch_weight_grad(layer: WeightGrad, region: _Region, parts: Tensor, split: Tensor, precision: str) -> None:
