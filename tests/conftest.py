@@ -139,6 +139,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def last_programs(_poison_fresh_memory: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tensors that are too large to be touched: in the interpreter a launch runs its last program alone."""
+    from tests.large_tensors import run_last_programs  # after TRITON_INTERPRET is set
+
+    if device.type == "cuda":
+        yield
+        torch.cuda.empty_cache()
+    else:
+        run_last_programs(monkeypatch)
+        yield
+
+
 BAND = 64
 
 
