@@ -162,7 +162,7 @@ def test_batch_statistics(
     """Moments beside the product, merged, applied; running statistics move as PyTorch's."""
     a, w, b = operands(rows, depth, units, device)
     weight, bias = parameters(units, device)
-    tile = linear_tile(a, 2, units, "ieee", has_end=True) if tile is None else tile
+    tile = linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
     tiles = -(-rows // tile.rows)
     moments, logit_moments = (
         torch.full((tiles, 2, c), float("nan"), dtype=a.dtype, device=device) for c in (2 * units, 4)
@@ -200,7 +200,7 @@ def test_layer_norm(rows: int, depth: int, units: int, tile: Tile | None, after:
     a, w, b = operands(rows, depth, units, device)
     weight, bias = parameters(units, device)
     dropout = dropout_on(device)
-    tile = linear_tile(a, 2, units, "ieee", has_end=True) if tile is None else tile
+    tile = linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
     whole = has_whole_rows(tile, units)
     assert whole == (units <= tile.columns)
     if whole:

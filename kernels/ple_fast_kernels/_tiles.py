@@ -6,6 +6,7 @@ device (``_tile_files.py``); ``set_table`` puts one in the place of all others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -50,7 +51,11 @@ _SM90: _Tiles = {
     "tf32": (Class(0, Tile(64, 64, 32, 4, 4)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
+    "weight_grad/half": (
+        Class(0, Tile(64, 64, 64, 4, 4)),
+        Class(8, Tile(128, 128, 64, 8, 4)),
+        Class(48, Tile(128, 256, 64, 8, 3)),
+    ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
     "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
@@ -310,17 +315,52 @@ def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: in
     return least is not None and work >= least
 
 
+NARROW_BYTES = 128
+"""Of a row of a tile at most, where more registers beside the accumulator would make products wait for each other."""
+
 MIN_SPLIT_ROWS = 512
 """Rows of a part at least: fewer cost more to add up than they gain."""
+MOST_SPLITS = 64
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "amd": 64 << 10}
+"""Bytes of shared memory of a multiprocessor."""
+RESERVED = 1 << 10
+"""Bytes of it that every block takes besides."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
+OTHER_REGISTERS = 96
+"""Of a thread of a product besides its accumulator."""
+TILE_SPEED = 4e12
+"""FLOP/s of a multiprocessor on tiles of half precision: what 128 x 256 results get out of L2 (docs/kernels.md)."""
+FILL = 1e-6
+"""Seconds until a tile's first operands are there."""
+WORKSPACE_SPEED = 3.6e12
+"""Bytes/s at which parts are written and read again."""
 
 
-def row_splits(like: Tensor, rows: int, tiles: int) -> int:
-    """Parts that the rows of a weight gradient are cut into: two waves of programs, a power of two."""
+@lru_cache(maxsize=4096)
+def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile: Tile, operand_bytes: int) -> int:
+    """The number of parts that takes least: waves of programs, and the time of the workspace's bytes."""
+    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * operand_bytes
+    registers = tile.rows * tile.columns // (32 * tile.warps) + OTHER_REGISTERS
+    shared = SHARED_MEMORY[key.partition("/")[0]]
+    blocks = max(1, min(shared // (stages + RESERVED), REGISTERS // (32 * tile.warps * registers)))
+    slots = processors * blocks
+
+    def seconds(parts: int) -> float:
+        depth = math.ceil(math.ceil(rows / parts) / tile.depth) * tile.depth
+        waves = -(-programs * parts // slots)
+        product = 2.0 * depth * tile.rows * tile.columns * blocks * (operand_bytes / 2) / TILE_SPEED
+        return waves * (product + FILL) + 8.0 * size * parts / WORKSPACE_SPEED
+
+    return min(range(1, min(MOST_SPLITS, max(1, rows // MIN_SPLIT_ROWS)) + 1), key=seconds)
+
+
+def row_splits(like: Tensor, rows: int, programs: int, size: int, tile: Tile) -> int:
+    """Parts that the rows of a weight gradient are cut into; each has ``programs`` and ``size`` sums."""
     key, processors = table_of(like.device)
     if key == "interpreter":
         return 2 if rows > 32 else 1
-    wanted = min(2 * processors // tiles, rows // MIN_SPLIT_ROWS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return _splits(key, processors, rows, programs, size, tile, like.element_size())
 
 
 def combine_tile(like: Tensor, rows: int, units: int, mixtures: int, *, backward: bool = False) -> Tile:

@@ -26,7 +26,7 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle
-from ._tiles import Tile, gate_width, matmul_tile
+from ._tiles import NARROW_BYTES, Tile, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
@@ -178,25 +178,30 @@ def _grouped_data_grad_kernel(
 
 
 END_BYTES = 256
-"""Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
+"""Of a row of a tile at most where a norm follows: it needs registers beside the accumulator."""
 
 
 WHOLE_ROWS = 64
 """Rows at most of a tile that does layer norm."""
 
 
-def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool, by_row: bool = False) -> Tile:
+def linear_tile(
+    a: Tensor, members: int, units: int, precision: str, *, has_norm: bool, has_dropout: bool, by_row: bool = False
+) -> Tile:
     """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
 
-    ``has_end``: a norm or dropout follows; ``by_row``: layer norm.
+    ``has_norm``, ``has_dropout``: they follow; ``by_row``: layer norm.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    tile = _with_end(tile, a) if has_end else tile
+    if has_norm:
+        tile = _within(tile, END_BYTES, a)
+    elif has_dropout:
+        tile = _within(tile, NARROW_BYTES, a)
     return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
 
 
-def _with_end(tile: Tile, like: Tensor) -> Tile:
-    return tile._replace(columns=min(tile.columns, END_BYTES // like.element_size()))
+def _within(tile: Tile, row_bytes: int, like: Tensor) -> Tile:
+    return tile._replace(columns=min(tile.columns, row_bytes // like.element_size()))
 
 
 def has_whole_rows(tile: Tile, units: int) -> bool:
@@ -295,7 +300,8 @@ def grouped_linear_fwd(
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
     if tile is None:
         by_row = norm is not None and norm.kind.startswith("row")
-        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
+        has_norm, has_dropout = norm is not None, dropout is not None
+        tile = linear_tile(a, members, units, precision, has_norm=has_norm, has_dropout=has_dropout, by_row=by_row)
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     run = _forward(
@@ -344,7 +350,7 @@ def grouped_data_grad(
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
-        tile = _with_end(tile, d) if end.mean is not None or end.dropout is not None else tile
+        tile = _within(tile, NARROW_BYTES, d) if end.mean is not None or end.dropout is not None else tile
     parts = None
     if end.mean is not None:
         parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
