@@ -152,6 +152,7 @@ def test_running_statistics_fold_into_the_product(
         assert_close("logits", logits, shown, 1e-10)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("activation", [RELU, SILU], ids=str)
 @pytest.mark.parametrize("tile", [None, Tile(16, 16, 16, 4, 2)], ids=str)
@@ -192,6 +193,7 @@ def test_batch_statistics(
     assert_close("logits", normed_logits.squeeze(1), F.batch_norm(logits, None, None, training=True, eps=EPS), 1e-10)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("tile", [None, Tile(16, 16, 16, 4, 2), Tile(16, 64, 16, 4, 2)], ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), SIZES)
@@ -253,6 +255,7 @@ def backward(d: Tensor, z: Tensor, end: LayerEnd, kind: str) -> dict[str, Tensor
     return {"dz": dz, "dweight": dw, "dbias": db}
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("kind", ["batch", "running"])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(("rows", "units"), [(37, 33), (5, 8)])
@@ -327,6 +330,7 @@ def test_backward_of_norms(activation: tuple[str, float], after: bool, kind: str
         assert_close(name, ours[name], expected, 1e-9)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("kind", ["batch", "layer"])
 @pytest.mark.parametrize(("rows", "units"), [(2, 1), (33, 33), (300, 8), (40, 70)])
 def test_backward_of_sizes(rows: int, units: int, kind: str, device: torch.device) -> None:

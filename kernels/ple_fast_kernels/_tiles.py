@@ -164,7 +164,7 @@ def reload_tables() -> None:
 
 
 def _forget_choices() -> None:
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
+    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
         chooser.cache_clear()
 
 

@@ -66,7 +66,8 @@ def _grouped_linear_fwd_kernel(
             e = i_n // TILES
             o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
             m_n = o_n < UNITS
-            p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + tl.where(m_n, o_n, 0)[None, :] * DEPTH + o_k[:, None]
+            o_w = e.to(tl.int64) * UNITS + tl.where(m_n, o_n, 0)
+            p_w = W + o_w[None, :] * DEPTH + o_k[:, None]
             acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
             acc = accumulate(acc, p_a + pick_wide(SLOT, e) * A_SLOT, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False,
                              PRECISION, BLOCK_K)  # fmt: skip
@@ -154,7 +155,7 @@ def _grouped_data_grad_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < B, o_n < UNITS
     p_d = D + tl.where(m_m, o_m, 0)[:, None] * D_ROW + (e * DEPTH + o_k)[None, :]
-    p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + o_k[:, None] * UNITS + o_n[None, :]
+    p_w = W + (e.to(tl.int64) * DEPTH + o_k)[:, None] * UNITS + o_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
     acc = accumulate(acc, p_d, p_w, depth, BLOCK_K, BLOCK_K * UNITS, m_n, DEPTH, UNITS % BLOCK_N != 0, PRECISION,
                      BLOCK_K)  # fmt: skip

@@ -43,7 +43,7 @@ def _input_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
     if HAS_MEMBERS:
         p_d = D + row * D_ROW + o_k[None, :]
-        p_w = W + o_k[:, None] * UNITS + o_n[None, :]
+        p_w = W + o_k.to(tl.int64)[:, None] * UNITS + o_n[None, :]
         first, last = pick(FIRST, s), pick(LAST, s)
         if len(ORDER) == 0:  # the members stand one after the other in D and W: to the loop they are one
             p_w += tl.cast(first, tl.int64) * (DEPTH * UNITS)
@@ -63,7 +63,8 @@ def _input_grad_kernel(
             o_l = pick(GATE_FIRST, r) + o_g
             m_g = o_g < pick(GATE_SIZE, r)
             dl = tl.load(DL + row * LOGITS + o_l[None, :], mask=m_g[None, :], other=0.0)
-            g = tl.load(GateW + o_l[:, None] * UNITS + o_n[None, :], mask=m_g[:, None] & m_n[None, :], other=0.0)
+            p_g = GateW + o_l.to(tl.int64)[:, None] * UNITS + o_n[None, :]
+            g = tl.load(p_g, mask=m_g[:, None] & m_n[None, :], other=0.0)
             acc = tl.dot(dl, g, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     p_out = Out + o_m[:, None] * OUT_ROW + (s * UNITS + o_n)[None, :]
     if ADDS:

@@ -77,7 +77,7 @@ def _grouped_weight_grad_kernel(
             else:
                 acc, _ = _products(acc, p_d, p_a, m_o, m_i, first, last, D_ROW, A_ROW, UNITS % BLOCK_O != 0,
                                    DEPTH % BLOCK_I != 0, False, PRECISION, BLOCK_R)  # fmt: skip
-            p_part = Parts + e.to(tl.int64) * (UNITS * DEPTH) + o_o[:, None] * DEPTH + o_i[None, :]
+            p_part = Parts + (e.to(tl.int64) * UNITS + o_o)[:, None] * DEPTH + o_i[None, :]
             tl.store(p_part, acc, mask=m_o[:, None] & m_i[None, :])
     elif pid < WEIGHT_TILES + GATE_TILES:
         if HAS_GATES:
@@ -93,7 +93,7 @@ def _grouped_weight_grad_kernel(
             gate_acc = tl.zeros((BLOCK_I, GATE_WIDTH), wide)
             gate_acc, _ = _products(gate_acc, p_x, p_dl, m_x, m_g, first, last, A_ROW, LOGITS, True, True, False,
                                     PRECISION, BLOCK_R)  # fmt: skip
-            p_gate = Parts + GATE_AT + o_l[None, :] * DEPTH + o_x[:, None]
+            p_gate = Parts + GATE_AT + o_l.to(tl.int64)[None, :] * DEPTH + o_x[:, None]
             tl.store(p_gate, gate_acc, mask=m_x[:, None] & m_g[None, :])
     elif pid < WEIGHT_TILES + GATE_TILES + BIAS_TILES:
         if HAS_BIAS:
