@@ -24,8 +24,6 @@ import torch
 from benchmarks import aot
 from benchmarks.configs import SIZES, TrunkConfig
 from benchmarks.kernel_schedule import (
-    COLUMN_SUM_BUSY,
-    COLUMN_SUM_WAIT,
     LAUNCH,
     MEMORY,
     Prediction,
@@ -92,7 +90,7 @@ class _Recorder:
         request = aot.request_of(prepared, arguments)
         constants = dict(request.constants)
         numbers = {n: v for n, v in named.items() if n not in constants and isinstance(v, int)}
-        tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor)}
+        tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor) and n not in ("Split", "Splits")}
         seen: dict[int, str] = {}
         for name, tensor in tensors.items():
             seen.setdefault(tensor.data_ptr(), name)
@@ -155,7 +153,8 @@ def _input_grad(launch: Launch) -> list[Role]:
     columns = _cdiv(_rows(launch), tile[0]) * _cdiv(c["UNITS"], tile[1])
     roles = []
     for s in range(c["SLOTS"]):
-        steps = (c["LAST"][s] - c["FIRST"][s]) * _cdiv(c["DEPTH"], tile[2]) + c["GATE_SLOT"].count(s)
+        members, runs = (c[last][s] - c[first][s] for first, last in (("FIRST", "LAST"), ("RUNS_FIRST", "RUNS_LAST")))
+        steps = members * _cdiv(c["DEPTH"], tile[2]) + _cdiv(runs * c["GATE_WIDTH"], tile[2])
         roles.append(product("tiles", columns, tile, steps, size, size, narrow=int(launch.operands == "tf32")))
     return roles
 
@@ -177,17 +176,18 @@ def _weight_grad(launch: Launch) -> list[Role]:
         if c["HAS_GATES"]:
             gates = (inner, c["GATE_WIDTH"], rows)
             roles.append(product("gates", len(c["GATE_SLOT"]) * columns, gates, steps, size, 4, narrow=narrow))
-        for name, asked, total in (("biases", "HAS_BIAS", width), ("gates' biases", "HAS_GATE_BIAS", c["LOGITS"])):
-            if c[asked]:
-                sums = Role(name, _cdiv(total, outer), steps, 0.0, 0.0, 4.0 * outer, COLUMN_SUM_WAIT, COLUMN_SUM_BUSY)
-                roles.append(sums)
+        alone = c["HAS_BIAS"] and not c["BIAS_BESIDE"]
+        for name, asked, total in (("biases", alone, width), ("gates' biases", c["HAS_GATE_BIAS"], c["LOGITS"])):
+            if asked:
+                roles.append(Role(name, _cdiv(total, outer), steps, 0.0, float(rows * outer * size), 4.0 * outer))
     return roles
 
 
 def _memory_bytes(launch: Launch) -> float:
     """Every tensor once, and once more what the sums of columns read again beside a product."""
     c = dict(launch.request.constants)
-    again = launch.bytes.get("D", 0) if c.get("HAS_BIAS") and c.get("HAS_WEIGHT") else 0
+    is_read_again = c.get("HAS_BIAS") and c.get("HAS_WEIGHT") and not c["BIAS_BESIDE"]
+    again = launch.bytes.get("D", 0) if is_read_again else 0
     return float(sum(launch.bytes.values()) + again)
 
 
@@ -206,7 +206,8 @@ BY_BYTES = ("gate_combine_fwd", "gate_combine_bwd", "reduce_parts")
 def resources_of(launch: Launch, rows: Sequence[Mapping[str, Any]]) -> Resources:
     """What a table of compiled kernels has of a launch; of several alike the worst.
 
-    A launch that the table lacks gets the worst of its kernel's: ``tests/test_aot.py`` finds out that it is old.
+    A launch that the table lacks gets the worst of those with its tile, or of its kernel: ``tests/test_aot.py`` finds
+    out that the table is old.
     """
     described = launch.request.described()
     kinds = dict(launch.request.signature).values()
@@ -216,7 +217,9 @@ def resources_of(launch: Launch, rows: Sequence[Mapping[str, Any]]) -> Resources
         if row["architecture"] == ARCHITECTURE and row["dtype"] == dtype and row["precision"] in ("-", "tf32")
         and row["kernel"] == described["kernel"]
     ]  # fmt: skip
-    found = [row for row in mine if all(row[key] == value for key, value in described.items())] or mine
+    found = [row for row in mine if all(row[key] == value for key, value in described.items())]
+    alike = [row for row in mine if all(row[key] == described[key] for key in ("tile", "warps", "stages"))]
+    found = found or alike or mine
     if not found:
         raise LookupError(
             f"{TABLE.name} has no row of {launch.kernel} in {dtype}: compile again with benchmarks/aot.py"

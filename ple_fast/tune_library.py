@@ -35,13 +35,13 @@ def plain_of(call: Callable[[], object]) -> Any:
 
     None: it has none, or several, or one in a precision in which it stays in the kernels.
     """
-    tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
-    tiles.plain = []
+    library: Any = importlib.import_module("ple_fast_kernels.library")
+    library.asked = []
     try:
         call()
-        found = tiles.plain
+        found = library.asked
     finally:
-        tiles.plain = None
+        library.asked = None
     return found[0] if len(found) == 1 and found[0].kind in ROWS else None
 
 

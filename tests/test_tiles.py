@@ -22,6 +22,7 @@ from ple_fast_kernels import TABLES, Class, Library, Tile, architecture, reload_
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
 files: Any = importlib.import_module("ple_fast_kernels._tile_files")
+library: Any = importlib.import_module("ple_fast_kernels.library")
 DEVICE = torch.device("cuda", 0)
 LIKE = SimpleNamespace(device=DEVICE, dtype=torch.bfloat16)
 MINE = Tile(32, 32, 32, 2, 2)
@@ -297,7 +298,7 @@ HALF, FLOAT, DOUBLE = (
 
 def takes(like: Any = HALF, precision: str = "ieee", product: str = "linear", rows: int = 65536) -> bool:
     """Whether ``(rows, 1024)`` over 1024 is the library's: 137 billions of operations at 65,536 rows."""
-    taken: bool = tiles.takes_library(product, like, rows, 1024, 1024, precision)
+    taken: bool = library.takes_library(product, like, rows, 1024, 1024, precision)
     return taken
 
 

@@ -105,7 +105,7 @@ def test_plain_products_of_a_trunk_are_compared(
     assert {(m.kind, m.product) for m in compared} == {("library/half", name) for name in Library._fields}
     assert all((m.library < m.kernels) is wins for m in compared)
     assert table["library/half"] == (Library(0, 0, 0) if wins else Library())
-    assert tiles._own == {} and tiles.plain is None
+    assert tiles._own == {} and library.asked is None
     tune.save(tmp_path / "mine.json", table, measured, where, {})
     files: Any = importlib.import_module("ple_fast_kernels._tile_files")
     assert files.read_table(tmp_path / "mine.json", tiles.architecture(where)[0], tiles.KINDS) == table

@@ -139,19 +139,8 @@ class Asked(NamedTuple):
     fits: Callable[[Tile], bool]
 
 
-class Plain(NamedTuple):
-    """A plain product that a launcher asked about: the row of the table, its field, and billions of floating-point
-    operations, at 128 multiprocessors."""
-
-    kind: str
-    product: str
-    work: float
-
-
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
-plain: list[Plain] | None = None
-"""The same for products that the library may take."""
 
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
@@ -226,6 +215,13 @@ def _rows(key: str) -> Table:
     return _read[key] if gpu else TABLES[architecture]
 
 
+def library_of(key: str, operands: str) -> Library:
+    """From how much work on the library takes plain products of ``operands``, by the table of ``table_of``."""
+    row = _rows(key).get(LIBRARY + operands, Library())
+    assert isinstance(row, Library), operands
+    return row
+
+
 def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
     table = _rows(key)
     found = table.get(f"{kernel}/{operands}", table[operands])
@@ -294,25 +290,6 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
     if asked is not None:
         asked.append(Asked(f"weight_grad/{operands}", _results(-(-units // 128), inputs, members), tile, _any))
     return tile
-
-
-def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: int, precision: str) -> bool:
-    """Whether a plain product of matrices ``(rows, columns)`` over a depth is the library's, by the table.
-
-    Never where deterministic algorithms are asked for: without an environment variable of its own the library refuses.
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    key, processors = table_of(like.device)
-    operands, work = kind_of(like.dtype, precision), 2.0 * rows * columns * depth * 128 / processors / 1e9
-    if plain is not None:
-        plain.append(Plain(LIBRARY + operands, product, work))
-    row = _rows(key).get(LIBRARY + operands)
-    if row is None:
-        return False
-    assert isinstance(row, Library)
-    least: int | None = getattr(row, product)
-    return least is not None and work >= least
 
 
 NARROW_BYTES = 128

@@ -8,11 +8,42 @@ settings hold, as in ``torch.nn.Linear``: TF32, and in which precision halves ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from . import _tiles
 from ._launch import count_launch
-from ._tiles import takes_library
+from ._tile_files import LIBRARY
+
+
+class Plain(NamedTuple):
+    """A plain product that a launcher asked about: the row of the table, its field, and billions of floating-point
+    operations, at 128 multiprocessors."""
+
+    kind: str
+    product: str
+    work: float
+
+
+asked: list[Plain] | None = None
+"""While a list stands here, every plain product is added to it: ``ple_fast.tune`` learns from it what to measure."""
+
+
+def takes_library(product: str, like: Tensor, rows: int, columns: int, depth: int, precision: str) -> bool:
+    """Whether a plain product of matrices ``(rows, columns)`` over a depth is the library's, by the table.
+
+    Never where deterministic algorithms are asked for: without an environment variable of its own the library refuses.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    key, processors = _tiles.table_of(like.device)
+    operands, work = _tiles.kind_of(like.dtype, precision), 2.0 * rows * columns * depth * 128 / processors / 1e9
+    if asked is not None:
+        asked.append(Plain(LIBRARY + operands, product, work))
+    least: int | None = getattr(_tiles.library_of(key, operands), product)
+    return least is not None and work >= least
 
 
 def is_plain(a: Tensor) -> bool:
