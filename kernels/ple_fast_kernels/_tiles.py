@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +120,7 @@ class Asked(NamedTuple):
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
 
+_generation = 0
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
 
@@ -131,16 +132,26 @@ def set_table(architecture: str, table: Table | None) -> None:
         _own.pop(architecture, None)
     else:
         _own[architecture] = {**TABLES[architecture], **table}
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    global _generation
+    _generation += 1
     for chooser in (_matmul, _weight_grad, _combine, _fused):
         chooser.cache_clear()
+
+
+def state_of(device: torch.device) -> tuple[Any, ...]:
+    """All that the tiles of a device follow from, to compare by."""
+    return _generation, *table_of(device)
 
 
 def reload_tables() -> None:
     """Look for files of ``ple_fast.tune`` again, at the next launch on each device."""
     _read.clear()
     _table_of.cache_clear()
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
-        chooser.cache_clear()
+    _forget_choices()
 
 
 @lru_cache(maxsize=64)
