@@ -24,7 +24,7 @@ def count_repeats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     run = replay._Program.run
 
     def counted(program: Any, *given: Any) -> Any:
-        found.append(program.launches)
+        found.append(program.by_kernels + program.by_library)
         return run(program, *given)
 
     monkeypatch.setattr(replay._Program, "run", counted)

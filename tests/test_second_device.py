@@ -75,7 +75,10 @@ def empty(shape, dtype, device):
 
 
 zeros, made = torch.zeros, []
-gpus = {i: SimpleNamespace(major=major, multi_processor_count=n) for i, major, n in ((0, 9, 132), (1, 9, 132), (2, 8, 108))}
+gpus = {
+    i: SimpleNamespace(major=major, multi_processor_count=n)
+    for i, major, n in ((0, 9, 132), (1, 9, 132), (2, 8, 108))
+}
 for name, value in {
     "device": Device,
     "current_device": lambda: stub_driver.current,
@@ -111,8 +114,8 @@ def test_a_launch_enters_the_device_of_its_tensors_and_compiles_for_each(tmp_pat
     environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"CASES = {CASES}\n{PROGRAM}"], env=environment, capture_output=True, text=True, cwd=ROOT,
-        check=False,
+        [sys.executable, "-W", "ignore", "-c", f"CASES = {CASES}\n{PROGRAM}"], env=environment, capture_output=True,
+        text=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
