@@ -177,8 +177,10 @@ def _backend_modules() -> list[str]:
 
 def _recorded(trunk: nn.Module, x: Tensor) -> list[_Call]:
     """What a training step and an inference call launch."""
+    from ple_fast_kernels import without_replay
+
     calls: list[_Call] = []
-    with _recording(calls), use_backend("triton"):
+    with _recording(calls), use_backend("triton"), without_replay():
         y = trunk(x)
         y.backward(torch.randn_like(y))
         with torch.inference_mode():

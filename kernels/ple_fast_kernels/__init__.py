@@ -7,6 +7,7 @@ from ._activations import FUSED
 from ._dropout import Dropout
 from ._launch import launches, wide_of
 from ._layer_end import Norm
+from ._replay import replayed, without_replay
 from ._tile_files import Class, Library, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
 from .batch_norm import batch_norm_merge, batch_norm_sums, norm_sums_merge
@@ -62,6 +63,8 @@ __all__ = [
     "linear_tile",
     "norm_sums_merge",
     "reload_tables",
+    "replayed",
     "set_table",
     "wide_of",
+    "without_replay",
 ]

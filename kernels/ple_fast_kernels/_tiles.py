@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +142,7 @@ class Asked(NamedTuple):
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
 
+_generation = 0
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
 
@@ -156,16 +157,23 @@ def set_table(architecture: str, table: Table | None) -> None:
     _forget_choices()
 
 
+def _forget_choices() -> None:
+    global _generation
+    _generation += 1
+    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
+        chooser.cache_clear()
+
+
+def state_of(device: torch.device) -> tuple[Any, ...]:
+    """All that the tiles of a device follow from, to compare by."""
+    return _generation, *table_of(device)
+
+
 def reload_tables() -> None:
     """Look for files of ``ple_fast.tune`` again, at the next launch on each device."""
     _read.clear()
     _table_of.cache_clear()
     _forget_choices()
-
-
-def _forget_choices() -> None:
-    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
-        chooser.cache_clear()
 
 
 @lru_cache(maxsize=64)

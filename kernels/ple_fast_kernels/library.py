@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _tiles
-from ._launch import count_launch
+from ._launch import count
 from ._tile_files import LIBRARY
 
 
@@ -115,9 +115,13 @@ def library_weight_grad(a: Tensor, d: Tensor) -> Tensor:
     return out
 
 
+OPERATORS = frozenset({torch.ops.aten.mm.out, torch.ops.aten.addmm.out})
+"""What such a product is to PyTorch: a call that is repeated counts them."""
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor, summand: Tensor | None) -> None:
     """``out = a @ b``, or with ``summand + a @ b``, which may be ``out`` itself."""
-    count_launch()
+    count(1)
     if summand is None:
         torch.mm(a, b, out=out)
     else:
