@@ -40,7 +40,7 @@ KERNEL_MODULES = (
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
-FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised")
+FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised", "loop_shuffles")
 POINTER = {
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
@@ -222,9 +222,22 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         said = _assembled(compiled.asm["ptx"], folder)
         row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _number(r"(\d+) bytes spill stores", said)
         row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
+    row["loop_shuffles"] = shuffles_in_loops(sass)
     row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
     row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
     return row
+
+
+def shuffles_in_loops(sass: str) -> int:
+    """Butterflies between threads in the innermost loops of a listing: sums across threads that could wait for the end."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    spans = []
+    for at, text in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back is not None and int(back.group(1), 16) < at:
+            spans.append((int(back.group(1), 16), at))
+    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+    return sum("SHFL.BFLY" in text and any(a <= at <= b for a, b in innermost) for at, text in lines)
 
 
 def _assembled(ptx: str, folder: str) -> str:
@@ -327,6 +340,8 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         is_half = row["kernel"] in MATRIX_KERNELS and row["dtype"] in ("bfloat16", "float16")
         if is_half and row["mma"] + row.get("warp_group_mma", 0) == 0:
             found.append(f"no tensor cores: {_line(row)}")
+        if row["kernel"] == "grouped_weight_grad" and row.get("loop_shuffles"):
+            found.append(f"{row['loop_shuffles']} shuffles in loops: {_line(row)}")
         if row.get("serialised"):
             found.append(f"products wait for each other ({', '.join(row['serialised'])}): {_line(row)}")
         needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS

@@ -99,6 +99,8 @@ SIZES: dict[str, TrunkConfig] = {
         # For the compiler: 36 experts and 9 mixtures; widths that no tile divides.
         TrunkConfig("many_tasks", 4096, 256, 8, task_experts=4, shared_experts=4, units=(128, 64)),
         TrunkConfig("odd", 1000, 100, 3, units=(72, 200)),
+        # All of a level in one program: few experts, narrow ones.
+        TrunkConfig("tiny", 1024, 64, 2, task_experts=1, shared_experts=1, units=(64, 32)),
         # Norms and dropout: hidden layers of the gates, a norm of the logits; layers that no tile of a product covers.
         TrunkConfig("batch_norm", 16384, 512, 3, norm="batch", dropout=0.1, logits_norm="batch", num_levels=1),
         TrunkConfig("batch_norm_small", 4096, 256, 2, units=(128, 64), norm="batch", logits_norm="batch", num_levels=1),
@@ -132,7 +134,7 @@ def suite_config(name: str) -> TrunkConfig:
 
 
 AOT_SIZES: tuple[str, ...] = (
-    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd",
+    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
     "batch_norm", "batch_norm_small", "layer_norm", "dropout",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
@@ -143,6 +145,7 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "paper_gpu": ("bfloat16", "float32/tf32"),
     "many_tasks": ("bfloat16", "float32/tf32"),
     "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "tiny": ("bfloat16", "float32/tf32", "float32/ieee"),
     "batch_norm": ("bfloat16", "float32/tf32"),
     "batch_norm_small": ("bfloat16", "float32/ieee", "float64"),
     "layer_norm": ("bfloat16", "float32/tf32"),

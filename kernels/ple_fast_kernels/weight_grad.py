@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._matmul import pick, pick_wide
-from ._tiles import REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
+from ._tiles import NARROW_BYTES, REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
 from .library import library_weight_grad, weight_grad_in_library
 from .tables import NO_GATES, GateRuns
 
@@ -37,7 +37,7 @@ def _grouped_weight_grad_kernel(
     """``D[:, m].T @ A[:, SLOT[m]]``, ``D[:, m].sum(0)`` and the same of the gates, over rows ``z CHUNK`` to
     ``(z + 1) CHUNK``, into ``Parts[z]``.
 
-    A ``(B, S, DEPTH)``, D ``(B, n, UNITS)``, DL ``(B, LOGITS)``, Parts ``(parts, SIZE)``, Split ``(1,)``: gets the
+    A ``(B, S, DEPTH)``, D ``(B, n, UNITS)``, DL ``(B, LOGITS)``, Parts ``(parts, SIZE)``, Split: gets the
     number of parts. A program is a tile of a weight, a tile of a run of gate rows, or some columns of a bias that no
     tile of a weight adds up beside its product (BIAS_BESIDE).
     """
@@ -156,16 +156,17 @@ def _column_sums(D, ROW: tl.constexpr, row, o_c, m_c, first, last, WIDE: tl.cons
 
 @triton.jit
 def _reduce_parts_kernel(
-    Parts, Splits, Out, START: tl.constexpr, SIZE: tl.constexpr, OUT_AT: tl.constexpr, BLOCK: tl.constexpr,
+    Parts, Splits, Out, START: tl.constexpr, SIZE: tl.constexpr, OUT_AT: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions.
 
-    Parts: region r ``(Splits[r], SIZE[r])``, one after the other; Splits ``(regions,)``; Out: region r ``(SIZE[r],)``
+    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Out: region r ``(SIZE[r],)``
     at ``OUT_AT[r]``; START counts programs.
     """
     pid = tl.program_id(0)
     for r in tl.static_range(len(SIZE)):
-        splits = tl.load(Splits + r).to(tl.int32)
+        splits = tl.load(Splits + r * STEP).to(tl.int32)
         if (pid >= START[r]) & (pid < START[r + 1]):
             o = (pid - START[r]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK,), Parts.dtype.element_ty)
@@ -231,6 +232,8 @@ def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
     if tile is None:
         # Gates alone have no units; with 16 rows to a tile the sums of their bias would spill.
         tile = weight_grad_tile(layer.a, rows, units or GATES_ALONE, depth, max(members, 1), precision)
+        if depth % tile.columns:  # with masks, products of more columns would wait for each other (C7515)
+            tile = tile._replace(columns=min(tile.columns, NARROW_BYTES // layer.a.element_size()))
     programs = _programs(layer, tile, precision)
     return _Region(
         bias_at, gate_at, gate_bias_at, size, row_splits(layer.a, rows, programs, size, tile), programs, tile
@@ -273,7 +276,15 @@ def _prepared(
 
 @lru_cache(maxsize=CACHED)
 def _reduce(start: tuple[int, ...], sizes: tuple[int, ...], out_at: tuple[int, ...]) -> Prepared:
-    return prepare(_reduce_parts_kernel, REDUCE_TILE, START=start, SIZE=sizes, OUT_AT=out_at, BLOCK=REDUCE_TILE.columns)
+    return prepare(
+        _reduce_parts_kernel,
+        REDUCE_TILE,
+        START=start,
+        SIZE=sizes,
+        OUT_AT=out_at,
+        STEP=ALIGNMENT,
+        BLOCK=REDUCE_TILE.columns,
+    )
 
 
 def grouped_weight_grads(
@@ -293,14 +304,16 @@ def grouped_weight_grads(
     if not regions:
         return []
     device, wide = layers[0].a.device, wide_of(dtype)
-    parts_at, out_at, start = [_aligned(len(regions))], [0], [0]  # the numbers of parts come first
+    # The numbers of parts come first, each aligned: a launch of what is not would go Triton's slow way.
+    parts_at, out_at, start = [ALIGNMENT * len(regions)], [0], [0]
     for region in regions:
         parts_at.append(parts_at[-1] + region.size * region.splits)
         out_at.append(out_at[-1] + region.size)
         start.append(start[-1] + cdiv(region.size, REDUCE_TILE.columns))
     buffer = torch.empty(parts_at[-1], dtype=wide, device=device)
     for i, (layer, region) in enumerate(zip(layers, regions, strict=True)):
-        _launch_weight_grad(layer, region, buffer[parts_at[i] : parts_at[i + 1]], buffer[i : i + 1], precision)
+        split = buffer[ALIGNMENT * i : ALIGNMENT * (i + 1)]
+        _launch_weight_grad(layer, region, buffer[parts_at[i] : parts_at[i + 1]], split, precision)
     flat = torch.empty(out_at[-1], dtype=dtype, device=device)
     run = _reduce(tuple(start), tuple(region.size for region in regions), tuple(out_at[:-1]))
     run((start[-1],), device, Parts=buffer[parts_at[0] :], Splits=buffer, Out=flat)
