@@ -229,7 +229,7 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
 
 
 def shuffles_in_loops(sass: str) -> int:
-    """Butterflies between threads in the innermost loops of a listing: sums across threads that could wait for the end."""
+    """Butterflies in the innermost loops of a listing: sums across threads that could wait for the end."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     spans = []
     for at, text in lines:

@@ -231,7 +231,7 @@ def current() -> tuple[int, int]:
 
 
 def count(launches: int) -> None:
-    """Launches made elsewhere: repeated ones, and products of the library."""
+    """Launches made elsewhere: products of the library, repeated ones."""
     global _launched
     _launched += launches
 

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _launch, _tiles
 from ._recorder import Allocation, CannotRepeat, Described, Launch, Operator, Part, Recorder, Step
-from .library import OPERATORS
 
 Results = Sequence[Tensor | None]
 
@@ -30,6 +29,8 @@ TIMES = 2
 """A form that comes for so many times is recorded."""
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 _ALLOCATE, _LAUNCH, _OPERATE = range(3)
+PRODUCTS = frozenset({torch.ops.aten.mm.out, torch.ops.aten.addmm.out})
+"""Operators that count as launches: those of ``library.py``."""
 
 
 class _Program:
@@ -46,8 +47,8 @@ class _Program:
         self.same = tuple(recorder.same)
         self.results = tuple(None if t is None else recorder.part(t) for t in results)
         launches = [step for step in recorder.steps if isinstance(step, Launch)]
-        self.launches = len(launches)
-        self.products = sum(isinstance(step, Operator) and step.function in OPERATORS for step in recorder.steps)
+        self.by_kernels = len(launches)
+        self.by_library = sum(isinstance(s, Operator) and s.function in PRODUCTS for s in recorder.steps)
         self.kernels = tuple({id(step.prepared.kernel): step.prepared.kernel for step in launches}.values())
         self.by_address = _launch.TAKES_ADDRESSES
         if self.by_address and any(step.compiled is None for step in launches):
@@ -83,10 +84,10 @@ class _Program:
         for register, tensor in self._constants:
             registers[register] = tensor
         by_address, stream = self.by_address, 0
+        _launch.count(self.by_library)  # kernels that are launched one by one count themselves
         if by_address:
             _, stream = _launch.current()
-            _launch.count(self.launches)
-        _launch.count(self.products)
+            _launch.count(self.by_kernels)
         for kind, a, b, c, d, e, done in self._steps:
             if kind == _LAUNCH and by_address:
                 arguments = c.copy()

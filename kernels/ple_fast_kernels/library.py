@@ -115,10 +115,6 @@ def library_weight_grad(a: Tensor, d: Tensor) -> Tensor:
     return out
 
 
-OPERATORS = frozenset({torch.ops.aten.mm.out, torch.ops.aten.addmm.out})
-"""What such a product is to PyTorch: a call that is repeated counts them."""
-
-
 def _product(a: Tensor, b: Tensor, out: Tensor, summand: Tensor | None) -> None:
     """``out = a @ b``, or with ``summand + a @ b``, which may be ``out`` itself."""
     count(1)

@@ -24,8 +24,8 @@ SMALL_FLOPS = 4e9
 NARROW = 256
 """Depth of the last layer up to which its product waits for memory: then it is free to mix on the way."""
 SERIAL_FLOPS = 12e6
-"""Of one program at most that has all experts of its rows: what it does one after the other takes as long as the launches
-that it saves, whatever the number of rows."""
+"""Of one program at most that has all experts of its rows: what it does one after the other takes as long as the
+launches that it saves, whatever the number of rows."""
 SERIAL_ROWS = 64
 
 

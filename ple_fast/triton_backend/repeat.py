@@ -22,7 +22,7 @@ def repeated(
     first = tensors[0]
     assert first is not None
     settings, own = state.form()
-    # The settings of PyTorch that the arithmetic reads.
+    # The settings of PyTorch that decide what is launched.
     precision = matmul_precision() if first.dtype == torch.float32 else None
     deterministic = torch.are_deterministic_algorithms_enabled()
     return replayed((what, settings, precision, deterministic), (*tensors, *own), arithmetic)
