@@ -90,7 +90,8 @@ class _Recorder:
         request = aot.request_of(prepared, arguments)
         constants = dict(request.constants)
         numbers = {n: v for n, v in named.items() if n not in constants and isinstance(v, int)}
-        tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor) and n not in ("Split", "Splits")}
+        memory = {n: getattr(v, "base", v) for n, v in named.items() if n not in ("Split", "Splits")}  # of descriptors
+        tensors = {n: v for n, v in memory.items() if isinstance(v, torch.Tensor)}
         seen: dict[int, str] = {}
         for name, tensor in tensors.items():
             seen.setdefault(tensor.data_ptr(), name)

@@ -94,7 +94,7 @@ def linear_before_batch_norm(case: Case, device: torch.device, tiles: int) -> Wo
     """Moments of the columns of each row tile, merged."""
     a, w, b = _product(case, device, tiles)
     rows, width, wide = a.shape[0], w.shape[0] * w.shape[1], wide_of(case.dtype)
-    tile = linear_tile(a, len(SLOTS), w.shape[1], case.precision, has_end=True)
+    tile = linear_tile(a, len(SLOTS), w.shape[1], case.precision, has_norm=True, has_dropout=False)
 
     def run() -> dict[str, Tensor | None]:
         moments = torch.full((-(-rows // tile.rows), 2, width), float("nan"), dtype=wide, device=device)
