@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
-from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
+from ._dropout import Dropout, DropoutConstants, drop, drop_kept, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, prefixed, prepare, wide_of
 from ._layer_end import (
     Norm,
@@ -105,7 +105,10 @@ def _grouped_linear_fwd_kernel(
                                          VALUE, wide)  # fmt: skip
                 if KEEPS > 0:
                     at = e * UNITS + (i_n % TILES) * BLOCK_N
-                    acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    if PLACE == "none":
+                        acc = drop_kept(acc, Seed, o_m, at, NAME, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    else:
+                        acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
                 p_y = Y + o_m[:, None] * Y_ROW + o_c[None, :]
                 tl.store(p_y, acc.to(Y.dtype.element_ty), mask=m_mn)
     else:
@@ -321,7 +324,7 @@ def grouped_data_grad(
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output as ``drop_kept`` left it),
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
 
