@@ -22,6 +22,14 @@ PART_ROWS = 256
 """Rows whose sums one program of the backward writes."""
 
 
+@triton.jit
+def _moved(running, new, take):
+    """``running`` on its way to ``new`` by the share ``take``."""
+    moved = running + (new - running) * take
+    # The difference of two infinities is NaN, where PyTorch's sum of shares is infinite.
+    return tl.where(tl.abs(moved) < float("inf"), moved, running * (1.0 - take) + new * take)
+
+
 @triton.jit(do_not_specialize=["B", "tiles", "factor", "rest"])
 def _batch_norm_merge_kernel(
     Moments, Mean, Rstd, RunningMean, RunningVar, B, tiles, factor, rest,
@@ -52,12 +60,10 @@ def _batch_norm_merge_kernel(
     tl.store(Mean + o_c, mean, mask=m_c)
     tl.store(Rstd + o_c, 1.0 / tl.sqrt(squares / B + EPS), mask=m_c)
     if MOVES:
-        moved = tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (mean - moved) * factor + (mean - moved) * rest
+        take = tl.cast(factor, wide) + tl.cast(rest, wide)
+        moved = _moved(tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide), mean, take)
         tl.store(RunningMean + o_c, moved.to(RunningMean.dtype.element_ty), mask=m_c)
-        variance = squares / (B - 1)
-        moved = tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (variance - moved) * factor + (variance - moved) * rest
+        moved = _moved(tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide), squares / (B - 1), take)
         tl.store(RunningVar + o_c, moved.to(RunningVar.dtype.element_ty), mask=m_c)
 
 

@@ -272,7 +272,7 @@ def gate_combine_bwd(
         h, end: as in forward; read where ``weights_grad``.
         p: the weights that forward returned.
         dtype: of the gradients.
-        kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        kept: ``(B, E, H)``, what ``derive`` reads, an output as ``drop_kept`` left it; None for identity.
         dropout: of the experts' last layer, as in ``grouped_data_grad``.
         experts_grad, weights_grad, logits_grad: which results are asked for.
 

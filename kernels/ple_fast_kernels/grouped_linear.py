@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
-from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
+from ._dropout import Dropout, DropoutConstants, drop, drop_kept, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, prefixed, prepare, wide_of
 from ._layer_end import (
     Norm,
@@ -74,6 +74,9 @@ def _grouped_linear_fwd_kernel(
             if HAS_BIAS:
                 acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
             m_mn = m_m[:, None] & m_n[None, :]
+            if KIND != "none" and (SAVE_Z or KIND != "batch"):
+                # Whoever normalises it reads the product as it is kept: statistics are of the same numbers.
+                acc = acc.to(A.dtype.element_ty).to(wide)
             if SAVE_Z:
                 p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
                 tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
@@ -107,7 +110,10 @@ def _grouped_linear_fwd_kernel(
                                          VALUE, wide)  # fmt: skip
                 if KEEPS > 0:
                     at = e * UNITS + (i_n % TILES) * BLOCK_N
-                    acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    if PLACE == "none":
+                        acc = drop_kept(acc, Seed, o_m, at, NAME, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    else:
+                        acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
                 p_y = Y + o_m[:, None] * Y_ROW + o_c[None, :]
                 tl.store(p_y, acc.to(Y.dtype.element_ty), mask=m_mn)
     else:
@@ -168,7 +174,8 @@ def _grouped_data_grad_kernel(
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
         norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
         acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
-        acc = tl.where(m_m[:, None], acc, 0.0)
+        # Their means are subtracted from these numbers as they are stored.
+        acc = tl.where(m_m[:, None], acc.to(Out.dtype.element_ty).to(wide), 0.0)
         p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
         tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
@@ -339,7 +346,7 @@ def grouped_data_grad(
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output as ``drop_kept`` left it),
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
 

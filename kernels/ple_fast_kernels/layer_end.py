@@ -227,7 +227,7 @@ def layer_end_grad(d: Tensor, z: Tensor | None, end: LayerEnd, means: Tensor | N
 
     Args:
         d: ``(B, n, H)``, like ``z`` its last two axes contiguous. B at least 1.
-        z: the product; without a norm what ``derive`` reads (the output is the one after dropout), None for identity.
+        z: the product; without a norm what ``derive`` reads (an output as ``drop_kept`` left it), None for identity.
         end: without a norm or with batch norm.
         means: ``(2, n H)`` of ``norm_sums_merge``, where the statistics were those of the batch.
     """
