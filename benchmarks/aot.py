@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 import torch
 
-from benchmarks.configs import AOT_DTYPES, AOT_SIZES, SIZES, TrunkConfig
+from benchmarks.configs import AOT_SIZES, SIZES, TrunkConfig, aot_dtypes
 from benchmarks.environment import ROOT
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -205,7 +206,11 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
     number = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else architecture
     is_nvidia = architecture.startswith("sm_")
     target = GPUTarget("cuda" if is_nvidia else "hip", number, 32 if is_nvidia else 64)
-    compiled = triton.compile(source, target=target, options={"num_warps": request.warps, "num_stages": request.stages})
+    options = {"num_warps": request.warps, "num_stages": request.stages}
+    log = io.StringIO()
+    with redirect_stdout(log), triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
     row: dict[str, Any] = {"shared": compiled.metadata.shared}
     if not is_nvidia:
         text = compiled.asm["amdgcn"]
@@ -219,7 +224,8 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
         usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
         row["registers"] = _number(r"REG:(\d+)", usage)
-        said = _assembled(compiled.asm["ptx"], folder)
+        # Code out of Triton's cache was assembled before.
+        said = log.getvalue() if "ptxas" in log.getvalue() else _assembled(compiled.asm["ptx"], folder)
         row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _number(r"(\d+) bytes spill stores", said)
         row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
     row["loop_shuffles"] = shuffles_in_loops(sass)
@@ -292,7 +298,7 @@ def jobs(architectures: Sequence[str], sizes: Sequence[str], dtypes: Sequence[st
         seen: set[Request] = set()
         for size in sizes:
             for dtype in dtypes:
-                if dtype not in AOT_DTYPES[size]:
+                if dtype not in aot_dtypes(architecture).get(size, ()):
                     continue
                 name, _, precision = dtype.partition("/")
                 config = SIZES[size].with_dtype(name)

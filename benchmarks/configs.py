@@ -151,7 +151,23 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "layer_norm": ("bfloat16", "float32/tf32"),
     "dropout": ("bfloat16", "float32/tf32"),
 }
-"""What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
+"""What ``aot.py`` compiles ahead of time for sm_90: dtypes and float32 precisions per size."""
+AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "small": ("bfloat16", "float64"),
+    "medium": ("bfloat16", "float32/tf32"),
+    "large": ("bfloat16",),
+    "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "tiny": ("bfloat16",),
+    "batch_norm": ("bfloat16",),
+    "layer_norm": ("bfloat16", "float32/tf32"),
+}
+"""For other architectures: every kernel with every kind of operands, in fewer sizes."""
+
+
+def aot_dtypes(architecture: str) -> dict[str, tuple[str, ...]]:
+    """What ``aot.py`` compiles for an architecture."""
+    return AOT_DTYPES if architecture == "sm_90" else AOT_DTYPES_ELSEWHERE
+
 
 GPU_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper_gpu")
 GPU_DTYPES: dict[str, tuple[str, str]] = {"bfloat16": ("bfloat16", "highest"), "tf32": ("float32", "high")}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import aot
-from benchmarks.configs import AOT_DTYPES, AOT_SIZES
+from benchmarks.configs import aot_dtypes
 from benchmarks.environment import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
@@ -53,9 +53,10 @@ def test_the_committed_tables_are_of_the_present_code(tmp_path: Path) -> None:
         assert have == wanted, f"compile again: {list((wanted - have) + (have - wanted))[:5]}"
         for architecture in aot.ARCHITECTURES:
             mine = [row for row in rows if row["architecture"] == architecture]
-            assert {row["size"] for row in mine} == set(AOT_SIZES)
-            dtypes = {dtype.partition("/")[0] for size in AOT_SIZES for dtype in AOT_DTYPES[size]}
-            assert {row["dtype"] for row in mine} == dtypes
+            asked = aot_dtypes(architecture)
+            assert {row["size"] for row in mine} == set(asked)
+            assert {row["dtype"] for row in mine} == {d.partition("/")[0] for dtypes in asked.values() for d in dtypes}
+            assert {row["kernel"] for row in mine} == {row["kernel"] for row in rows}
 
 
 def test_faults_are_found() -> None:
@@ -114,4 +115,4 @@ def test_a_part_compiles_without_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_everything_compiles_without_a_fault(architecture: str, tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--architectures", architecture)
-    assert {row["size"] for row in rows} == set(AOT_SIZES)
+    assert {row["size"] for row in rows} == set(aot_dtypes(architecture))
