@@ -81,6 +81,22 @@ def test_views_operators_and_constants_are_repeated(kind: str, repeats: list[int
     assert len(repeats) == 3
 
 
+def test_a_tensor_that_was_two_things_at_once_is_two_tensors_later(repeats: list[int]) -> None:
+    for b in (given, torch.zeros(3, 2, 4), given):
+        (found,) = replay.replayed("call", (given, b), lambda b=b: (given + 2.0 * b,))
+        torch.testing.assert_close(found, given + 2.0 * b)
+    assert len(repeats) == 1
+
+
+def test_a_view_of_memory_that_several_tensors_have_is_of_none_of_them(repeats: list[int]) -> None:
+    for apart in (False, True, False):
+        memory = torch.randn(4, 4)
+        a, b = memory[:3], (torch.randn(4, 4) if apart else memory)[1:]
+        (found,) = replay.replayed("call", (a, b), lambda a=a: (a[1:].clone(),))
+        torch.testing.assert_close(found, a[1:])
+    assert not repeats
+
+
 def test_memory_that_nobody_reads_any_more_is_free_before_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
