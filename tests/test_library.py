@@ -18,7 +18,10 @@ from tests.test_level import BLOCKS, FROZEN
 pytest.importorskip("triton")
 
 from ple_fast_kernels import (
+    LayerEnd,
     Library,
+    column_sums_merge,
+    grouped_data_grad,
     launches,
     library_input_grad,
     library_linear_fwd,
@@ -215,6 +218,43 @@ def counted(module: ExtractionNetwork, x: Tensor) -> tuple[int, int]:
     middle = launches()
     y.sum().backward()
     return middle - start, launches() - middle
+
+
+@pytest.mark.parametrize("rows", [1, 33, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_bias_is_added_up_where_its_rows_are_made(
+    rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    d, weight = values(rows, 2, 20, dtype=dtype, device=device), values(2, 20, 24, dtype=dtype, device=device) / 4
+    kept = values(rows, 2, 24, dtype=dtype, device=device, seed=1).relu()
+    end = LayerEnd(("relu", 0.0))
+    out, parts = grouped_data_grad(d, weight, kept=kept, end=end, sums=True)
+    plain, nothing = grouped_data_grad(d, weight, kept=kept, end=end)
+    assert nothing is None
+    assert parts is not None
+    assert torch.equal(out, plain)
+
+    def total(d: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+        return (torch.einsum("bnh,nhk->bnk", d, weight) * (kept > 0)).sum(0)
+
+    hold("bias", column_sums_merge(parts, torch.empty(2, 24, dtype=dtype, device=device)), total, d, weight, kept)
+
+
+def test_nothing_reads_a_hidden_gradient_again_for_its_bias(
+    device: torch.device, routed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients: Any = importlib.import_module("ple_fast.triton_backend.gradients")
+    asked: list[tuple[bool, bool]] = []
+    compute = gradients.grouped_weight_grads
+
+    def watched(layers: Any, *rest: Any, **options: Any) -> Any:
+        asked.extend((layer.weight, layer.bias) for layer in layers)
+        return compute(layers, *rest, **options)
+
+    monkeypatch.setattr(gradients, "grouped_weight_grads", watched)
+    module = ExtractionNetwork(12, Topology.ple(2, 1, 1, last=True), experts=MLPSpec((20, 16))).to(device)
+    module(torch.randn(9, 12, device=device)).sum().backward()
+    assert asked == [(True, True), (True, False)]
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu"])

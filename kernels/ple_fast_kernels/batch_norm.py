@@ -109,10 +109,11 @@ def _batch_norm_sums_kernel(
 @triton.jit(do_not_specialize=["B", "parts"])
 def _norm_sums_merge_kernel(
     Parts, DWeight, DBias, Means, B, parts,
-    WIDTH: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, PRODUCTS: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads."""
+    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads; without
+    PRODUCTS the parts are those of a bias alone."""
     wide: tl.constexpr = Parts.dtype.element_ty
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH
@@ -121,14 +122,16 @@ def _norm_sums_merge_kernel(
     products = tl.zeros((BLOCK_T, BLOCK_C), wide)
     for t in range(0, parts, BLOCK_T):
         m = (t + o_t < parts)[:, None] & m_c[None, :]
-        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH) + o_c[None, :]
+        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH if PRODUCTS else WIDTH) + o_c[None, :]
         sums += tl.load(p, mask=m, other=0.0)
-        products += tl.load(p + WIDTH, mask=m, other=0.0)
+        if PRODUCTS:
+            products += tl.load(p + WIDTH, mask=m, other=0.0)
     total = tl.sum(sums, 0)
     product = tl.sum(products, 0)
     if SAVE_GRADS:
         tl.store(DBias + o_c, total.to(DBias.dtype.element_ty), mask=m_c)
-        tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
+        if PRODUCTS:
+            tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
     if SAVE_MEANS:
         tl.store(Means + o_c, total / B, mask=m_c)
         tl.store(Means + WIDTH + o_c, product / B, mask=m_c)
@@ -151,9 +154,10 @@ def _sums(tile: Tile, units: int, members: int, d_row: int, z_row: int, end: End
 
 
 @lru_cache(maxsize=CACHED)
-def _sums_merge(width: int, save_grads: bool, save_means: bool) -> Prepared:
+def _sums_merge(width: int, products: bool, save_grads: bool, save_means: bool) -> Prepared:
     return prepare(
-        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, SAVE_GRADS=save_grads, SAVE_MEANS=save_means,
+        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, PRODUCTS=products, SAVE_GRADS=save_grads,
+        SAVE_MEANS=save_means,
         BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
     )  # fmt: skip
 
@@ -220,8 +224,19 @@ def norm_sums_merge(
         dweight, dbias = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     if means:
         found = torch.empty((2, width), dtype=parts.dtype, device=parts.device)
-    _sums_merge(width, like is not None, means)(
+    _sums_merge(width, True, like is not None, means)(
         (cdiv(width, MERGE_TILE.columns),), parts.device,
         Parts=parts, DWeight=dweight, DBias=dbias, Means=found, B=rows, parts=count,
     )  # fmt: skip
     return dweight, dbias, found
+
+
+def column_sums_merge(parts: Tensor, like: Tensor) -> Tensor:
+    """Column sums of the rows of all parts, ``(parts, 1, C)``, in the dtype and shape of ``like``."""
+    count, _, width = parts.shape
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    _sums_merge(width, False, True, False)(
+        (cdiv(width, MERGE_TILE.columns),), parts.device,
+        Parts=parts, DWeight=None, DBias=total, Means=None, B=count, parts=count,
+    )  # fmt: skip
+    return total

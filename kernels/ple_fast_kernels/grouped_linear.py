@@ -145,12 +145,12 @@ def _grouped_data_grad_kernel(
     DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr,
-    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
 
-    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows.
+    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows; so with SUMS.
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -182,6 +182,9 @@ def _grouped_data_grad_kernel(
     elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
         acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
+    if SUMS:
+        p_parts = Parts + i_m.to(tl.int64) * (UNITS * MEMBERS) + e * UNITS + o_n
+        tl.store(p_parts, tl.sum(tl.where(m_m[:, None], acc, 0.0), 0), mask=m_n)
     tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
 
 
@@ -237,11 +240,11 @@ def _forward(
 @lru_cache(maxsize=CACHED)
 def _data_grad(
     tile: Tile, precision: str, depth: int, units: int, members: int, d_row: int, kept_row: int, out_row: int,
-    end: EndConstants,
+    end: EndConstants, sums: bool,
 ) -> Prepared:  # fmt: skip
     return prepare(
         _grouped_data_grad_kernel, tile, DEPTH=depth, UNITS=units, MEMBERS=members, D_ROW=d_row, KEPT_ROW=kept_row,
-        OUT_ROW=out_row, **end._asdict(), PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        OUT_ROW=out_row, **end._asdict(), SUMS=sums, PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=tile.depth, GROUP=tile.group,
     )  # fmt: skip
 
@@ -338,6 +341,7 @@ def grouped_data_grad(
     *,
     kept: Tensor | None = None,
     end: LayerEnd = NO_END,
+    sums: bool = False,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -349,10 +353,11 @@ def grouped_data_grad(
         kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output as ``drop_kept`` left it),
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
+        sums: without a norm, also leave what ``column_sums_merge`` adds up to the gradient of the bias below.
 
     Returns:
         ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
-        ``batch_norm_sums``.
+        ``batch_norm_sums``; with ``sums`` ``(parts, 1, n K)``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
@@ -360,10 +365,12 @@ def grouped_data_grad(
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
         tile = _within(tile, NARROW_BYTES, d) if end.mean is not None or end.dropout is not None else tile
     parts = None
-    if end.mean is not None:
-        parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
+    sums = sums and end.mean is None
+    if end.mean is not None or sums:
+        shape = (cdiv(rows, tile.rows), 1 if sums else 2, members * units)
+        parts = torch.empty(shape, dtype=wide_of(d.dtype), device=d.device)
     kept_row = 0 if kept is None else kept.stride(0)
-    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants)
+    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants, sums)
     run(
         (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), d.device,
         D=d, W=weight, Kept=kept, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,

@@ -67,8 +67,12 @@ def input_grad_in_library(d: Tensor, weight: Tensor, out: Tensor, precision: str
 
 def weight_grad_in_library(a: Tensor, d: Tensor, precision: str) -> bool:
     """Whether ``library_weight_grad`` is to be taken."""
-    rows, members, units = d.shape
-    return is_plain(a) and takes_library("weight_grad", a, members * units, a.shape[2], rows, precision)
+    return weight_grad_by_width(a, d.shape[1] * d.shape[2], precision)
+
+
+def weight_grad_by_width(a: Tensor, width: int, precision: str) -> bool:
+    """The same before D ``(B, n, H)`` is there; ``width``: n H."""
+    return is_plain(a) and takes_library("weight_grad", a, width, a.shape[2], a.shape[0], precision)
 
 
 def library_linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
