@@ -67,7 +67,7 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-kept))
         d = d * s * (1.0 + kept * (1.0 - s))
     elif NAME == "tanh":
-        d = d * (1.0 - kept) * (1.0 + kept)  # the square would be rounded before the difference
+        d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
     elif NAME == "sigmoid":
         d = d * kept * (1.0 - kept)
     return d
