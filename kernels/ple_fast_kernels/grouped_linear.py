@@ -196,18 +196,30 @@ WHOLE_ROWS = 64
 """Rows at most of a tile that does layer norm."""
 
 
+HEAVY = ("gelu", "gelu_tanh", "silu")
+"""Activations whose formulas need registers of their own."""
+
+
 def linear_tile(
-    a: Tensor, members: int, units: int, precision: str, *, has_norm: bool, has_dropout: bool, by_row: bool = False
+    a: Tensor,
+    members: int,
+    units: int,
+    precision: str,
+    *,
+    activation: str = "identity",
+    has_norm: bool = False,
+    has_dropout: bool = False,
+    by_row: bool = False,
 ) -> Tile:
     """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
 
-    ``has_norm``, ``has_dropout``: they follow; ``by_row``: layer norm.
+    ``activation``, ``has_norm``, ``has_dropout``: what follows; ``by_row``: layer norm.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    if has_norm:
-        tile = _within(tile, END_BYTES, a)
-    elif has_dropout:
+    if has_dropout and not has_norm:
         tile = _within(tile, NARROW_BYTES, a)
+    elif has_norm or activation in HEAVY:
+        tile = _within(tile, END_BYTES, a)
     return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
 
 
@@ -311,8 +323,10 @@ def grouped_linear_fwd(
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
     if tile is None:
         by_row = norm is not None and norm.kind.startswith("row")
-        has_norm, has_dropout = norm is not None, dropout is not None
-        tile = linear_tile(a, members, units, precision, has_norm=has_norm, has_dropout=has_dropout, by_row=by_row)
+        tile = linear_tile(
+            a, members, units, precision, activation=activation[0], has_norm=norm is not None,
+            has_dropout=dropout is not None, by_row=by_row,
+        )  # fmt: skip
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     run = _forward(
@@ -363,7 +377,8 @@ def grouped_data_grad(
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
-        tile = _within(tile, NARROW_BYTES, d) if end.mean is not None or end.dropout is not None else tile
+        if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
+            tile = _within(tile, NARROW_BYTES, d)
     parts = None
     sums = sums and end.mean is None
     if end.mean is not None or sums:
