@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ple_fast import PLE, ExtractionNetwork, MLPSpec, Topology, use_backend
+from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, use_backend
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, compare, compare_low_precision, draw, has_dropout, level
 from tests.kernel_helpers import DTYPES, LAYOUTS, guarded, hold, values
 from tests.test_level import BLOCKS, FROZEN
@@ -252,7 +252,9 @@ def test_nothing_reads_a_hidden_gradient_again_for_its_bias(
         return compute(layers, *rest, **options)
 
     monkeypatch.setattr(gradients, "grouped_weight_grads", watched)
-    module = ExtractionNetwork(12, Topology.ple(2, 1, 1, last=True), experts=MLPSpec((20, 16))).to(device)
+    module = ExtractionNetwork(12, Topology.ple(2, 1, 1, last=True), experts=MLPSpec((20, 16)), gate=GateSpec()).to(
+        device
+    )
     module(torch.randn(9, 12, device=device)).sum().backward()
     assert asked == [(True, True), (True, False)]
 
