@@ -261,15 +261,17 @@ def test_nothing_reads_a_hidden_gradient_again_for_its_bias(
 
 @pytest.mark.parametrize("activation", ["relu", "prelu"])
 def test_products_of_the_library_are_launches(activation: str, device: torch.device, routed: None) -> None:
-    """One more where the gates' part of a product becomes a launch of its own; the same at each call."""
+    """One more where the gates' part of a product becomes a launch of its own, and one that adds up a bias whose parts
+    another launch left; the same at each call."""
     module = level(TOPOLOGIES["ple-even"], MLPSpec((6, 5), activation), dtype=torch.float32).to(device)
     x = torch.randn(9, 7, device=device)
     route(device, None)
     forward, backward = counted(module, x)
     route(device, 0)
-    of_gates = (1 if activation == "prelu" else 0), 2  # logits; their part of the input's gradient, and the weights'
+    # Logits; their part of the input's gradient, and the weights'; what ReLU's data gradient left of the bias.
+    more = (1, 2) if activation == "prelu" else (0, 3)
     for _ in range(4):
-        assert counted(module, x) == (forward + of_gates[0], backward + of_gates[1])
+        assert counted(module, x) == (forward + more[0], backward + more[1])
 
 
 def test_deterministic_algorithms_keep_the_kernels(device: torch.device, routed: None) -> None:
