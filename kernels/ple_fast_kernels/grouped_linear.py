@@ -175,7 +175,8 @@ def _grouped_data_grad_kernel(
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
     elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-        acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
+        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE, Kept.dtype.element_ty)
+        acc = derive(acc, kept, NAME, VALUE)
     tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
 
 
