@@ -9,9 +9,18 @@ FUSED = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", 
 
 @triton.jit
 def _tanh(z):
+    """By a series near zero, where the quotient of exponentials cancels; coefficients of Cephes (Moshier, 1989)."""
     t = tl.exp(-2.0 * tl.abs(z))
     y = (1.0 - t) / (1.0 + t)
-    return tl.where(z < 0, -y, y)
+    s = z * z
+    if z.dtype == tl.float64:
+        top = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3
+        low = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3
+        series = top / low
+    else:
+        series = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+        series = series * s - 3.33332819422e-1
+    return tl.where(tl.abs(z) < 0.625, z + z * s * series, tl.where(z < 0, -y, y))
 
 
 @triton.jit
@@ -47,12 +56,12 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
     elif NAME == "gelu_tanh":
         t = _tanh(0.7978845608028654 * (kept + 0.044715 * kept * kept * kept))
         inner = 0.7978845608028654 * (1.0 + 0.134145 * kept * kept)
-        d = d * (0.5 * (1.0 + t) + 0.5 * kept * (1.0 - t * t) * inner)
+        d = d * (0.5 * (1.0 + t) + 0.5 * kept * ((1.0 - t) * (1.0 + t)) * inner)
     elif NAME == "silu":
         s = 1.0 / (1.0 + tl.exp(-kept))
         d = d * s * (1.0 + kept * (1.0 - s))
     elif NAME == "tanh":
-        d = d * (1.0 - kept * kept)
+        d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
     elif NAME == "sigmoid":
         d = d * kept * (1.0 - kept)
     return d
