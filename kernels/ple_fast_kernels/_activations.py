@@ -24,6 +24,12 @@ def _tanh(z):
 
 
 @triton.jit
+def _gelu_gate(z):
+    """``(1 + tanh(u)) / 2`` of the approximated gelu, which is the sigmoid of ``2 u``."""
+    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+
+
+@triton.jit
 def activate(z, NAME: tl.constexpr, VALUE: tl.constexpr):
     """``f(z)``."""
     if NAME == "relu":
@@ -33,7 +39,7 @@ def activate(z, NAME: tl.constexpr, VALUE: tl.constexpr):
     elif NAME == "gelu":
         z = 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        z = z * _gelu_gate(z)
     elif NAME == "silu":
         z = z / (1.0 + tl.exp(-z))
     elif NAME == "tanh":
@@ -54,14 +60,14 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.math.erf(kept * 0.7071067811865476))
         d = d * (cdf + kept * 0.3989422804014327 * tl.exp(-0.5 * kept * kept))
     elif NAME == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (kept + 0.044715 * kept * kept * kept))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * kept * kept)
-        d = d * (0.5 * (1.0 + t) + 0.5 * kept * ((1.0 - t) * (1.0 + t)) * inner)
+        s = _gelu_gate(kept)
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * kept * kept)
+        d = d * (s + kept * (s * (1.0 - s)) * inner)
     elif NAME == "silu":
         s = 1.0 / (1.0 + tl.exp(-kept))
         d = d * s * (1.0 + kept * (1.0 - s))
     elif NAME == "tanh":
-        d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
+        d = d * (1.0 - kept) * (1.0 + kept)  # the square would be rounded before the difference
     elif NAME == "sigmoid":
         d = d * kept * (1.0 - kept)
     return d
