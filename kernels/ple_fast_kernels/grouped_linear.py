@@ -72,6 +72,9 @@ def _grouped_linear_fwd_kernel(
             if HAS_BIAS:
                 acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
             m_mn = m_m[:, None] & m_n[None, :]
+            if KIND != "none" and (SAVE_Z or KIND != "batch"):
+                # Whoever normalises it reads the product as it is kept: statistics are of the same numbers.
+                acc = acc.to(A.dtype.element_ty).to(wide)
             if SAVE_Z:
                 p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
                 tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
@@ -169,7 +172,8 @@ def _grouped_data_grad_kernel(
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
         norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
         acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
-        acc = tl.where(m_m[:, None], acc, 0.0)
+        # Their means are subtracted from these numbers as they are stored.
+        acc = tl.where(m_m[:, None], acc.to(Out.dtype.element_ty).to(wide), 0.0)
         p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
         tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
