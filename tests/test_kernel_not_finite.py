@@ -48,7 +48,7 @@ def test_running_statistics_take_up_what_is_not_finite(factor: float, dtype: tor
         running = [earlier.clone(), earlier.clone()]
         theirs = [t.clone() for t in running]
         batch_norm_merge(moments, 5, 16, 1e-3, running_mean=running[0], running_var=running[1], factor=factor)
-        F.batch_norm(a.flatten(1) + bias, *theirs, training=True, momentum=factor)
+        F.batch_norm(a.flatten(1) + bias, theirs[0], theirs[1], training=True, momentum=factor)
         for name, ours, expected in zip(("mean", "variance"), running, theirs, strict=True):
             assert torch.allclose(ours, expected, rtol=1e-5, equal_nan=True), f"{name}: {ours}, expected {expected}"
 

@@ -68,7 +68,7 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
         # The slope first: with ``d`` between its factors the compiler takes the exponential twice, in two layouts.
         d = d * (s * (1.0 + kept * (1.0 - s)))
     elif NAME == "tanh":
-        d = d * (1.0 - kept) * (1.0 + kept)  # the square would be rounded before the difference
+        d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
     elif NAME == "sigmoid":
         d = d * kept * (1.0 - kept)
     return d
