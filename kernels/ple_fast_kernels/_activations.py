@@ -65,7 +65,8 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
         d = d * (s + kept * (s * (1.0 - s)) * inner)
     elif NAME == "silu":
         s = 1.0 / (1.0 + tl.exp(-kept))
-        d = d * s * (1.0 + kept * (1.0 - s))
+        # The slope first: with ``d`` between its factors the compiler takes the exponential twice, in two layouts.
+        d = d * (s * (1.0 + kept * (1.0 - s)))
     elif NAME == "tanh":
         d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
     elif NAME == "sigmoid":

@@ -181,11 +181,13 @@ def _grouped_data_grad_kernel(
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
     elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-        acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
-    if SUMS:
+        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE, Kept.dtype.element_ty)
+        acc = derive(acc, kept, NAME, VALUE)
+    out = acc.to(Out.dtype.element_ty)
+    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], out, mask=m_mn)
+    if SUMS:  # of what was stored: the accumulator's registers are free
         p_parts = Parts + i_m.to(tl.int64) * (UNITS * MEMBERS) + e * UNITS + o_n
-        tl.store(p_parts, tl.sum(tl.where(m_m[:, None], acc, 0.0), 0), mask=m_n)
-    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
+        tl.store(p_parts, tl.sum(tl.where(m_m[:, None], out, 0.0).to(wide), 0), mask=m_n)
 
 
 END_BYTES = 256

@@ -158,7 +158,7 @@ def _layer_end_grad_kernel(
     if PLACE == "none":
         if NAME != "identity":
             kept = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
-            d = derive(d, undropped(kept, NAME, SCALE), NAME, VALUE)
+            d = derive(d, undropped(kept, NAME, SCALE, Z.dtype.element_ty), NAME, VALUE)
     else:
         z = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)

@@ -170,8 +170,10 @@ def _reduce_parts_kernel(
         if (pid >= START[r]) & (pid < START[r + 1]):
             o = (pid - START[r]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK,), Parts.dtype.element_ty)
-            for z in range(splits):
-                total += tl.load(Parts + tl.cast(z, tl.int64) * SIZE[r] + o, mask=o < SIZE[r], other=0.0)
+            p = Parts + o
+            for _ in range(splits):
+                total += tl.load(p, mask=o < SIZE[r], other=0.0)
+                p += SIZE[r]
             tl.store(Out + OUT_AT[r] + o, total.to(Out.dtype.element_ty), mask=o < SIZE[r])
         Parts += splits.to(tl.int64) * SIZE[r]
 
