@@ -300,8 +300,8 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
     return tile
 
 
-NARROW_BYTES = 128
-"""Of a row of a tile at most, where more registers beside the accumulator would make products wait for each other."""
+NARROW = 64
+"""Columns of a tile at most, where more registers beside the accumulator would make products wait for each other."""
 
 MIN_SPLIT_ROWS = 512
 """Rows of a part at least: fewer cost more to add up than they gain."""

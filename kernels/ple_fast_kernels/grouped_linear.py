@@ -26,7 +26,7 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle
-from ._tiles import NARROW_BYTES, Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
@@ -219,14 +219,10 @@ def linear_tile(
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
     if has_dropout and not has_norm:
-        tile = _within(tile, NARROW_BYTES, a)
+        tile = tile._replace(columns=min(tile.columns, NARROW))
     elif has_norm or activation in HEAVY:
-        tile = _within(tile, END_BYTES, a)
+        tile = tile._replace(columns=min(tile.columns, END_BYTES // a.element_size()))
     return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
-
-
-def _within(tile: Tile, row_bytes: int, like: Tensor) -> Tile:
-    return tile._replace(columns=min(tile.columns, row_bytes // like.element_size()))
 
 
 def has_whole_rows(tile: Tile, units: int) -> bool:
@@ -380,7 +376,7 @@ def grouped_data_grad(
     if tile is None:
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
         if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
-            tile = _within(tile, NARROW_BYTES, d)
+            tile = tile._replace(columns=min(tile.columns, NARROW))
     parts = None
     sums = sums and end.mean is None
     if end.mean is not None or sums:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare
 from ._matmul import accumulate, pick, swizzle
-from ._tiles import NARROW_BYTES, Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, gate_width, matmul_tile
 from .library import input_grad_in_library, library_input_grad
 from .tables import NO_GATES, GateRuns, Readers
 
@@ -125,7 +125,7 @@ def grouped_input_grad(
     if tile is None:
         tile = matmul_tile("input_grad", some, rows, units, slots, precision)
         if readers.order or adds or depth % tile.depth:  # products of more columns would wait for each other (C7515)
-            tile = tile._replace(columns=min(tile.columns, NARROW_BYTES // some.element_size()))
+            tile = tile._replace(columns=min(tile.columns, NARROW))
     run = _prepared(
         tile, precision, depth, units, 0 if d is None else d.stride(0), out.stride(0), slots, readers, d is not None,
         gates, 0 if dl is None else dl.shape[1], dl is not None, adds,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._matmul import pick, pick_wide
-from ._tiles import NARROW_BYTES, REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
+from ._tiles import NARROW, REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
 from .library import library_weight_grad, weight_grad_in_library
 from .tables import NO_GATES, GateRuns
 
@@ -235,7 +235,7 @@ def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
         # Gates alone have no units; with 16 rows to a tile the sums of their bias would spill.
         tile = weight_grad_tile(layer.a, rows, units or GATES_ALONE, depth, max(members, 1), precision)
         if depth % tile.columns:  # with masks, products of more columns would wait for each other (C7515)
-            tile = tile._replace(columns=min(tile.columns, NARROW_BYTES // layer.a.element_size()))
+            tile = tile._replace(columns=min(tile.columns, NARROW))
     programs = _programs(layer, tile, precision)
     return _Region(
         bias_at, gate_at, gate_bias_at, size, row_splits(layer.a, rows, programs, size, tile), programs, tile
