@@ -169,6 +169,11 @@ def aot_dtypes(architecture: str) -> dict[str, tuple[str, ...]]:
     return AOT_DTYPES if architecture == "sm_90" else AOT_DTYPES_ELSEWHERE
 
 
+HOST = TrunkConfig("host", 1024, 64, 2, units=(64, 32), dtype="bfloat16")
+"""What ``host_time.py`` runs, on a driver whose launches do nothing: two levels of six experts of two layers."""
+HOST_ROUNDS = 201
+"""Many and short: what else runs on the machine disturbs some of them."""
+
 GPU_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper_gpu")
 GPU_DTYPES: dict[str, tuple[str, str]] = {"bfloat16": ("bfloat16", "highest"), "tf32": ("float32", "high")}
 """What ``run_gpu.py`` measures: dtype of the trunk and precision of float32 products."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +19,13 @@ from .torch_backend.slots import Place, Slots
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[[Tensor | None, Tensor | None], Gradients]
+
+
+@cache
+def _in_kernels() -> Any:
+    from .triton_backend import level  # triton is optional
+
+    return level
 
 
 class LevelCall(NamedTuple):
@@ -42,11 +49,7 @@ class LevelCall(NamedTuple):
 
     def arithmetic(self) -> Any:
         """The module with ``level_forward`` and ``level_backward``."""
-        if self.backend == "torch":
-            return by_hand
-        from .triton_backend import level as in_kernels  # triton is optional
-
-        return in_kernels
+        return by_hand if self.backend == "torch" else _in_kernels()
 
     def inputs(self, tensors: Sequence[Tensor | None]) -> by_hand.LevelInput:
         """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""

@@ -220,7 +220,10 @@ TAKES_ADDRESSES = not _interprets and _is_known and not _is_hip
 def is_watched() -> bool:
     """Whether a tool watches launches, or changes what is compiled."""
     runtime = knobs.runtime
-    return not (_is_empty(runtime.launch_enter_hook) and _is_empty(runtime.launch_exit_hook)) or _compiles_otherwise()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return True
+    return _compiles_otherwise()
 
 
 def current() -> tuple[int, int]:
