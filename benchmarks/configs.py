@@ -153,15 +153,13 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
 }
 """What ``aot.py`` compiles ahead of time for sm_90: dtypes and float32 precisions per size."""
 AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "small": ("bfloat16", "float64"),
-    "medium": ("bfloat16", "float32/tf32"),
-    "large": ("bfloat16",),
-    "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "small": ("bfloat16",),
+    "odd": ("bfloat16", "float32/ieee"),
     "tiny": ("bfloat16",),
     "batch_norm": ("bfloat16",),
-    "layer_norm": ("bfloat16", "float32/tf32"),
+    "layer_norm": ("bfloat16",),
 }
-"""For other architectures: every kernel with every kind of operands, in fewer sizes."""
+"""For other architectures: every kernel, in fewer sizes."""
 
 
 def aot_dtypes(architecture: str) -> dict[str, tuple[str, ...]]:
