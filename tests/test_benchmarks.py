@@ -25,6 +25,7 @@ from benchmarks.analytic import work
 from benchmarks.configs import (
     GRID,
     HEAD_TO_HEAD,
+    HOST_ROUNDS,
     KUAIRAND,
     MODES,
     ROUNDS,
@@ -500,6 +501,20 @@ def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
     for entry in results:
         assert set(entry["contestants"]) == set(whole_model.VARIANTS)
         assert entry["rounds"] >= ROUNDS
+
+
+def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    found = report.load(ROOT / "benchmarks" / "results" / machine)["host_time"]
+    page = report.quoted(report.HOST_TIME_PAGE.read_text(encoding="utf-8"))
+    assert page == report.host_time_block(machine, found), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]
+    for entry in found["results"]:
+        assert [*entry["contestants"]] == [*host_time.CASES]
+        assert entry["rounds"] >= HOST_ROUNDS
+        assert entry["contestants"][host_time.OURS]["ratio_to_loop"] <= host_time.TARGETS[entry["mode"]]
 
 
 @pytest.mark.slow
