@@ -218,19 +218,19 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         row["spills"] = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
         row["mma"] = _count(r"v_mfma", text)
         return row
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
-        usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
-        row["registers"] = _number(r"REG:(\d+)", usage)
         # Code out of Triton's cache was assembled before.
-        said = log.getvalue() if "ptxas" in log.getvalue() else _assembled(compiled.asm["ptx"], folder)
-        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _number(r"(\d+) bytes spill stores", said)
-        row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
-    row["loop_shuffles"] = shuffles_in_loops(sass)
-    row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
-    row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
+        said = log.getvalue() if "registers" in log.getvalue() else _assembled(ptx, folder)
+        if request.kernel == "_grouped_weight_grad_kernel":
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            row["loop_shuffles"] = shuffles_in_loops(_tools("cuobjdump", "-sass", str(cubin)).stdout)
+    row["registers"] = _number(r"Used (\d+) registers", said)
+    row["spills"] = _number(r"(\d+) bytes spill stores", said)
+    row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
+    row["mma"] = _count(r"\bmma\.sync\b", ptx)
+    row["warp_group_mma"] = _count(r"\bwgmma\.mma_async\b", ptx) + _count(r"\btcgen05\.mma\b", ptx)
     return row
 
 

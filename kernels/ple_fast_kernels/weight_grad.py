@@ -236,18 +236,18 @@ def _region(layer: WeightGrad, precision: str, tile: Tile | None) -> _Region:
         tile = weight_grad_tile(layer.a, rows, units or GATES_ALONE, depth, max(members, 1), precision)
         if depth % tile.columns:  # with masks, products of more columns would wait for each other (C7515)
             tile = tile._replace(columns=min(tile.columns, NARROW))
-    programs = _programs(layer, tile, precision)
+    programs = _programs(layer, tile)
     return _Region(
         bias_at, gate_at, gate_bias_at, size, row_splits(layer.a, rows, programs, size, tile), programs, tile
     )
 
 
-def _sums_beside(layer: WeightGrad, precision: str) -> bool:
-    """Whether the tiles of the weight add up D beside their products: TF32 would round what is only added."""
-    return layer.bias and layer.weight and not (layer.a.dtype == torch.float32 and precision == "tf32")
+def _sums_beside(layer: WeightGrad) -> bool:
+    """Whether the tiles of the weight add up D beside their products: where tensor cores do it without rounding D."""
+    return layer.bias and layer.weight and layer.a.element_size() == 2
 
 
-def _programs(layer: WeightGrad, tile: Tile, precision: str) -> int:
+def _programs(layer: WeightGrad, tile: Tile) -> int:
     """Programs per part of the rows."""
     depth, members = layer.a.shape[2], len(layer.slots)
     units = 0 if layer.d is None else layer.d.shape[2]
@@ -255,7 +255,7 @@ def _programs(layer: WeightGrad, tile: Tile, precision: str) -> int:
     return (
         members * cdiv(units, tile.rows) * cdiv(depth, tile.columns) * layer.weight
         + len(layer.gates.slot) * cdiv(depth, tile.columns) * layer.gate_weight
-        + cdiv(members * units, tile.rows) * (layer.bias and not _sums_beside(layer, precision))
+        + cdiv(members * units, tile.rows) * (layer.bias and not _sums_beside(layer))
         + cdiv(logits, tile.rows) * layer.gate_bias
     )
 
@@ -349,7 +349,7 @@ def _launch_weight_grad(layer: WeightGrad, region: _Region, parts: Tensor, split
     chunk = cdiv(cdiv(rows, region.splits), tile.depth) * tile.depth
     run = _prepared(
         tile, precision, depth, 0 if d is None else d.shape[2], layer.slots, a.stride(0), a.stride(1),
-        0 if d is None else d.stride(0), d is not None, layer.weight, layer.bias, _sums_beside(layer, precision),
+        0 if d is None else d.stride(0), d is not None, layer.weight, layer.bias, _sums_beside(layer),
         layer.gates, 0 if dl is None else dl.shape[1], layer.gate_weight, layer.gate_bias, region.size, region.bias_at,
         region.gate_at, region.gate_bias_at,
     )  # fmt: skip
