@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def kernel(parts: Tensor, means: Tensor) -> None:
     """Means over parts ``(n, 2, 4)``, by a kernel."""
-    constants = {"WIDTH": 4, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32}
+    constants = {"WIDTH": 4, "PRODUCTS": True, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32}
     run = launching.prepare(batch_norm._norm_sums_merge_kernel, batch_norm.MERGE_TILE, **constants)
     run((1,), parts.device, Parts=parts, DWeight=None, DBias=None, Means=means, B=1, parts=parts.shape[0])
 

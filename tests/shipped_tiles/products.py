@@ -140,7 +140,7 @@ def data_grad(case: Case, device: torch.device, tiles: int) -> Work:
 def data_grad_with_dropout(case: Case, device: torch.device, tiles: int) -> Work:
     d, w, z = _backward(case, device, tiles)
     dropout = _dropout(device)
-    kept = guarded(_dropped(z.relu(), dropout))
+    kept = guarded(torch.where(z > 0, _dropped(z.relu(), dropout), -0.0))  # as ``drop_kept`` leaves it
 
     def run() -> dict[str, Tensor | None]:
         out, _ = grouped_data_grad(d, w, kept=kept, end=LayerEnd(RELU, dropout), precision=case.precision)
