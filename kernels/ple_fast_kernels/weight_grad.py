@@ -148,7 +148,7 @@ def _column_sums(D, ROW: tl.constexpr, row, o_c, m_c, first, last, WIDE: tl.cons
     o_r = tl.arange(0, BLOCK_R)
     p_d = D + row * ROW + o_c[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), WIDE)
-    for r in tl.range(first, last, BLOCK_R, num_stages=1 if WIDE == tl.float64 else 4):
+    for r in tl.range(first, last, BLOCK_R, num_stages=1 if tl.float64 == WIDE else 4):
         total += tl.load(p_d, mask=(o_r < last - r)[:, None] & m_c[None, :], other=0.0).to(WIDE)
         p_d += BLOCK_R * ROW
     return tl.sum(total, 0)
