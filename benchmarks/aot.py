@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 import torch
 
-from benchmarks.configs import AOT_DTYPES, AOT_SIZES, SIZES, TrunkConfig
+from benchmarks.configs import AOT_SIZES, SIZES, TrunkConfig, aot_dtypes
 from benchmarks.environment import ROOT
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90")
+"""Of the committed tables; ``--architectures`` compiles for any of ``PROCESSORS``."""
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that one block may ask for."""
@@ -40,7 +42,7 @@ KERNEL_MODULES = (
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
-FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised")
+FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised", "loop_shuffles")
 POINTER = {
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
@@ -125,8 +127,13 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
 
 
 @contextmanager
-def recording(architecture: str, precision: str, record: Callable[..., None]) -> Iterator[None]:
-    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture."""
+def recording(
+    architecture: str, precision: str, record: Callable[..., None], library: Callable[..., None] | None
+) -> Iterator[None]:
+    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture.
+
+    ``library`` gets the operands of products that the library takes; None: it takes none.
+    """
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
@@ -140,6 +147,11 @@ def recording(architecture: str, precision: str, record: Callable[..., None]) ->
         )
         stack.enter_context(method)
         stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
+        module = importlib.import_module("ple_fast_kernels.library")
+        if library is None:
+            stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
+        else:
+            stack.enter_context(mock.patch.object(module, "_product", library))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
         stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
         stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
@@ -148,16 +160,17 @@ def recording(architecture: str, precision: str, record: Callable[..., None]) ->
 
 
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
-    """What training steps and inference of a trunk would launch on an architecture."""
+    """What training steps and inference of a trunk would launch on an architecture, without the library and with it."""
     recorder = _Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
-    with recording(architecture, precision, recorder):
-        x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
-        y = ple(x)
-        y.backward(torch.empty_like(y))
-        with torch.inference_mode():
-            ple.eval()(x)
+    for library in (None, lambda *operands: None):
+        with recording(architecture, precision, recorder, library):
+            x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
+            y = ple.train()(x)
+            y.backward(torch.empty_like(y))
+            with torch.inference_mode():
+                ple.eval()(x)
     return list(recorder.requests)
 
 
@@ -194,7 +207,11 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
     number = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else architecture
     is_nvidia = architecture.startswith("sm_")
     target = GPUTarget("cuda" if is_nvidia else "hip", number, 32 if is_nvidia else 64)
-    compiled = triton.compile(source, target=target, options={"num_warps": request.warps, "num_stages": request.stages})
+    options = {"num_warps": request.warps, "num_stages": request.stages}
+    log = io.StringIO()
+    with redirect_stdout(log), triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
     row: dict[str, Any] = {"shared": compiled.metadata.shared}
     if not is_nvidia:
         text = compiled.asm["amdgcn"]
@@ -202,18 +219,32 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         row["spills"] = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
         row["mma"] = _count(r"v_mfma", text)
         return row
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
-        usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
-        row["registers"] = _number(r"REG:(\d+)", usage)
-        said = _assembled(compiled.asm["ptx"], folder)
-        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _number(r"(\d+) bytes spill stores", said)
-        row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
-    row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
-    row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
+        # Code out of Triton's cache was assembled before.
+        said = log.getvalue() if "registers" in log.getvalue() else _assembled(ptx, folder)
+        if request.kernel == "_grouped_weight_grad_kernel":
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            row["loop_shuffles"] = shuffles_in_loops(_tools("cuobjdump", "-sass", str(cubin)).stdout)
+    row["registers"] = _number(r"Used (\d+) registers", said)
+    row["spills"] = _number(r"(\d+) bytes spill stores", said)
+    row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
+    row["mma"] = _count(r"\bmma\.sync\b", ptx)
+    row["warp_group_mma"] = _count(r"\bwgmma\.mma_async\b", ptx) + _count(r"\btcgen05\.mma\b", ptx)
     return row
+
+
+def shuffles_in_loops(sass: str) -> int:
+    """Butterflies in the innermost loops of a listing: sums across threads that could wait for the end."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    spans = []
+    for at, text in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back is not None and int(back.group(1), 16) < at:
+            spans.append((int(back.group(1), 16), at))
+    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+    return sum("SHFL.BFLY" in text and any(a <= at <= b for a, b in innermost) for at, text in lines)
 
 
 def _assembled(ptx: str, folder: str) -> str:
@@ -268,7 +299,7 @@ def jobs(architectures: Sequence[str], sizes: Sequence[str], dtypes: Sequence[st
         seen: set[Request] = set()
         for size in sizes:
             for dtype in dtypes:
-                if dtype not in AOT_DTYPES[size]:
+                if dtype not in aot_dtypes(architecture).get(size, ()):
                     continue
                 name, _, precision = dtype.partition("/")
                 config = SIZES[size].with_dtype(name)
@@ -316,6 +347,8 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         is_half = row["kernel"] in MATRIX_KERNELS and row["dtype"] in ("bfloat16", "float16")
         if is_half and row["mma"] + row.get("warp_group_mma", 0) == 0:
             found.append(f"no tensor cores: {_line(row)}")
+        if row["kernel"] == "grouped_weight_grad" and row.get("loop_shuffles"):
+            found.append(f"{row['loop_shuffles']} shuffles in loops: {_line(row)}")
         if row.get("serialised"):
             found.append(f"products wait for each other ({', '.join(row['serialised'])}): {_line(row)}")
         needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS

@@ -24,8 +24,6 @@ import torch
 from benchmarks import aot
 from benchmarks.configs import SIZES, TrunkConfig
 from benchmarks.kernel_schedule import (
-    COLUMN_SUM_BUSY,
-    COLUMN_SUM_WAIT,
     LAUNCH,
     MEMORY,
     Prediction,
@@ -67,16 +65,33 @@ class Launch:
         return "half" if {"*bf16", "*fp16"} & set(kinds.values()) else "tf32"
 
 
+@dataclass(frozen=True)
+class LibraryProduct:
+    """A recorded product of the library: rows, columns and depth, and the bytes of its operands."""
+
+    shape: tuple[int, int, int]
+    bytes: int
+    operands: str
+
+
 class _Recorder:
     def __init__(self) -> None:
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | LibraryProduct] = []
+
+    def library(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, summand: torch.Tensor | None) -> None:
+        """A product of the library, in the place of ``library._product``."""
+        tensors = [a, b, out, *([] if summand is None else [summand])]
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        shape = (out.shape[0], out.shape[1], a.shape[1])
+        self.launches.append(LibraryProduct(shape, moved, "tf32" if a.dtype == torch.float32 else "half"))
 
     def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         named = dict(zip(prepared.names, arguments, strict=True))
         request = aot.request_of(prepared, arguments)
         constants = dict(request.constants)
         numbers = {n: v for n, v in named.items() if n not in constants and isinstance(v, int)}
-        tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor)}
+        memory = {n: getattr(v, "base", v) for n, v in named.items() if n not in ("Split", "Splits")}  # of descriptors
+        tensors = {n: v for n, v in memory.items() if isinstance(v, torch.Tensor)}
         seen: dict[int, str] = {}
         for name, tensor in tensors.items():
             seen.setdefault(tensor.data_ptr(), name)
@@ -85,7 +100,7 @@ class _Recorder:
         self.launches.append(Launch(request, grid, numbers, sizes, counted))
 
 
-def recorded(config: TrunkConfig, precision: str) -> list[Launch]:
+def recorded(config: TrunkConfig, precision: str, *, with_library: bool = True) -> list[Launch | LibraryProduct]:
     """The launches of a training step of the first level: one input for all slots, whose gradient is wanted too."""
     from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
 
@@ -95,7 +110,7 @@ def recorded(config: TrunkConfig, precision: str) -> list[Launch]:
         level = ExtractionNetwork(
             config.in_features, topology, experts=MLPSpec(config.units), gate=GateSpec(), dtype=config.torch_dtype
         )
-    with aot.recording(ARCHITECTURE, precision, recorder):
+    with aot.recording(ARCHITECTURE, precision, recorder, recorder.library if with_library else None):
         y = level(torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True))
         y.backward(torch.empty_like(y))
     return recorder.launches
@@ -139,7 +154,8 @@ def _input_grad(launch: Launch) -> list[Role]:
     columns = _cdiv(_rows(launch), tile[0]) * _cdiv(c["UNITS"], tile[1])
     roles = []
     for s in range(c["SLOTS"]):
-        steps = (c["LAST"][s] - c["FIRST"][s]) * launch.numbers["steps"] + c["GATE_SLOT"].count(s)
+        members, runs = (c[last][s] - c[first][s] for first, last in (("FIRST", "LAST"), ("RUNS_FIRST", "RUNS_LAST")))
+        steps = members * _cdiv(c["DEPTH"], tile[2]) + _cdiv(runs * c["GATE_WIDTH"], tile[2])
         roles.append(product("tiles", columns, tile, steps, size, size, narrow=int(launch.operands == "tf32")))
     return roles
 
@@ -154,23 +170,25 @@ def _weight_grad(launch: Launch) -> list[Role]:
     columns = _cdiv(c["DEPTH"], inner)
     roles = []
     for z in range(launch.grid[1]):
-        steps = _cdiv(min(chunk, _rows(launch) - z * chunk), rows)
+        steps = max(0, _cdiv(min(chunk, _rows(launch) - z * chunk), rows))
         if c["HAS_WEIGHT"]:
             tiles = members * _cdiv(c["UNITS"], outer) * columns
             roles.append(product("tiles", tiles, tile, steps, size, 4, narrow=narrow))
         if c["HAS_GATES"]:
             gates = (inner, c["GATE_WIDTH"], rows)
             roles.append(product("gates", len(c["GATE_SLOT"]) * columns, gates, steps, size, 4, narrow=narrow))
-        for name, asked, total in (("biases", "HAS_BIAS", width), ("gates' biases", "HAS_GATE_BIAS", c["LOGITS"])):
-            if c[asked]:
-                sums = Role(name, _cdiv(total, outer), steps, 0.0, 0.0, 4.0 * outer, COLUMN_SUM_WAIT, COLUMN_SUM_BUSY)
-                roles.append(sums)
+        alone = c["HAS_BIAS"] and not c["BIAS_BESIDE"]
+        for name, asked, total in (("biases", alone, width), ("gates' biases", c["HAS_GATE_BIAS"], c["LOGITS"])):
+            if asked:
+                roles.append(Role(name, _cdiv(total, outer), steps, 0.0, float(rows * outer * size), 4.0 * outer))
     return roles
 
 
 def _memory_bytes(launch: Launch) -> float:
-    """Every tensor once, and once more what sums of columns read again."""
-    again = launch.bytes.get("D", 0) if dict(launch.request.constants).get("HAS_BIAS") and "D" in launch.bytes else 0
+    """Every tensor once, and once more what the sums of columns read again beside a product."""
+    c = dict(launch.request.constants)
+    is_read_again = c.get("HAS_BIAS") and c.get("HAS_WEIGHT") and not c["BIAS_BESIDE"]
+    again = launch.bytes.get("D", 0) if is_read_again else 0
     return float(sum(launch.bytes.values()) + again)
 
 
@@ -180,22 +198,33 @@ ROLES = {
     "input_grad": _input_grad,
     "grouped_weight_grad": _weight_grad,
 }
+LIBRARY = "library"
+"""Stands for the kernel of a product that the library takes."""
 BY_BYTES = ("gate_combine_fwd", "gate_combine_bwd", "reduce_parts")
 """Kernels that only move memory."""
 
 
 def resources_of(launch: Launch, rows: Sequence[Mapping[str, Any]]) -> Resources:
-    """What a table of compiled kernels has of a launch; of several alike the worst."""
+    """What a table of compiled kernels has of a launch; of several alike the worst.
+
+    A launch that the table lacks gets the worst of those with its tile, or of its kernel: ``tests/test_aot.py`` finds
+    out that the table is old.
+    """
     described = launch.request.described()
     kinds = dict(launch.request.signature).values()
     dtype = "bfloat16" if "*bf16" in kinds else "float32"
-    found = [
+    mine = [
         row for row in rows
         if row["architecture"] == ARCHITECTURE and row["dtype"] == dtype and row["precision"] in ("-", "tf32")
-        and all(row[key] == value for key, value in described.items())
+        and row["kernel"] == described["kernel"]
     ]  # fmt: skip
+    found = [row for row in mine if all(row[key] == value for key, value in described.items())]
+    alike = [row for row in mine if all(row[key] == described[key] for key in ("tile", "warps", "stages"))]
+    found = found or alike or mine
     if not found:
-        raise LookupError(f"{TABLE.name} has no row for {described} in {dtype}: compile again with benchmarks/aot.py")
+        raise LookupError(
+            f"{TABLE.name} has no row of {launch.kernel} in {dtype}: compile again with benchmarks/aot.py"
+        )
     return Resources(
         max(row["registers"] for row in found),
         max(row["shared"] for row in found),
@@ -232,25 +261,38 @@ def in_library(launch: Launch) -> float | None:
     return predict_library(flops, sum(launch.bytes.values()) - gates, launch.operands)
 
 
-def step(size: str, dtype: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per launch of a training step of the first level of a trunk, in order."""
+def step(size: str, dtype: str, rows: Sequence[Mapping[str, Any]], *, with_library: bool) -> list[dict[str, Any]]:
+    """A row per launch of a training step of the first level of a trunk, in order; ``with_library`` as routed."""
     name, _, precision = dtype.partition("/")
     found = []
-    for launch in recorded(SIZES[size].with_dtype(name), precision or "ieee"):
-        predicted, described = prediction(launch, rows), launch.request.described()
-        found.append(
-            {
-                "size": size, "dtype": dtype, **{key: described[key] for key in ("kernel", "widths", "tile")},
-                **predicted._asdict(), "waves": predicted.waves, "library": in_library(launch),
-            }
-        )  # fmt: skip
+    for launch in recorded(SIZES[size].with_dtype(name), precision or "ieee", with_library=with_library):
+        if isinstance(launch, LibraryProduct):
+            time = predict_library(2.0 * math.prod(launch.shape), launch.bytes, launch.operands)
+            predicted = Prediction(time, "library", 1, 1)
+            about: dict[str, Any] = {"kernel": LIBRARY, "widths": list(launch.shape), "tile": [], "library": None}
+        else:
+            predicted, described = prediction(launch, rows), launch.request.described()
+            about = {key: described[key] for key in ("kernel", "widths", "tile")} | {"library": in_library(launch)}
+        head = {"size": size, "dtype": dtype, "routed": with_library}
+        found.append({**head, **about, **predicted._asdict(), "waves": predicted.waves})
     return found
 
 
 def steps() -> list[dict[str, Any]]:
-    """Those of all sizes and dtypes."""
+    """Those of all sizes and dtypes, in kernels alone and as the tables route them."""
     rows = aot.read(TABLE)
-    return [row for size in MODEL_SIZES for dtype in MODEL_DTYPES for row in step(size, dtype, rows)]
+    routes = [(size, dtype, takes) for size in MODEL_SIZES for dtype in MODEL_DTYPES for takes in (False, True)]
+    return [row for size, dtype, takes in routes for row in step(size, dtype, rows, with_library=takes)]
+
+
+def totals(rows: Sequence[Mapping[str, Any]], *, routed: bool = True) -> dict[tuple[str, str], float]:
+    """Microseconds of a step by size and dtype."""
+    found: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row["routed"] == routed:
+            key = (row["size"], row["dtype"])
+            found[key] = found.get(key, 0.0) + row["total"]
+    return found
 
 
 def _time(microseconds: float) -> str:
@@ -259,13 +301,13 @@ def _time(microseconds: float) -> str:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Totals, the longest first; then a table of launches for each, the longest first."""
-    totals: dict[tuple[str, str], float] = {}
-    for row in rows:
-        key = (row["size"], row["dtype"])
-        totals[key] = totals.get(key, 0.0) + row["total"]
-    order = sorted(totals, key=totals.__getitem__, reverse=True)
-    lines = ["| size | dtype | predicted, µs (no GPU has measured this) |", "| --- | --- | ---: |"]
-    lines += [f"| {size} | {dtype} | {_time(totals[size, dtype])} |" for size, dtype in order]
+    routed, alone = totals(rows), totals(rows, routed=False)
+    order = sorted(routed, key=routed.__getitem__, reverse=True)
+    lines = [
+        "| size | dtype | predicted, µs (no GPU has measured this) | in kernels alone |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    lines += [f"| {s} | {d} | {_time(routed[s, d])} | {_time(alone[s, d])} |" for s, d in order]
     for size, dtype in order:
         lines += [
             "",
@@ -274,7 +316,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             "| kernel | widths | tile | µs | bound by | waves | idle | filling, ending, serialised | library, µs |",
             "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
-        mine = [row for row in rows if (row["size"], row["dtype"]) == (size, dtype)]
+        mine = [row for row in rows if (row["size"], row["dtype"]) == (size, dtype) and row["routed"]]
         for row in sorted(mine, key=lambda row: row["total"], reverse=True):
             made = [" x ".join(map(str, row[key])) or "-" for key in ("widths", "tile")]
             bound = row["bound"] + (f", {row['last']} last" if row["idle"] > 0.05 and row["last"] != "tiles" else "")

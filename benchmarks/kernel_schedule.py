@@ -32,8 +32,6 @@ LIBRARY_START = 2.0
 """Microseconds before the library's product."""
 NARROW_COPIES = 2.0
 """An operand in float32 that a product wants transposed is copied 4 bytes at a time: so many times as long."""
-COLUMN_SUM_WAIT, COLUMN_SUM_BUSY = 0.65, 0.1
-"""Microseconds of a step that sums columns, its loads not pipelined: it waits, and it keeps the processor busy."""
 REGISTERS, SHARED, THREADS = 65_536, 233_472, 2048
 """Of a processor; a block takes 1 KiB of shared memory beside its own."""
 
@@ -83,7 +81,7 @@ class Prediction(NamedTuple):
     places: int
     """Programs that run at a time."""
     idle: float = 0.0
-    """Share of the time in which the places have nothing to do,"""
+    """Share of the programs' time in which the places have nothing to do,"""
     extra: float = 0.0
     """and share of a program in which it waits for its first loads, its end, or serialised products."""
     last: str = ""
@@ -145,6 +143,7 @@ def predict(
                 end, last = done, role.name
         busy += role.programs * lasts
     end += FILL if persistent else 0.0
+    idle = 1.0 - busy / (len(free) * end)
     from_memory = memory_bytes / MEMORY * 1e6
     bound = max(parts, key=parts.__getitem__)
     extra = (parts["fill and end"] + parts["serialised products"]) / sum(parts.values())
@@ -152,7 +151,7 @@ def predict(
         bound, end = "bytes", from_memory
     elif end < LAUNCH:
         bound, end = "launch", LAUNCH
-    return Prediction(end, bound, programs, PROCESSORS * occupancy, 1.0 - busy / (len(free) * end), extra, last)
+    return Prediction(end, bound, programs, PROCESSORS * occupancy, idle, extra, last)
 
 
 def predict_library(flops: float, memory_bytes: float, operands: str) -> float:

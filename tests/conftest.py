@@ -128,6 +128,15 @@ def _compiled_programs_of_one_test() -> Iterator[None]:
         dynamo.utils.counters.clear()
 
 
+@pytest.fixture(autouse=True)
+def _calls_of_one_test() -> Iterator[None]:
+    """What an earlier test recorded would be repeated, where this one has put something in the place of a part."""
+    yield
+    replay: Any = sys.modules.get("ple_fast_kernels._replay")
+    if replay is not None:
+        replay.forget()
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, in use; on a CPU the kernels are interpreted, so keep the tensors tiny."""
@@ -140,15 +149,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def last_programs(_poison_fresh_memory: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tensors that are too large to be touched: in the interpreter a launch runs its last program alone."""
-    from tests.large_tensors import run_last_programs  # after TRITON_INTERPRET is set
+def outer_programs(_poison_fresh_memory: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tensors that are too large to be touched: in the interpreter a launch runs its first and its last program."""
+    from tests.large_tensors import run_outer_programs  # after TRITON_INTERPRET is set
 
     if device.type == "cuda":
         yield
         torch.cuda.empty_cache()
     else:
-        run_last_programs(monkeypatch)
+        run_outer_programs(monkeypatch)
         yield
 
 

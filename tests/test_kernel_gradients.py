@@ -37,7 +37,7 @@ def input_grad(
     for m, slot in enumerate(members):
         assert d is not None and w is not None
         out[:, slot] += d[:, m] @ w[m]
-    for slot, first, size in zip(*runs, strict=True) if dl is not None else ():
+    for slot, first, size in zip(runs.slot, runs.first, runs.sizes, strict=True) if dl is not None else ():
         assert dl is not None and gate_w is not None
         out[:, slot] += dl[:, first : first + size] @ gate_w[first : first + size]
     return out
@@ -138,7 +138,8 @@ def weight_grads(layer: WeightGrad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bias = d.sum(0)
     if dl is not None:
         gate_bias = dl.sum(0)
-        parts = [dl[:, f : f + n].T @ a[:, s] for s, f, n in zip(*layer.gates, strict=True) if layer.gate_weight]
+        gates = zip(layer.gates.slot, layer.gates.first, layer.gates.sizes, strict=True)
+        parts = [dl[:, f : f + n].T @ a[:, s] for s, f, n in gates if layer.gate_weight]
         gate_weight = torch.cat(parts) if parts else empty
     return weight, bias, gate_weight, gate_bias
 

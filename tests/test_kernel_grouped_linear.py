@@ -34,7 +34,7 @@ RUNS = GateRuns((0, 2, 0), (0, 3, 7), (3, 4, 1))
 def logits_of(a: Tensor, weight: Tensor, bias: Tensor | None, runs: GateRuns) -> Tensor:
     """Logits of every run, in the order of the rows of ``weight``."""
     parts = []
-    for slot, first, size in zip(*runs, strict=True):
+    for slot, first, size in zip(runs.slot, runs.first, runs.sizes, strict=True):
         rows = slice(first, first + size)
         parts.append(F.linear(a[:, slot], weight[rows], None if bias is None else bias[rows]))
     return torch.cat(parts, 1)

@@ -13,8 +13,6 @@ import pytest
 from benchmarks import aot, kernel_model
 from benchmarks.environment import ROOT
 from benchmarks.kernel_schedule import (
-    COLUMN_SUM_BUSY,
-    COLUMN_SUM_WAIT,
     MEMORY,
     PROCESSORS,
     Resources,
@@ -29,6 +27,9 @@ DEPTHS = {"medium": (512, 256, 128), "large": (1024, 512, 256)}
 """Inputs of the first layer, of the second one, and its units."""
 EXPERTS = {"medium": 8, "large": 20}
 WIDE = Resources(200, 147_456, 8)
+COLUMN_SUM_WAIT, COLUMN_SUM_BUSY = 0.65, 0.1
+"""Microseconds of a step that sums columns as that code did, its loads not pipelined: it waits, and it keeps the
+processor busy."""
 
 
 def layer(rows: int, units: int, tile: tuple[int, int, int], depth: int, experts: int, gates: int = 0) -> list[Role]:
@@ -170,28 +171,40 @@ def test_every_launch_of_a_training_step_is_predicted(steps: list[dict[str, Any]
     for size in kernel_model.MODEL_SIZES:
         for dtype in kernel_model.MODEL_DTYPES:
             mine = [row for row in steps if (row["size"], row["dtype"]) == (size, dtype)]
-            assert len(mine) == 9, [row["kernel"] for row in mine]
+            assert sum(not row["routed"] for row in mine) == 9, [row["kernel"] for row in mine]
             assert all(row["total"] >= 2.2 for row in mine)
 
 
-LONGEST = {"small": 51, "medium": 520, "large": 12_500}
+LONGEST = {"small": 41, "medium": 375, "large": 9_900}
 """Microseconds that a step in bfloat16 may be predicted to take: a change that costs more says so here."""
-IDLE = {"small": 0.56, "medium": 0.45, "large": 0.32}
-"""Share of a weight gradient's time in which processors may have nothing to do."""
+IDLE = {"small": 0.6, "medium": 0.25, "large": 0.05}
+"""Share of the time in which processors may have nothing to do, of weight gradients that their programs bound."""
 
 
 @pytest.mark.parametrize("size", LONGEST)
 def test_a_step_is_not_predicted_to_get_slower(size: str, steps: list[dict[str, Any]]) -> None:
-    total = sum(row["total"] for row in steps if (row["size"], row["dtype"]) == (size, "bfloat16"))
-    assert total <= LONGEST[size]
+    assert kernel_model.totals(steps)[size, "bfloat16"] <= LONGEST[size]
+
+
+def test_the_library_is_taken_where_the_model_says_that_it_wins(steps: list[dict[str, Any]]) -> None:
+    routed, alone = kernel_model.totals(steps), kernel_model.totals(steps, routed=False)
+    for size, dtype in routed:
+        taken = [row for row in steps if (row["size"], row["dtype"], row["kernel"]) == (size, dtype, "library")]
+        if size == "small":
+            assert not taken, "two launches more, for products of a few microseconds"
+        else:
+            assert len(taken) == 2 and routed[size, dtype] < alone[size, dtype]
 
 
 @pytest.mark.parametrize("size", IDLE)
 def test_programs_of_weight_gradients_fill_their_waves(size: str, steps: list[dict[str, Any]]) -> None:
-    mine = [row for row in steps if row["kernel"] == "grouped_weight_grad" and row["size"] == size]
+    mine = [
+        row for row in steps
+        if row["kernel"] == "grouped_weight_grad" and row["size"] == size and not row["routed"]
+    ]  # fmt: skip
     assert len(mine) == 4
     for row in mine:
-        assert row["idle"] <= IDLE[size], row
+        assert row["bound"] in ("bytes", "launch") or row["idle"] <= IDLE[size], row
 
 
 def test_the_page_shows_the_model_and_says_that_nothing_was_measured(steps: list[dict[str, Any]]) -> None:

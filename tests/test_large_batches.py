@@ -26,7 +26,7 @@ from tests.helpers import assert_close
 from tests.kernel_helpers import values
 from tests.large_tensors import HALF, SMALL, needs, same, vast
 
-pytestmark = pytest.mark.usefixtures("last_programs")
+pytestmark = pytest.mark.usefixtures("outer_programs")
 
 BATCHES = (2**31 - 5, 2**31 + 5)
 """Rows whose number wraps where it is rounded up to a tile, and more than 32 bits count."""
@@ -55,6 +55,7 @@ def test_products(rows: int, device: torch.device) -> None:
     same("input_grad", out[-3:], a[-3:].double() * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", BATCHES)
 def test_weight_gradient(rows: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     needs(device, rows, rows)

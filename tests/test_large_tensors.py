@@ -1,6 +1,6 @@
 """Activations of more than 2**31 elements, in every kernel: an offset that is counted in 32 bits wraps, as on a GPU.
 
-In the interpreter only the last program of a launch runs (``tests/large_tensors.py``), so that this is quick.
+In the interpreter only the first and the last program of a launch run (``tests/large_tensors.py``): this is quick.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.helpers import assert_close
 from tests.kernel_helpers import mixtures_of, values
 from tests.large_tensors import HALF, LEVEL, ROWS, SMALL, WIDE, needs, rows_of, same, vast
 
-pytestmark = pytest.mark.usefixtures("last_programs")
+pytestmark = pytest.mark.usefixtures("outer_programs")
 
 
 def test_rows_of_a_layer(device: torch.device) -> None:
@@ -174,9 +174,9 @@ def test_rows_of_two_fused_layers(device: torch.device) -> None:
 
 
 def of_norm(kind: str, device: torch.device) -> tuple[Tensor, Tensor, LayerEnd]:
-    """Gradient and product of two members, and a norm without weight that takes off 1 and doubles."""
-    d, z = (rows_of(WIDE, device, seed=i).view(ROWS, 2, WIDE // 2) for i in (1, 2))
-    size = (WIDE,) if kind == "batch" else (ROWS, 2)
+    """Gradient and product of six members, and a norm without weight that takes off 1 and doubles."""
+    d, z = (rows_of(WIDE, device, seed=i).view(ROWS, 6, WIDE // 6) for i in (1, 2))
+    size = (WIDE,) if kind == "batch" else (ROWS, 6)
     mean, rstd = (torch.full(size, number, dtype=torch.float32, device=device) for number in (1.0, 2.0))
     return d, z, NO_END._replace(mean=mean, spread=rstd)
 
@@ -193,9 +193,9 @@ def test_statistics_of_layers_by_row(device: torch.device) -> None:
     """Of parts of units, merged."""
     needs(device, *[ROWS * WIDE] * 2)
     _, z, end = of_norm("batch", device)
-    moments = vast(ROWS, 2, 2, 2, dtype=torch.float32, device=device)
-    moments[-5:, :, :, 0], moments[-5:, :, :, 1] = 1.0, WIDE / 4 * 0.25
-    y, found = layer_end_fwd(z, end, moments=moments, part_units=WIDE // 4)
+    moments = vast(ROWS, 6, 2, 2, dtype=torch.float32, device=device)
+    moments[-5:, :, :, 0], moments[-5:, :, :, 1] = 1.0, WIDE / 12 * 0.25
+    y, found = layer_end_fwd(z, end, moments=moments, part_units=WIDE // 12)
     same("y", y[-5:, -1, -8:], (z[-5:, -1, -8:].double() - 1) * 2)
     assert found.mean is not None
 

@@ -21,7 +21,7 @@ from ple_fast_kernels import (
 from tests.kernel_helpers import mixtures_of, values
 from tests.large_tensors import HALF, LEVEL, SMALL, needs, same, vast
 
-pytestmark = pytest.mark.usefixtures("last_programs")
+pytestmark = pytest.mark.usefixtures("outer_programs")
 
 MANY = 2**25 + 2**21
 """Units or inputs: 64 times as many are more than 2**31, and so are 63 times as many."""
@@ -92,7 +92,7 @@ def test_gradient_of_a_weight_of_many_units(device: torch.device) -> None:
 
 
 def test_parts_of_a_weight_gradient(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """The workspace of all parts, and the bias behind a weight in it."""
+    """The workspace of all parts, and the bias behind a weight in it; of float32 it has programs of its own."""
     units, depth, parts = 4104, 8200, 33
     needs(device, 2 * units * depth * parts * 2, 2 * units * depth)
     monkeypatch.setattr("ple_fast_kernels.weight_grad.row_splits", lambda *_: parts)
@@ -103,7 +103,7 @@ def test_parts_of_a_weight_gradient(monkeypatch: pytest.MonkeyPatch, device: tor
     (found,) = grouped_weight_grads([WeightGrad(a, d, (0, 0), True, False)], HALF, tile=SMALL)
     assert found.weight is not None
     same("weight", found.weight[-1, -1:, -8:], d[-5:, 1, -1:].double().T @ a[-5:, 0, -8:].double())
-    (found,) = grouped_weight_grads([WeightGrad(a, d, (0, 0), True, True)], HALF, tile=SMALL)
+    (found,) = grouped_weight_grads([WeightGrad(a.float(), d.float(), (0, 0), True, True)], HALF, tile=SMALL)
     assert found.bias is not None
     same("bias", found.bias[1, -8:], d[-5:, 1, -8:].double().sum(0))
 

@@ -23,8 +23,12 @@ batch_norm = importlib.import_module("ple_fast_kernels.batch_norm")
 TILE = batch_norm.MERGE_TILE
 CONSTANTS: dict[str, Any] = {"WIDTH": 4, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32}
 
+CALLS_OF_A_STEP, CALLS_OF_INFERENCE = 1000, 420
+"""Functions, built-in ones too, that a step of two levels may call from its third time on: once 2,300 and 680."""
+
 PROGRAM = """
 import ctypes, json, os, sys
+from functools import _lru_cache_wrapper
 from unittest import mock
 
 import torch
@@ -65,6 +69,32 @@ def step(batch):
         y.backward(torch.zeros_like(y))
 
 
+def infer():
+    with use_backend("triton"), torch.inference_mode():
+        ple(rows)
+
+
+def calls(run):
+    # Python functions and built-in ones that a run calls. A CPU's backward runs in this thread.
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    run()
+    sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
+
+
+def decided(run):
+    # Sets of constants and tables that were looked for: every function of ours that remembers what it returns.
+    modules = [m for name, m in sys.modules.items() if name.startswith(("ple_fast_kernels", "ple_fast.triton_backend"))]
+    cached = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, _lru_cache_wrapper)}
+    before = sum(f.cache_info().hits + f.cache_info().misses for f in cached.values())
+    with mock.patch.object(_launch, "prepare", side_effect=AssertionError):
+        run()
+    return sum(f.cache_info().hits + f.cache_info().misses for f in cached.values()) - before
+
+
+rows = torch.zeros(1024, 64, dtype=torch.bfloat16)
+
 base = torch.zeros(33 * 2 * 32 + 1, dtype=torch.bfloat16)
 weight = torch.zeros(2, 32, 16, dtype=torch.bfloat16)
 aligned, unaligned = (base[i : i + 33 * 64].view(33, 2, 32) for i in (0, 1))
@@ -85,9 +115,9 @@ def inspected(attribute, value):
     setattr(knobs.runtime, attribute, before)
 
 
-def profiled():
+def watched(run):
     knobs.runtime.launch_enter_hook.add(seen.append)
-    grouped_data_grad(aligned, weight)
+    run()
     knobs.runtime.launch_enter_hook.remove(seen.append)
 
 
@@ -97,6 +127,7 @@ weight_of_one = torch.zeros(1, 64, 16, dtype=torch.bfloat16)
 found = {
     "first": count(lambda: step(1024)),
     "again": count(lambda: step(1024)),
+    "repeated": count(lambda: step(1024)),
     "other batch": count(lambda: step(1100)),
     "one row": count(lambda: step(1)),
     "aligned": count(lambda: grouped_data_grad(aligned, weight)),
@@ -107,8 +138,14 @@ found = {
     "allowed again": count(lambda: grouped_data_grad(wider, weight_of_one)),
     "debugged": count(lambda: inspected("debug", True)),
     "stages inspected": count(lambda: inspected("add_stages_inspection_hook", lambda *given: ("key", "hash"))),
-    "profiled": count(profiled),
+    "profiled": count(lambda: watched(lambda: grouped_data_grad(aligned, weight))),
     "after all": count(lambda: grouped_data_grad(aligned, weight)),
+    "profiled step": count(lambda: watched(lambda: step(1024))),
+    "inference": [count(infer) for _ in range(3)],
+    "calls of a step": calls(lambda: step(1024)),
+    "calls of inference": calls(infer),
+    "decided in a step": decided(lambda: step(1024)),
+    "decided in inference": decided(infer),
     "hooks called": [one.get()["name"] for one in seen],
 }
 print(json.dumps(found))
@@ -130,7 +167,7 @@ def test_only_first_launches_go_through_tritons_own_path(tmp_path: Path) -> None
     # Two levels of two-layer experts: three launches forward, six backward. [driver, ours, Triton's own path]
     assert found["first"][:2] == [18, 18]
     assert found["first"][2] > 0
-    for case in ("again", "other batch"):
+    for case in ("again", "repeated", "other batch", "profiled step"):
         assert found[case] == [18, 18, 0], case
     assert found["one row"][:2] == [18, 18]
     assert found["aligned"] == [1, 1, 0]
@@ -143,7 +180,12 @@ def test_only_first_launches_go_through_tritons_own_path(tmp_path: Path) -> None
     for case in ("debugged", "stages inspected"):
         assert found[case] == [1, 1, 1], f"{case}: Triton compiles other code, and must be asked"
     assert found["profiled"] == [1, 1, 0]
-    assert found["hooks called"] == ["_grouped_data_grad_kernel"]
+    assert found["hooks called"][0] == "_grouped_data_grad_kernel"
+    assert len(found["hooks called"]) == 1 + 18, "a profiler sees every launch of a step that would be repeated"
+    assert [launches[:2] for launches in found["inference"]] == [[2, 2]] * 3
+    # Time differs from machine to machine; what a call does, does not. A level of either pass: one table, its device's.
+    assert found["decided in a step"] <= 4 and found["decided in inference"] <= 2
+    assert found["calls of a step"] < CALLS_OF_A_STEP and found["calls of inference"] < CALLS_OF_INFERENCE
     assert found["after all"] == [1, 1, 0]
 
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from ple_fast_kernels import TABLES, Class, Tile, architecture, set_table
 from ple_fast_kernels._launch import CACHED_VERSIONS
 from tests.kernel_helpers import hold, tf32
-from tests.shipped_tiles import KERNELS, cases_of, readers_of
+from tests.shipped_tiles import KERNELS, cases_of, readers_of, rows_of
 from tests.shipped_tiles.cases import Case, Kernel
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
@@ -110,7 +110,7 @@ def lacking(architecture: str, kernels: dict[str, Kernel]) -> list[str]:
         covered = {(case.reads, case.row, case.tile) for case in cases_of(architecture)}
     return [
         f"{architecture}: {row} as {reader} reads it, {entry.tile}"
-        for row, classes in TABLES[architecture].items()
+        for row, classes in rows_of(architecture).items()
         for reader in readers_of(architecture, row) or ("nobody",)
         for entry in classes
         if (reader, row, entry.tile) not in covered
@@ -132,7 +132,7 @@ def test_a_row_without_a_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", TABLES)
 def test_a_kernel_reads_the_row_that_its_case_is_of(name: str) -> None:
     """By the library's own look-up."""
-    for row, classes in TABLES[name].items():
+    for row, classes in rows_of(name).items():
         for reader in readers_of(name, row):
             if row not in tiles.MIXTURES:
                 assert tiles._classes(name, reader, row.rpartition("/")[2]) is classes

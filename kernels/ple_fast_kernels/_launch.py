@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._tiles import Tile
 
 CACHED_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-"""Triton releases whose compiled kernels are known to take their arguments as ``_Compiled`` passes them."""
+"""Triton releases whose compiled kernels are known to take their arguments as ``Compiled`` passes them."""
 ALIGNMENT = 16
 MAX_INT = 2**31 - 1
 CACHED = 4096
@@ -36,7 +39,24 @@ _is_known = triton.__version__.rpartition(".")[0] in CACHED_VERSIONS
 _is_hip = torch.version.hip is not None
 
 
-class _Compiled(NamedTuple):
+class _Thread(threading.local):
+    recorder: Callable[..., None] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def recording(recorder: Callable[..., None]) -> Iterator[None]:
+    """Tell ``recorder`` of every launch of this thread: the kernel, grid, device, arguments, and what ran, or None."""
+    before, _thread.recorder = _thread.recorder, recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = before
+
+
+class Compiled(NamedTuple):
     """A compiled kernel and what its launch needs."""
 
     kernel: Any
@@ -53,7 +73,7 @@ class _Names(NamedTuple):
 
 
 def launches() -> int:
-    """Kernels launched so far by this process."""
+    """Kernels launched so far by this process, products of the library among them."""
     return _launched
 
 
@@ -120,7 +140,7 @@ class Prepared:
 
     def __init__(self, kernel: Any, tile: Tile, names: tuple[str, ...], constants: tuple[Any, ...]) -> None:
         self.kernel, self.tile, self.names, self.constants = kernel, tile, names, constants
-        self._compiled: dict[tuple[Any, ...], _Compiled] = {}
+        self._compiled: dict[tuple[Any, ...], Compiled] = {}
 
     def __call__(self, grid: tuple[int, ...], device: torch.device, /, **arguments: Any) -> None:
         """Launch on ``device``, that of the tensors.
@@ -130,34 +150,46 @@ class Prepared:
         Raises:
             TypeError: an argument is missing, or the kernel has none of that name.
         """
-        global _launched
         given = tuple(arguments.values())
         if tuple(arguments) != self.names:
             _check_names(self.kernel, "arguments", self.names, arguments)
             given = tuple(arguments[name] for name in self.names)
-        _launched += 1
+        self.launch(grid, device, given)
+
+    def launch(self, grid: tuple[int, ...], device: torch.device, given: tuple[Any, ...]) -> None:
+        """The same with the arguments in the order of the kernel."""
+        count(1)
+        recorder = _thread.recorder
+        if recorder is None:
+            self._launch_on(device, grid, given)
+            return
+        with _disable_current_modes():  # operators of the launch itself, an interpreter's say, are no steps
+            ran = self._launch_on(device, grid, given)
+        recorder(self, grid, device, given, ran)
+
+    def _launch_on(self, device: torch.device, grid: tuple[int, ...], given: tuple[Any, ...]) -> Compiled | None:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(grid, given)
-        else:
-            self._launch(grid, given)
+                return self._launch(grid, given)
+        return self._launch(grid, given)
 
-    def _launch(self, grid: tuple[int, ...], given: tuple[Any, ...]) -> None:
+    def _launch(self, grid: tuple[int, ...], given: tuple[Any, ...]) -> Compiled | None:
+        """Launch on the current device. Returns what may run again for the like of ``given``; None: ask Triton."""
         if _interprets or not _is_known or self.kernel.pre_run_hooks or _compiles_otherwise():
             self._by_triton(grid, given)
-            return
-        active = driver.active
-        index = active.get_current_device()
+            return None
+        index, stream = current()
         key = _key(index, given)
         found = None if key is None else self._compiled.get(key)
         if found is None:
             compiled = self._by_triton(grid, given)
             # A hook of Triton's, ``jit_cache_hook``, may forbid to compile: then there is nothing, and nothing ran.
-            if key is not None and compiled is not None:
-                self._check_numbers(given)
-                self._compiled[key] = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata)
-            return
-        stream = active.get_current_stream(index)
+            if key is None or compiled is None:
+                return None
+            self._check_numbers(given)
+            found = Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            self._compiled[key] = found
+            return found
         arguments = (*given, *self.constants)
         runtime = knobs.runtime
         enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
@@ -169,6 +201,7 @@ class Prepared:
             grid[0], grid[1] if len(grid) > 1 else 1, 1, stream, found.function, found.metadata, metadata,
             enter, leave, *arguments,
         )  # fmt: skip
+        return found
 
     def _check_numbers(self, given: tuple[Any, ...]) -> None:
         """Triton compiles anew for a whole number that is 1 or divisible by 16, unless the kernel says otherwise."""
@@ -178,6 +211,32 @@ class Prepared:
     def _by_triton(self, grid: tuple[int, ...], given: tuple[Any, ...]) -> Any:
         tile = self.tile
         return self.kernel[grid](*given, *self.constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+TAKES_ADDRESSES = not _interprets and _is_known and not _is_hip
+"""Whether a launch may be given addresses in the place of tensors: on ROCm Triton also looks at storages."""
+
+
+def is_watched() -> bool:
+    """Whether a tool watches launches, or changes what is compiled."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return True
+    return _compiles_otherwise()
+
+
+def current() -> tuple[int, int]:
+    """Number of the current device, and its current stream."""
+    active = driver.active
+    index = active.get_current_device()
+    return index, active.get_current_stream(index)
+
+
+def count(launches: int) -> None:
+    """Launches made elsewhere: products of the library, repeated ones."""
+    global _launched
+    _launched += launches
 
 
 def _is_empty(hook: Any) -> bool:

@@ -22,6 +22,14 @@ PART_ROWS = 256
 """Rows whose sums one program of the backward writes."""
 
 
+@triton.jit
+def _moved(running, new, take):
+    """``running`` on its way to ``new`` by the share ``take``."""
+    moved = running + (new - running) * take
+    # The difference of two infinities is NaN, where PyTorch's sum of shares is infinite.
+    return tl.where(tl.abs(moved) < float("inf"), moved, running * (1.0 - take) + new * take)
+
+
 @triton.jit(do_not_specialize=["B", "tiles", "factor", "rest"])
 def _batch_norm_merge_kernel(
     Moments, Mean, Rstd, RunningMean, RunningVar, B, tiles, factor, rest,
@@ -53,12 +61,10 @@ def _batch_norm_merge_kernel(
     tl.store(Mean + o_c, mean, mask=m_c)
     tl.store(Rstd + o_c, 1.0 / tl.sqrt(squares / B + EPS), mask=m_c)
     if MOVES:
-        moved = tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (mean - moved) * factor + (mean - moved) * rest
+        take = tl.cast(factor, wide) + tl.cast(rest, wide)
+        moved = _moved(tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide), mean, take)
         tl.store(RunningMean + o_c, moved.to(RunningMean.dtype.element_ty), mask=m_c)
-        variance = squares / (B - 1)
-        moved = tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (variance - moved) * factor + (variance - moved) * rest
+        moved = _moved(tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide), squares / (B - 1), take)
         tl.store(RunningVar + o_c, moved.to(RunningVar.dtype.element_ty), mask=m_c)
 
 
@@ -105,10 +111,11 @@ def _batch_norm_sums_kernel(
 @triton.jit(do_not_specialize=["B", "parts"])
 def _norm_sums_merge_kernel(
     Parts, DWeight, DBias, Means, B, parts,
-    WIDTH: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, PRODUCTS: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads."""
+    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads; without
+    PRODUCTS the parts are those of a bias alone."""
     wide: tl.constexpr = Parts.dtype.element_ty
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH
@@ -117,14 +124,16 @@ def _norm_sums_merge_kernel(
     products = tl.zeros((BLOCK_T, BLOCK_C), wide)
     for t in range(0, parts, BLOCK_T):
         m = (t + o_t < parts)[:, None] & m_c[None, :]
-        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH) + o_c[None, :]
+        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH if PRODUCTS else WIDTH) + o_c[None, :]
         sums += tl.load(p, mask=m, other=0.0)
-        products += tl.load(p + WIDTH, mask=m, other=0.0)
+        if PRODUCTS:
+            products += tl.load(p + WIDTH, mask=m, other=0.0)
     total = tl.sum(sums, 0)
     product = tl.sum(products, 0)
     if SAVE_GRADS:
         tl.store(DBias + o_c, total.to(DBias.dtype.element_ty), mask=m_c)
-        tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
+        if PRODUCTS:
+            tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
     if SAVE_MEANS:
         tl.store(Means + o_c, total / B, mask=m_c)
         tl.store(Means + WIDTH + o_c, product / B, mask=m_c)
@@ -147,9 +156,10 @@ def _sums(tile: Tile, units: int, members: int, d_row: int, z_row: int, end: End
 
 
 @lru_cache(maxsize=CACHED)
-def _sums_merge(width: int, save_grads: bool, save_means: bool) -> Prepared:
+def _sums_merge(width: int, products: bool, save_grads: bool, save_means: bool) -> Prepared:
     return prepare(
-        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, SAVE_GRADS=save_grads, SAVE_MEANS=save_means,
+        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, PRODUCTS=products, SAVE_GRADS=save_grads,
+        SAVE_MEANS=save_means,
         BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
     )  # fmt: skip
 
@@ -216,8 +226,19 @@ def norm_sums_merge(
         dweight, dbias = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     if means:
         found = torch.empty((2, width), dtype=parts.dtype, device=parts.device)
-    _sums_merge(width, like is not None, means)(
+    _sums_merge(width, True, like is not None, means)(
         (cdiv(width, MERGE_TILE.columns),), parts.device,
         Parts=parts, DWeight=dweight, DBias=dbias, Means=found, B=rows, parts=count,
     )  # fmt: skip
     return dweight, dbias, found
+
+
+def column_sums_merge(parts: Tensor, like: Tensor) -> Tensor:
+    """Column sums of the rows of all parts, ``(parts, 1, C)``, in the dtype and shape of ``like``."""
+    count, _, width = parts.shape
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    _sums_merge(width, False, True, False)(
+        (cdiv(width, MERGE_TILE.columns),), parts.device,
+        Parts=parts, DWeight=None, DBias=total, Means=None, B=count, parts=count,
+    )  # fmt: skip
+    return total

@@ -136,6 +136,8 @@ def _fused_level_fwd_kernel(
             h += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
         o_h = o_m[:, None] * (EXPERTS * UNITS) + (e * UNITS + o_n)[None, :]
         if SAVE_Z:
+            if PLACE != "none":  # backward reads the product as it is kept, and so does the norm
+                h = h.to(Z.dtype.element_ty).to(wide)
             tl.store(Z + o_h, h.to(Z.dtype.element_ty), mask=m_mn)
         h = finish_running(h, Mean, Var, NormW, NormBias, e * UNITS + o_n, m_n, PLACE, EPS, AFFINE, NAME, VALUE, wide)
         if SAVE_H:

@@ -146,7 +146,8 @@ def _gate_combine_bwd_kernel(
                                  LAYER, KEEPS, SCALE)  # fmt: skip
                     if NAME != "identity":
                         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-                        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE)
+                        kept = tl.load(p_kept, mask=m_mn, other=0.0).to(wide)
+                        kept = undropped(kept, NAME, SCALE, Kept.dtype.element_ty)
                         d = derive(d, kept, NAME, VALUE)
                     p_dh = DH + o_m[:, None] * ((len(EXPERT_FIRST) - 1) * UNITS) + (e * UNITS + o_n)[None, :]
                     tl.store(p_dh, d.to(DH.dtype.element_ty), mask=m_mn)
@@ -272,7 +273,7 @@ def gate_combine_bwd(
         h, end: as in forward; read where ``weights_grad``.
         p: the weights that forward returned.
         dtype: of the gradients.
-        kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        kept: ``(B, E, H)``, what ``derive`` reads, an output as ``drop_kept`` left it; None for identity.
         dropout: of the experts' last layer, as in ``grouped_data_grad``.
         experts_grad, weights_grad, logits_grad: which results are asked for.
 

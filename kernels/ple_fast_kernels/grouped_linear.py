@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
-from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
+from ._dropout import Dropout, DropoutConstants, drop, drop_kept, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, prefixed, prepare, wide_of
 from ._layer_end import (
     Norm,
@@ -26,8 +26,9 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle, tiles_of
-from ._tiles import Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
+from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
 
 
@@ -73,6 +74,9 @@ def _grouped_linear_fwd_kernel(
             if HAS_BIAS:
                 acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
             m_mn = m_m[:, None] & m_n[None, :]
+            if KIND != "none" and (SAVE_Z or KIND != "batch"):
+                # Whoever normalises it reads the product as it is kept: statistics are of the same numbers.
+                acc = acc.to(A.dtype.element_ty).to(wide)
             if SAVE_Z:
                 p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
                 tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
@@ -106,7 +110,10 @@ def _grouped_linear_fwd_kernel(
                                          VALUE, wide)  # fmt: skip
                 if KEEPS > 0:
                     at = e * UNITS + (i_n % TILES) * BLOCK_N
-                    acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    if PLACE == "none":
+                        acc = drop_kept(acc, Seed, o_m, at, NAME, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    else:
+                        acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
                 p_y = Y + o_m[:, None] * Y_ROW + o_c[None, :]
                 tl.store(p_y, acc.to(Y.dtype.element_ty), mask=m_mn)
     else:
@@ -138,12 +145,12 @@ def _grouped_data_grad_kernel(
     DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr,
-    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
 
-    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows.
+    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows; so with SUMS.
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -167,36 +174,55 @@ def _grouped_data_grad_kernel(
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
         norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
         acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
-        acc = tl.where(m_m[:, None], acc, 0.0)
+        # Their means are subtracted from these numbers as they are stored.
+        acc = tl.where(m_m[:, None], acc.to(Out.dtype.element_ty).to(wide), 0.0)
         p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
         tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
     elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-        acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
-    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
+        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE, Kept.dtype.element_ty)
+        acc = derive(acc, kept, NAME, VALUE)
+    out = acc.to(Out.dtype.element_ty)
+    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], out, mask=m_mn)
+    if SUMS:  # of what was stored: the accumulator's registers are free
+        p_parts = Parts + i_m.to(tl.int64) * (UNITS * MEMBERS) + e * UNITS + o_n
+        tl.store(p_parts, tl.sum(tl.where(m_m[:, None], out, 0.0).to(wide), 0), mask=m_n)
 
 
 END_BYTES = 256
-"""Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
+"""Of a row of a tile at most where a norm follows: it needs registers beside the accumulator."""
 
 
 WHOLE_ROWS = 64
 """Rows at most of a tile that does layer norm."""
 
 
-def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool, by_row: bool = False) -> Tile:
+HEAVY = ("gelu", "gelu_tanh", "silu")
+"""Activations whose formulas need registers of their own."""
+
+
+def linear_tile(
+    a: Tensor,
+    members: int,
+    units: int,
+    precision: str,
+    *,
+    activation: str = "identity",
+    has_norm: bool = False,
+    has_dropout: bool = False,
+    by_row: bool = False,
+) -> Tile:
     """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
 
-    ``has_end``: a norm or dropout follows; ``by_row``: layer norm.
+    ``activation``, ``has_norm``, ``has_dropout``: what follows; ``by_row``: layer norm.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    tile = _with_end(tile, a) if has_end else tile
+    if has_dropout and not has_norm:
+        tile = tile._replace(columns=min(tile.columns, NARROW))
+    elif has_norm or activation in HEAVY:
+        tile = tile._replace(columns=min(tile.columns, END_BYTES // a.element_size()))
     return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
-
-
-def _with_end(tile: Tile, like: Tensor) -> Tile:
-    return tile._replace(columns=min(tile.columns, END_BYTES // like.element_size()))
 
 
 def has_whole_rows(tile: Tile, units: int) -> bool:
@@ -224,11 +250,11 @@ def _forward(
 @lru_cache(maxsize=CACHED)
 def _data_grad(
     tile: Tile, precision: str, depth: int, units: int, members: int, d_row: int, kept_row: int, out_row: int,
-    end: EndConstants,
+    end: EndConstants, sums: bool,
 ) -> Prepared:  # fmt: skip
     return prepare(
         _grouped_data_grad_kernel, tile, DEPTH=depth, UNITS=units, MEMBERS=members, D_ROW=d_row, KEPT_ROW=kept_row,
-        OUT_ROW=out_row, **end._asdict(), PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        OUT_ROW=out_row, **end._asdict(), SUMS=sums, PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=tile.depth, GROUP=tile.group,
     )  # fmt: skip
 
@@ -264,11 +290,21 @@ def grouped_linear_fwd(
         dropout: after all of that.
         gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
         logits_norm: ``"batch"`` or ``"moments"`` of the logits, ``(G,)``.
+        tile: default from the tables, by which also the library may take the product (``library.py``).
 
     Returns:
         ``(B, n, H)``, the product ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
         asked for.
     """
+    is_plain = activation[0] == "identity" and norm is None and dropout is None and not keep_input and tile is None
+    if weight is not None and is_plain and linear_in_library(a, weight, precision):
+        beside = None
+        if gate_weight is not None:
+            _, _, beside = grouped_linear_fwd(
+                a, None, None, (), gate_weight=gate_weight, gate_bias=gate_bias, gates=gates, logits_norm=logits_norm,
+                precision=precision,
+            )  # fmt: skip
+        return library_linear_fwd(a, weight, bias, out), None, beside
     rows, depth = a.shape[0], a.shape[2]
     y = z = logits = None
     units = members = 0
@@ -285,7 +321,10 @@ def grouped_linear_fwd(
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
     if tile is None:
         by_row = norm is not None and norm.kind.startswith("row")
-        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
+        tile = linear_tile(
+            a, members, units, precision, activation=activation[0], has_norm=norm is not None,
+            has_dropout=dropout is not None, by_row=by_row,
+        )  # fmt: skip
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
     run = _forward(
@@ -314,6 +353,7 @@ def grouped_data_grad(
     *,
     kept: Tensor | None = None,
     end: LayerEnd = NO_END,
+    sums: bool = False,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -322,24 +362,28 @@ def grouped_data_grad(
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output as ``drop_kept`` left it),
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
+        sums: without a norm, also leave what ``column_sums_merge`` adds up to the gradient of the bias below.
 
     Returns:
         ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
-        ``batch_norm_sums``.
+        ``batch_norm_sums``; with ``sums`` ``(parts, 1, n K)``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
-        tile = _with_end(tile, d) if end.mean is not None or end.dropout is not None else tile
+        if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
+            tile = tile._replace(columns=min(tile.columns, NARROW))
     parts = None
-    if end.mean is not None:
-        parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
+    sums = sums and end.mean is None
+    if end.mean is not None or sums:
+        shape = (cdiv(rows, tile.rows), 1 if sums else 2, members * units)
+        parts = torch.empty(shape, dtype=wide_of(d.dtype), device=d.device)
     kept_row = 0 if kept is None else kept.stride(0)
-    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants)
+    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants, sums)
     run(
         (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), d.device,
         D=d, W=weight, Kept=kept, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,

@@ -158,7 +158,7 @@ def _layer_end_grad_kernel(
     if PLACE == "none":
         if NAME != "identity":
             kept = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
-            d = derive(d, undropped(kept, NAME, SCALE), NAME, VALUE)
+            d = derive(d, undropped(kept, NAME, SCALE, Z.dtype.element_ty), NAME, VALUE)
     else:
         z = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
@@ -227,7 +227,7 @@ def layer_end_grad(d: Tensor, z: Tensor | None, end: LayerEnd, means: Tensor | N
 
     Args:
         d: ``(B, n, H)``, like ``z`` its last two axes contiguous. B at least 1.
-        z: the product; without a norm what ``derive`` reads (the output is the one after dropout), None for identity.
+        z: the product; without a norm what ``derive`` reads (an output as ``drop_kept`` left it), None for identity.
         end: without a norm or with batch norm.
         means: ``(2, n H)`` of ``norm_sums_merge``, where the statistics were those of the batch.
     """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ple_fast_kernels import TABLES
+from ple_fast_kernels import TABLES, Class, Library
 from ple_fast_kernels._tiles import MIXTURES, PRODUCTS
 from tests.shipped_tiles import levels, products
 from tests.shipped_tiles.cases import Case, Kernel
@@ -57,9 +57,14 @@ def readers_of(architecture: str, row: str) -> tuple[str, ...]:
     )
 
 
+def rows_of(architecture: str) -> dict[str, tuple[Class, ...]]:
+    """Rows of a table that hold tiles."""
+    return {row: classes for row, classes in TABLES[architecture].items() if not isinstance(classes, Library)}
+
+
 def cases_of(architecture: str) -> Iterator[Case]:
     """Every tile of a table times every kernel that reads it."""
-    for row, classes in TABLES[architecture].items():
+    for row, classes in rows_of(architecture).items():
         for reader in readers_of(architecture, row):
             for name, kernel in KERNELS.items():
                 if kernel.reads == reader:

@@ -47,7 +47,7 @@ def _gates(case: Case, depth: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _logits(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    runs = ((s, slice(first, first + size)) for s, first, size in zip(*RUNS, strict=True))
+    runs = ((s, slice(first, first + size)) for s, first, size in zip(RUNS.slot, RUNS.first, RUNS.sizes, strict=True))
     return torch.cat([F.linear(a[:, s], weight[rows], bias[rows]) for s, rows in runs], 1)
 
 
@@ -94,7 +94,7 @@ def linear_before_batch_norm(case: Case, device: torch.device, tiles: int) -> Wo
     """Moments of the columns of each row tile, merged."""
     a, w, b = _product(case, device, tiles)
     rows, width, wide = a.shape[0], w.shape[0] * w.shape[1], wide_of(case.dtype)
-    tile = linear_tile(a, len(SLOTS), w.shape[1], case.precision, has_end=True)
+    tile = linear_tile(a, len(SLOTS), w.shape[1], case.precision, has_norm=True, has_dropout=False)
 
     def run() -> dict[str, Tensor | None]:
         moments = torch.full((-(-rows // tile.rows), 2, width), float("nan"), dtype=wide, device=device)
@@ -140,7 +140,7 @@ def data_grad(case: Case, device: torch.device, tiles: int) -> Work:
 def data_grad_with_dropout(case: Case, device: torch.device, tiles: int) -> Work:
     d, w, z = _backward(case, device, tiles)
     dropout = _dropout(device)
-    kept = guarded(_dropped(z.relu(), dropout))
+    kept = guarded(torch.where(z > 0, _dropped(z.relu(), dropout), -0.0))  # as ``drop_kept`` leaves it
 
     def run() -> dict[str, Tensor | None]:
         out, _ = grouped_data_grad(d, w, kept=kept, end=LayerEnd(RELU, dropout), precision=case.precision)
@@ -195,7 +195,7 @@ def input_grad(case: Case, device: torch.device, tiles: int) -> Work:
         through, out = _through(d, w), [torch.zeros_like(d[:, 0, :1])] * WIRED
         for m, slot in enumerate(SLOTS):
             out[slot] = out[slot] + through[:, m]
-        for slot, first, size in zip(*RUNS, strict=True):
+        for slot, first, size in zip(RUNS.slot, RUNS.first, RUNS.sizes, strict=True):
             out[slot] = out[slot] + dl[:, first : first + size] @ gate_w[first : first + size]
         return torch.stack(out, 1)
 
@@ -216,7 +216,9 @@ def weight_grads(case: Case, device: torch.device, tiles: int) -> Work:
         return grouped_weight_grads([layer], case.dtype, precision=case.precision)[0]._asdict()
 
     def gate_weight(dl: Tensor, a: Tensor) -> Tensor:
-        return torch.cat([dl[:, f : f + n].T @ a[:, s] for s, f, n in zip(*RUNS, strict=True)])
+        return torch.cat(
+            [dl[:, f : f + n].T @ a[:, s] for s, f, n in zip(RUNS.slot, RUNS.first, RUNS.sizes, strict=True)]
+        )
 
     truths = {
         "weight": (lambda d, a: torch.stack([d[:, m].T @ a[:, s] for m, s in enumerate(SLOTS)]), d, a),
