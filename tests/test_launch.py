@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 launching = importlib.import_module("ple_fast_kernels._launch")
 batch_norm = importlib.import_module("ple_fast_kernels.batch_norm")
 TILE = batch_norm.MERGE_TILE
-CONSTANTS: dict[str, Any] = {"WIDTH": 4, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32}
+CONSTANTS: dict[str, Any] = {
+    "WIDTH": 4, "PRODUCTS": True, "SAVE_GRADS": False, "SAVE_MEANS": True, "BLOCK_T": 64, "BLOCK_C": 32,
+}  # fmt: skip
 
 CALLS_OF_A_STEP, CALLS_OF_INFERENCE = 1000, 420
 """Functions, built-in ones too, that a step of two levels may call from its third time on: once 2,300 and 680."""
