@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 import torch
 
-from benchmarks.configs import AOT_DTYPES, AOT_SIZES, SIZES, TrunkConfig
+from benchmarks.configs import AOT_SIZES, SIZES, TrunkConfig, aot_dtypes
 from benchmarks.environment import ROOT
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90")
+"""Of the committed tables; ``--architectures`` compiles for any of ``PROCESSORS``."""
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that one block may ask for."""
@@ -39,7 +42,7 @@ KERNEL_MODULES = (
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
-FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma")
+FIGURES = ("registers", "spills", "shared", "mma", "warp_group_mma", "serialised", "loop_shuffles")
 POINTER = {
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
@@ -71,26 +74,30 @@ class Request:
         }
 
 
+def request_of(prepared: Any, arguments: Sequence[Any]) -> Request:
+    """What a launch would compile."""
+    kernel, tile = prepared.kernel, prepared.tile
+    signature, constants = [], []
+    for parameter, value in zip(kernel.params, (*arguments, *prepared.constants), strict=True):
+        if parameter.is_constexpr or value is None:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, POINTER[value.dtype]))
+        else:
+            signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
+    return Request(kernel.fn.__name__, tuple(signature), tuple(constants), tile.warps, tile.stages)
+
+
 class _Recorder:
     """Stands in for a launch."""
 
     def __init__(self) -> None:
         self.requests: dict[Request, None] = {}
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Any, device: torch.device, *arguments: Any) -> None:
-        assert all(n >= 1 for n in grid), (kernel, grid)
-        signature, constants = [], []
-        for parameter, value in zip(kernel.params, arguments, strict=True):
-            if parameter.is_constexpr or value is None:
-                signature.append((parameter.name, "constexpr"))
-                constants.append((parameter.name, value))
-            elif isinstance(value, torch.Tensor):
-                signature.append((parameter.name, POINTER[value.dtype]))
-            else:
-                signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
-        name = kernel.fn.__name__
-        request = Request(name, tuple(signature), tuple(constants), tile.warps, tile.stages)
-        self.requests[request] = None
+    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        assert all(n >= 1 for n in grid), (prepared.kernel, grid)
+        self.requests[request_of(prepared, arguments)] = None
 
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
@@ -119,36 +126,51 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
     )
 
 
-def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
-    """What training steps and inference of a trunk would launch on an architecture."""
+@contextmanager
+def recording(
+    architecture: str, precision: str, record: Callable[..., None], library: Callable[..., None] | None
+) -> Iterator[None]:
+    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture.
+
+    ``library`` gets the operands of products that the library takes; None: it takes none.
+    """
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
-    recorder = _Recorder()
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
-    modules = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
+    launch = importlib.import_module("ple_fast_kernels._launch")
+    with ExitStack() as stack:
+        # A function, not ``record`` itself: it takes the place of a method.
+        method = mock.patch.object(
+            launch.Prepared, "_launch", lambda prepared, grid, given: record(prepared, grid, given)
+        )
+        stack.enter_context(method)
+        stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
+        module = importlib.import_module("ple_fast_kernels.library")
+        if library is None:
+            stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
+        else:
+            stack.enter_context(mock.patch.object(module, "_product", library))
+        stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
+        stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
+        stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
+        stack.enter_context(use_backend("triton"))
+        yield
+
+
+def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
+    """What training steps and inference of a trunk would launch on an architecture, without the library and with it."""
+    recorder = _Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
-    patches: list[Any] = [mock.patch.object(module, "launch", recorder) for module in modules]
-    patches += [
-        mock.patch.object(tiles, "table_of", return_value=table),
-        mock.patch.object(backend, "_why_no_triton", return_value=None),
-        mock.patch.object(run, "matmul_precision", return_value=precision),
-        mock.patch.object(fusion, "matmul_precision", return_value=precision),
-    ]
-    for patch in patches:
-        patch.start()
-    try:
-        with use_backend("triton"):
+    for library in (None, lambda *operands: None):
+        with recording(architecture, precision, recorder, library):
             x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
-            y = ple(x)
+            y = ple.train()(x)
             y.backward(torch.empty_like(y))
             with torch.inference_mode():
                 ple.eval()(x)
-    finally:
-        for patch in patches:
-            patch.stop()
     return list(recorder.requests)
 
 
@@ -185,7 +207,11 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
     number = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else architecture
     is_nvidia = architecture.startswith("sm_")
     target = GPUTarget("cuda" if is_nvidia else "hip", number, 32 if is_nvidia else 64)
-    compiled = triton.compile(source, target=target, options={"num_warps": request.warps, "num_stages": request.stages})
+    options = {"num_warps": request.warps, "num_stages": request.stages}
+    log = io.StringIO()
+    with redirect_stdout(log), triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
     row: dict[str, Any] = {"shared": compiled.metadata.shared}
     if not is_nvidia:
         text = compiled.asm["amdgcn"]
@@ -193,20 +219,36 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
         row["spills"] = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
         row["mma"] = _count(r"v_mfma", text)
         return row
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = _tools("cuobjdump", "-sass", str(cubin)).stdout
-        usage = _tools("cuobjdump", "-res-usage", str(cubin)).stdout
-        row["registers"] = _number(r"REG:(\d+)", usage)
-        row["spills"] = 0 if _number(r"STACK:(\d+)", usage) == 0 else _spills(compiled.asm["ptx"], folder)
-    row["mma"] = _count(r"\b[HIDQ]MMA\b", sass)
-    row["warp_group_mma"] = _count(r"\bHGMMA\b", sass) + _count(r"\bUTC\w*MMA\b", sass)
+        # Code out of Triton's cache was assembled before.
+        said = log.getvalue() if "registers" in log.getvalue() else _assembled(ptx, folder)
+        if request.kernel == "_grouped_weight_grad_kernel":
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            row["loop_shuffles"] = shuffles_in_loops(_tools("cuobjdump", "-sass", str(cubin)).stdout)
+    row["registers"] = _number(r"Used (\d+) registers", said)
+    row["spills"] = _number(r"(\d+) bytes spill stores", said)
+    row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
+    row["mma"] = _count(r"\bmma\.sync\b", ptx)
+    row["warp_group_mma"] = _count(r"\bwgmma\.mma_async\b", ptx) + _count(r"\btcgen05\.mma\b", ptx)
     return row
 
 
-def _spills(ptx: str, folder: str) -> int:
-    """Bytes of spill stores: they are not in the binary, only in what the assembler says of one that has a stack."""
+def shuffles_in_loops(sass: str) -> int:
+    """Butterflies in the innermost loops of a listing: sums across threads that could wait for the end."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    spans = []
+    for at, text in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back is not None and int(back.group(1), 16) < at:
+            spans.append((int(back.group(1), 16), at))
+    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+    return sum("SHFL.BFLY" in text and any(a <= at <= b for a, b in innermost) for at, text in lines)
+
+
+def _assembled(ptx: str, folder: str) -> str:
+    """What the assembler says of the code: spills, and products that it had to put one after the other (C75xx)."""
     exact = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
     assert exact is not None
     assemblers = ("ptxas-blackwell", "ptxas") if int(exact.group(2)) >= 100 else ("ptxas", "ptxas-blackwell")
@@ -216,7 +258,7 @@ def _spills(ptx: str, folder: str) -> int:
     for assembler in assemblers:  # the one that Triton takes; the older one does not read every code
         done = _tools(assembler, "-v", "--gpu-name", exact.group(1), str(source), "-o", str(Path(folder) / "out"))
         if done.returncode == 0:
-            return _number(r"(\d+) bytes spill stores", done.stderr)
+            return done.stderr + done.stdout
         said.append(done.stderr)
     raise RuntimeError(f"no assembler takes the code: {said}")
 
@@ -257,7 +299,7 @@ def jobs(architectures: Sequence[str], sizes: Sequence[str], dtypes: Sequence[st
         seen: set[Request] = set()
         for size in sizes:
             for dtype in dtypes:
-                if dtype not in AOT_DTYPES[size]:
+                if dtype not in aot_dtypes(architecture).get(size, ()):
                     continue
                 name, _, precision = dtype.partition("/")
                 config = SIZES[size].with_dtype(name)
@@ -305,6 +347,10 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         is_half = row["kernel"] in MATRIX_KERNELS and row["dtype"] in ("bfloat16", "float16")
         if is_half and row["mma"] + row.get("warp_group_mma", 0) == 0:
             found.append(f"no tensor cores: {_line(row)}")
+        if row["kernel"] == "grouped_weight_grad" and row.get("loop_shuffles"):
+            found.append(f"{row['loop_shuffles']} shuffles in loops: {_line(row)}")
+        if row.get("serialised"):
+            found.append(f"products wait for each other ({', '.join(row['serialised'])}): {_line(row)}")
         needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS
         if needs_warp_group and row["mma"] and row["warp_group_mma"] == 0:
             found.append(f"no warp-group products: {_line(row)}")
@@ -366,16 +412,16 @@ def block() -> str:
     return summary({f"Triton {version}": rows for version, rows in tables.items()})
 
 
-def quoted(text: str) -> str:
-    """What the page holds between the two comments."""
-    return text.partition(BEGIN + "\n")[2].partition(END)[0]
+def quoted(text: str, begin: str = BEGIN, end: str = END) -> str:
+    """What the page holds between two comments."""
+    return text.partition(begin + "\n")[2].partition(end)[0]
 
 
-def write_page() -> None:
-    """Render the page again."""
+def write_block(begin: str, content: str, end: str) -> None:
+    """Put ``content`` between two comments of the page."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN + "\n")
-    PAGE.write_text(f"{before}{BEGIN}\n{block()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    before, _, rest = text.partition(begin + "\n")
+    PAGE.write_text(f"{before}{begin}\n{content}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], version: str) -> None:
@@ -400,7 +446,7 @@ def main() -> None:
     parser.add_argument("--write-page", action="store_true", help="only render the summary of the committed files")
     arguments = parser.parse_args()
     if arguments.write_page:
-        write_page()
+        write_block(BEGIN, block(), END)
         return
     asked = arguments.architectures.split(","), arguments.sizes.split(","), arguments.dtypes.split(",")
     if arguments.list:

@@ -99,6 +99,8 @@ SIZES: dict[str, TrunkConfig] = {
         # For the compiler: 36 experts and 9 mixtures; widths that no tile divides.
         TrunkConfig("many_tasks", 4096, 256, 8, task_experts=4, shared_experts=4, units=(128, 64)),
         TrunkConfig("odd", 1000, 100, 3, units=(72, 200)),
+        # All of a level in one program: few experts, narrow ones.
+        TrunkConfig("tiny", 1024, 64, 2, task_experts=1, shared_experts=1, units=(64, 32)),
         # Norms and dropout: hidden layers of the gates, a norm of the logits; layers that no tile of a product covers.
         TrunkConfig("batch_norm", 16384, 512, 3, norm="batch", dropout=0.1, logits_norm="batch", num_levels=1),
         TrunkConfig("batch_norm_small", 4096, 256, 2, units=(128, 64), norm="batch", logits_norm="batch", num_levels=1),
@@ -132,7 +134,7 @@ def suite_config(name: str) -> TrunkConfig:
 
 
 AOT_SIZES: tuple[str, ...] = (
-    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd",
+    "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
     "batch_norm", "batch_norm_small", "layer_norm", "dropout",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
@@ -143,12 +145,32 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "paper_gpu": ("bfloat16", "float32/tf32"),
     "many_tasks": ("bfloat16", "float32/tf32"),
     "odd": ("bfloat16", "float32/tf32", "float32/ieee"),
+    "tiny": ("bfloat16", "float32/tf32", "float32/ieee"),
     "batch_norm": ("bfloat16", "float32/tf32"),
     "batch_norm_small": ("bfloat16", "float32/ieee", "float64"),
     "layer_norm": ("bfloat16", "float32/tf32"),
     "dropout": ("bfloat16", "float32/tf32"),
 }
-"""What ``aot.py`` compiles ahead of time: dtypes and float32 precisions per size."""
+"""What ``aot.py`` compiles ahead of time for sm_90: dtypes and float32 precisions per size."""
+AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "small": ("bfloat16",),
+    "odd": ("bfloat16", "float32/ieee"),
+    "tiny": ("bfloat16",),
+    "batch_norm": ("bfloat16",),
+    "layer_norm": ("bfloat16",),
+}
+"""For other architectures: every kernel, in fewer sizes."""
+
+
+def aot_dtypes(architecture: str) -> dict[str, tuple[str, ...]]:
+    """What ``aot.py`` compiles for an architecture."""
+    return AOT_DTYPES if architecture == "sm_90" else AOT_DTYPES_ELSEWHERE
+
+
+HOST = TrunkConfig("host", 1024, 64, 2, units=(64, 32), dtype="bfloat16")
+"""What ``host_time.py`` runs, on a driver whose launches do nothing: two levels of six experts of two layers."""
+HOST_ROUNDS = 201
+"""Many and short: what else runs on the machine disturbs some of them."""
 
 GPU_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper_gpu")
 GPU_DTYPES: dict[str, tuple[str, str]] = {"bfloat16": ("bfloat16", "highest"), "tf32": ("float32", "high")}

@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 NORMS_PAGE = ROOT / "docs" / "performance.md"
 SCALING_PAGE = ROOT / "docs" / "training_at_scale.md"
 WHOLE_MODEL_PAGE = ROOT / "docs" / "accelerate.md"
+HOST_TIME_PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) -->\n)(.*?)(<!-- /benchmark:\2 -->)", re.DOTALL)
 _SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
@@ -259,6 +260,29 @@ def whole_model_table(content: Result) -> str:
     return "\n".join(lines)
 
 
+def host_time_table(content: Result) -> str:
+    """Microseconds of the host, and the part of the loop's time."""
+    entries = content["results"]
+    heads = [cell for entry in entries for cell in (f"{MODE_NAMES[entry['mode']]}, us", "least", "of the loop")]
+    lines = [_row(["", *heads]), _row(["---", *["---:"] * len(heads)])]
+    for name in dict.fromkeys(name for entry in entries for name in entry["contestants"]):
+        times = [entry["contestants"][name] for entry in entries]
+        cells = [
+            cell
+            for time in times
+            for cell in (_number(time["median_us"]), _number(time["least_us"]), f"{time['ratio_to_loop']:.2f}")
+        ]
+        lines.append(_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def host_time_block(machine: str, content: Result) -> str:
+    """What stands between the two comments in docs/benchmarks.md."""
+    return _block(
+        machine, "host_time", content, host_time_table(content), factors="a part is the median", threads="1 thread"
+    )
+
+
 def whole_model_block(machine: str, content: Result) -> str:
     """What stands between the two comments in docs/accelerate.md."""
     return _block(machine, "whole_model", content, whole_model_table(content))
@@ -459,6 +483,8 @@ def markdown(machine: str, files: Mapping[str, Result]) -> str:
         parts += ["## Whole models", whole_model_block(machine, files["whole_model"])]
     if "scaling" in files:
         parts += ["## DistributedDataParallel", scaling_block(machine, files["scaling"])]
+    if "host_time" in files:
+        parts += ["## Host time of the kernels", host_time_block(machine, files["host_time"])]
     if "gpu" in files:
         parts += ["## Targets", "\n".join(f"- {line}" for line in gpu_targets(files["gpu"]))]
         parts += ["## Times", gpu_table(files["gpu"]), _gpu_environment(files["gpu"]["environment"])]
@@ -538,6 +564,7 @@ def main(arguments: list[str] | None = None) -> None:
             ("norms", NORMS_PAGE, norms_block),
             ("scaling", SCALING_PAGE, scaling_block),
             ("whole_model", WHOLE_MODEL_PAGE, whole_model_block),
+            ("host_time", HOST_TIME_PAGE, host_time_block),
         ):
             if kind in files:
                 text = with_block(page.read_text(encoding="utf-8"), block(folder.name, files[kind]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +19,13 @@ from .torch_backend.slots import Place, Slots
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[[Tensor | None, Tensor | None], Gradients]
+
+
+@cache
+def _in_kernels() -> Any:
+    from .triton_backend import level  # triton is optional
+
+    return level
 
 
 class LevelCall(NamedTuple):
@@ -42,11 +49,7 @@ class LevelCall(NamedTuple):
 
     def arithmetic(self) -> Any:
         """The module with ``level_forward`` and ``level_backward``."""
-        if self.backend == "torch":
-            return by_hand
-        from .triton_backend import level as in_kernels  # triton is optional
-
-        return in_kernels
+        return by_hand if self.backend == "torch" else _in_kernels()
 
     def inputs(self, tensors: Sequence[Tensor | None]) -> by_hand.LevelInput:
         """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""
@@ -56,6 +59,25 @@ class LevelCall(NamedTuple):
             gate_x = Slots(tensors[self.num_x : start], self.gate_places)  # type: ignore[arg-type]
         layers, gate = unflatten(tensors[start:])
         return by_hand.LevelInput(self.plan, layers, gate, self.state, x, gate_x)
+
+    def repeated(
+        self,
+        arithmetic: Callable[[], Gradients],
+        what: str,
+        tensors: Sequence[Tensor | None],
+        needed: tuple[bool, ...] | None = None,
+    ) -> Gradients:
+        """The results of ``arithmetic``, the pass ``what`` of this call, which reads ``tensors`` and the call's state.
+
+        On Triton what it launches is not decided anew at every call of one form.
+        """
+        if self.backend == "torch" or self.num_x > 1 or self.num_gate_x > 1:  # how slots lie in memory decides, too
+            return arithmetic()
+        decided_by = (
+            what, needed, self.plan, self.places, self.gate_places, self.num_gate_x, self.listed, self.recompute
+        )  # fmt: skip
+        repeated: Callable[..., Gradients] = self.arithmetic().repeated
+        return repeated(decided_by, self.state, tensors, arithmetic)
 
     def needs(self, needed: tuple[bool, ...]) -> by_hand.LevelNeeds:
         """Needs of backward, from one bool per tensor."""
@@ -73,8 +95,13 @@ def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bo
 
 def run_without_grad(call: LevelCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """The level where no backward follows."""
-    y, listed, _ = call.arithmetic().level_forward(call.inputs(tensors), None, listed=call.listed)
-    return y, listed
+
+    def run() -> Gradients:
+        y, listed, _ = call.arithmetic().level_forward(call.inputs(tensors), None, listed=call.listed)
+        return y, listed
+
+    y, listed = call.repeated(run, "inference", tensors)
+    return cast(Tensor, y), listed
 
 
 class ExtractionLevelFunction(torch.autograd.Function):
@@ -90,17 +117,20 @@ class ExtractionLevelFunction(torch.autograd.Function):
             y, saved = few_rows_train_forward(call.plan, layers, gate, cast(Tensor, tensors[0]))
             ctx.save_for_backward(*tensors, *saved)
             return y
-        inputs = call.inputs(tensors)
-        needs = call.needs(ctx.needs_input_grad[1:])
-        forward = call.arithmetic().level_forward
-        y, listed, kept = forward(inputs, None if call.recompute else needs, listed=call.listed)
-        flat = by_hand.flatten_kept(kept)
+        needed = ctx.needs_input_grad[1:]
+
+        def run() -> Gradients:
+            needs = None if call.recompute else call.needs(needed)
+            y, listed, kept = call.arithmetic().level_forward(call.inputs(tensors), needs, listed=call.listed)
+            return y, listed, *by_hand.flatten_kept(kept)
+
+        done = call.repeated(run, "forward", tensors, needed)
+        state: Sequence[Tensor] = ()
         if call.plan.has_state:
             state = call.state.read_by_backward()
             ctx.num_state = len(state)
-            flat = [*state, *flat]
-        ctx.save_for_backward(*tensors, *flat)
-        return (y, listed) if call.listed else y
+        ctx.save_for_backward(*tensors, *state, *done[2:])
+        return (done[0], done[1]) if call.listed else done[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None = None) -> Any:
@@ -148,12 +178,14 @@ def _by_hand_backward(
             call.plan, layers, gate, tensors[0], flat, dy, want_x=needed[0], want_tensors=any(needed[1:])
         )
         return dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
-    inputs = call.inputs(tensors)
-    needs = call.needs(needed)
-    kept = by_hand.unflatten_kept(call.plan, flat)
-    dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, needs, kept, dy, dlisted)
-    grads = (*dx, *dgate_x, *dtensors)
-    return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+    def run() -> Gradients:
+        inputs, kept = call.inputs(tensors), by_hand.unflatten_kept(call.plan, flat)
+        dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, call.needs(needed), kept, dy, dlisted)
+        grads = (*dx, *dgate_x, *dtensors)
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+    return call.repeated(run, "backward", (*tensors, *flat, dy, dlisted), needed)
 
 
 class _OneByOne(torch.autograd.Function):

@@ -16,7 +16,7 @@ from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_with
 from .backend import Choice, is_exporting, note, resolve
 from .checks import check_input, shape_of
 from .ops import run_op
-from .plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, check_shapes, flatten
+from .plan import NO_STATE, GateTensors, LayerTensors, LevelPlan, LevelState, check_shapes, flatten
 from .torch_backend import composed
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
 from .torch_backend.gate_combine import combine_dense
@@ -27,10 +27,16 @@ _TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 """What parameters are to a tracer."""
 
 
+@lru_cache(maxsize=256)
+def _places(slots: int, stacked: bool) -> tuple[Place, ...]:
+    """Of the slots of one tensor."""
+    return tuple(Place(0, slot if stacked else -1) for slot in range(slots))
+
+
 def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]:
     """Distinct tensors, and where every slot lies in them."""
     if isinstance(x, Tensor):
-        return (x,), tuple(Place(0, -1 if x.dim() == 2 else s) for s in range(slots))
+        return (x,), _places(slots, x.dim() == 3)
     tensors: list[Tensor] = []
     places = []
     for entry in x:
@@ -107,9 +113,8 @@ def _few_rows_call(plan: LevelPlan, stacked: bool) -> LevelCall:
     """Every call of a plan on the short path: it has no norm and drops nothing, so its state is always the same."""
     slots = plan.topology.num_slots
     assert slots is not None
-    places = tuple(Place(0, slot if stacked else -1) for slot in range(slots))
-    state = LevelState((LayerState(None, None, 0.0),) * plan.num_layers, None, None)
-    return LevelCall(plan, state, places, 1, None, 0, listed=False, recompute=False, few_rows=True)
+    state = LevelState((NO_STATE,) * plan.num_layers, None, None)
+    return LevelCall(plan, state, _places(slots, stacked), 1, None, 0, listed=False, recompute=False, few_rows=True)
 
 
 def extraction_level(

@@ -76,6 +76,10 @@ class LayerState(NamedTuple):
     """Probability, 0 outside training."""
 
 
+NO_STATE = LayerState(None, None, 0.0)
+"""Of a layer without norms that drops nothing."""
+
+
 class LevelState(NamedTuple):
     """The states of all layers, in the order of ``flatten``, and what the level draws at one call."""
 
@@ -97,7 +101,11 @@ class LevelState(NamedTuple):
     @property
     def has_foreign_norm(self) -> bool:
         """Whether any norm is not ours."""
-        return any(n is not None and n.module is not None for n in self.norms())
+        for layer in self.layers:  # plain loops: every call waits for this
+            for norm in (layer.norm, layer.dice):
+                if norm is not None and norm.module is not None:
+                    return True
+        return self.gate_norm is not None and self.gate_norm.module is not None
 
     def read_by_backward(self) -> list[Tensor]:
         """Tensors that a backward reads: running statistics that stood in for the batch's, and a seed on a device."""
@@ -111,6 +119,20 @@ class LevelState(NamedTuple):
         if isinstance(self.seed, Tensor):
             found.append(self.seed)
         return found
+
+    def form(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """All that the arithmetic reads of the state: settings, to compare by, and tensors."""
+        settings: list[Any] = []
+        tensors: list[Tensor] = []
+        for layer in self.layers:
+            if layer is not NO_STATE:
+                settings += (layer.dropout, _form_of(layer.norm, tensors), _form_of(layer.dice, tensors))
+            else:
+                settings.append(None)
+        settings.append(_form_of(self.gate_norm, tensors))
+        if isinstance(self.seed, Tensor):
+            tensors.append(self.seed)
+        return tuple(settings), tensors
 
     def with_saved(self, tensors: Sequence[Tensor]) -> LevelState:
         """The same state with these in the place of those that are ``read_by_backward``."""
@@ -131,6 +153,14 @@ class LevelState(NamedTuple):
             yield layer.norm
             yield layer.dice
         yield self.gate_norm
+
+
+def _form_of(norm: NormState | None, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    if norm is None:
+        return None
+    running = [t for t in (norm.running_mean, norm.running_var) if t is not None]
+    tensors += running
+    return norm.kind, norm.eps, norm.batch, norm.factor, len(running)
 
 
 class MLPPlan(NamedTuple):
@@ -265,7 +295,10 @@ def _tuples(value: Any) -> Any:
 
 def flatten(layers: Sequence[LayerTensors], gate: GateTensors) -> tuple[Tensor | None, ...]:
     """The flat tuple of a level's differentiable tensors."""
-    return tuple(tensor for row in (*layers, gate) for tensor in row)
+    flat: list[Tensor | None] = []
+    for row in layers:
+        flat += row
+    return *flat, *gate
 
 
 def unflatten(flat: Sequence[Tensor | None]) -> tuple[list[LayerTensors], GateTensors]:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .backend import use_backend
 from .modules import PLE
 from .scalars import check_count
+from .tune_library import ROWS, Compared, library_rows, plain_of, rows_from
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table, Tile
@@ -35,6 +36,7 @@ Sampler = Callable[[], float]
 """Seconds of one launch, measured anew at each call."""
 Prepare = Callable[[Callable[[], object]], Sampler]
 """Makes a sampler of a launch."""
+_Name = TypeVar("_Name")
 
 LAUNCHERS = (
     "fused_level_fwd", "fused_two_layers_fwd", "gate_combine_bwd", "gate_combine_fwd", "grouped_data_grad",
@@ -58,7 +60,8 @@ class _Call(NamedTuple):
     options: dict[str, Any]
 
     def run(self, tile: Tile | None = None) -> Any:
-        return self.launcher(*self.arguments, **self.options, tile=tile)
+        with torch.no_grad():  # as in the level: products of the library write into given memory
+            return self.launcher(*self.arguments, **self.options, tile=tile)
 
     def result(self, tile: Tile | None = None) -> list[Tensor]:
         """What one launch on fresh memory makes, copied."""
@@ -174,8 +177,10 @@ def _backend_modules() -> list[str]:
 
 def _recorded(trunk: nn.Module, x: Tensor) -> list[_Call]:
     """What a training step and an inference call launch."""
+    from ple_fast_kernels import without_replay
+
     calls: list[_Call] = []
-    with _recording(calls), use_backend("triton"):
+    with _recording(calls), use_backend("triton"), without_replay():
         y = trunk(x)
         y.backward(torch.randn_like(y))
         with torch.inference_mode():
@@ -207,6 +212,10 @@ class _Tuner:
         limit = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
         return int(limit)
 
+    def set_table(self, table: Table, least: int | None = None) -> None:
+        """Rows of the table while measuring; ``least``: from how much work on plain products are the library's."""
+        self.tiles.set_table(self.architecture, {**rows_from(least), **table})
+
     def asked(self, call: _Call) -> Any:
         """The request for a tile that a call makes, at the tables of the moment; the call is run."""
         self.tiles.asked = []
@@ -220,14 +229,14 @@ class _Tuner:
 
     def measure(self, call: _Call, choice: Callable[[str], Sequence[Tile]]) -> Measured | None:
         """Seconds of the shipped tile and of every candidate; None where there is none to compare."""
-        self.tiles.set_table(self.architecture, {})
+        self.set_table({})
         shipped = self.asked(call)
         expected = call.result(shipped.tile)
         samplers = {shipped.tile: self.prepare(lambda: call.run(shipped.tile))}
         for candidate in choice(shipped.kind):
             if not shipped.fits(candidate):
                 continue
-            self.tiles.set_table(self.architecture, {shipped.kind: (self.tiles.Class(0, candidate),)})
+            self.set_table({shipped.kind: (self.tiles.Class(0, candidate),)})
             try:
                 tile = self.asked(call).tile
                 if tile in samplers:  # cut to the same size
@@ -239,13 +248,34 @@ class _Tuner:
                 self.say(f"  {shipped.kind}: {candidate} does not fit")
         if len(samplers) < 2:
             return None
-        samples: dict[Tile, list[float]] = {tile: [] for tile in samplers}
+        return Measured(shipped.kind, shipped.results, self.medians(samplers))
+
+    def compare(self, call: _Call, fastest: Tile | None) -> Compared | None:
+        """The kernel with its ``fastest`` tile (None: the shipped one) and the library, where the product is a plain
+        one; otherwise None."""
+        self.set_table({})
+        plain = plain_of(call.run)
+        if plain is None:
+            return None
+        tile = self.asked(call).tile if fastest is None else fastest
+        expected = call.result(tile)
+        samplers = {"kernels": self.prepare(lambda: call.run(tile))}
+        self.set_table({}, least=0)
+        if not _agree(call.result(), expected):
+            raise RuntimeError(f"{call.name} by the library differs from {tile}: please report it")
+        samplers["library"] = self.prepare(call.run)
+        medians = self.medians(samplers)
+        return Compared(plain.kind, plain.product, plain.work, medians["kernels"], medians["library"])
+
+    def medians(self, samplers: dict[_Name, Sampler]) -> dict[_Name, float]:
+        """Seconds of each, interleaved."""
+        samples: dict[_Name, list[float]] = {name: [] for name in samplers}
         order = list(samplers)
         for r in range(self.rounds):
             start = r % len(order)
-            for tile in order[start:] + order[:start]:
-                samples[tile].append(samplers[tile]())
-        return Measured(shipped.kind, shipped.results, {t: statistics.median(s) for t, s in samples.items()})
+            for name in order[start:] + order[:start]:
+                samples[name].append(samplers[name]())
+        return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
 def _out_of_resources() -> tuple[type[Exception], ...]:
@@ -290,7 +320,7 @@ def tune(
     prepare: Prepare = cuda_graph_sampler,
     choice: Callable[[str], Sequence[Tile]] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[Table, list[Measured]]:
+) -> tuple[Table, list[Measured | Compared]]:
     """Measure the tiles of a trunk at the shape, dtype and device of ``x``.
 
     Args:
@@ -311,14 +341,23 @@ def tune(
     tuner = _Tuner(x.device, prepare, rounds, say)
     size, limit = x.element_size(), tuner.shared_limit()
     chosen = choice or (lambda kind: candidates(kind, tuner.architecture, size, limit))
-    measured: list[Measured] = []
+    tiled: list[Measured] = []
+    compared: list[Compared] = []
     try:
         calls = _recorded(trunk, x)
         for i, call in enumerate(calls):
             found = tuner.measure(call, chosen)
+            fastest = None if found is None else min(found.seconds.items(), key=lambda item: item[1])[0]
+            beside = tuner.compare(call, fastest)
+            if beside is not None:
+                compared.append(beside)
+                say(
+                    f"{i + 1}/{len(calls)} {call.name}: kernels {beside.kernels * 1e6:.1f} us, library "
+                    f"{beside.library * 1e6:.1f} us"
+                )
             if found is None:
                 continue
-            measured.append(found)
+            tiled.append(found)
             (shipped, before), *_ = found.seconds.items()
             tile, after = min(found.seconds.items(), key=lambda item: item[1])
             say(
@@ -327,7 +366,9 @@ def tune(
             )
     finally:
         tuner.tiles.set_table(tuner.architecture, None)
-    return best_table(measured, tuner.processors), measured
+    rows = {k: r for k, r in tuner.tiles.TABLES[tuner.architecture].items() if k in ROWS}
+    table = {**best_table(tiled, tuner.processors), **library_rows(compared, rows, GAIN)}
+    return table, [*tiled, *compared]
 
 
 def _version(package: str) -> str:
@@ -337,14 +378,26 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def save(path: Path, table: Table, measured: Sequence[Measured], device: torch.device, about: dict[str, Any]) -> None:
+def _microseconds(seconds: float) -> float:
+    return float(f"{seconds * 1e6:.4g}")
+
+
+def save(
+    path: Path, table: Table, measured: Sequence[Measured | Compared], device: torch.device, about: dict[str, Any]
+) -> None:
     """Write a table with what it was measured with; processes that start later use it."""
     files = importlib.import_module("ple_fast_kernels._tile_files")
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rows = [
-        [m.kind, m.results, [[list(tile), float(f"{seconds * 1e6:.4g}")] for tile, seconds in m.seconds.items()]]
+        [m.kind, m.results, [[list(tile), _microseconds(seconds)] for tile, seconds in m.seconds.items()]]
         for m in measured
+        if isinstance(m, Measured)
+    ]
+    plain = [
+        [m.kind, m.product, m.work, _microseconds(m.kernels), _microseconds(m.library)]
+        for m in measured
+        if isinstance(m, Compared)
     ]
     head = {
         "gpu": gpu,
@@ -353,6 +406,7 @@ def save(path: Path, table: Table, measured: Sequence[Measured], device: torch.d
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         **about,
         "measured_us": rows,
+        "kernels_library_us": plain,
     }
     files.write_table(path, table, tiles.architecture(device)[0], head)
     tiles.reload_tables()

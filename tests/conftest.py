@@ -63,6 +63,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=without)
 
 
+def alignments(device: str) -> list[str]:
+    """Memory of the operands of the kernels' tests: a GPU compiles other code for each, the interpreter sees none."""
+    return ["aligned", "unaligned"] if device.startswith("cuda") else ["aligned"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "alignment" in metafunc.fixturenames:
+        metafunc.parametrize("alignment", alignments(str(metafunc.config.getoption("--device"))), indirect=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--skip-missing"):
         config.pluginmanager.register(SkipMissing())
@@ -77,6 +87,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device under test, from ``--device``; a test fails, and is not skipped, where that device is absent."""
     return torch.device(str(request.config.getoption("--device")))
+
+
+@pytest.fixture
+def alignment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test of kernels once with operands of ``guarded`` at multiples of 16 bytes, and on a GPU once without."""
+    import tests.kernel_helpers as helpers  # after TRITON_INTERPRET is set
+
+    monkeypatch.setattr(helpers, "front", {"aligned": helpers.ALIGNED, "unaligned": helpers.UNALIGNED}[request.param])
+    return str(request.param)
 
 
 @pytest.fixture
@@ -109,6 +128,15 @@ def _compiled_programs_of_one_test() -> Iterator[None]:
         dynamo.utils.counters.clear()
 
 
+@pytest.fixture(autouse=True)
+def _calls_of_one_test() -> Iterator[None]:
+    """What an earlier test recorded would be repeated, where this one has put something in the place of a part."""
+    yield
+    replay: Any = sys.modules.get("ple_fast_kernels._replay")
+    if replay is not None:
+        replay.forget()
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, in use; on a CPU the kernels are interpreted, so keep the tensors tiny."""
@@ -118,6 +146,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("triton is not installed")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def last_programs(_poison_fresh_memory: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tensors that are too large to be touched: in the interpreter a launch runs its last program alone."""
+    from tests.large_tensors import run_last_programs  # after TRITON_INTERPRET is set
+
+    if device.type == "cuda":
+        yield
+        torch.cuda.empty_cache()
+    else:
+        run_last_programs(monkeypatch)
+        yield
 
 
 BAND = 64

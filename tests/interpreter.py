@@ -1,8 +1,8 @@
 """Makes Triton's interpreter right where it is not: bfloat16, and NumPy 2.4 under triton 3.6.
 
 Kernels run on CPU tensors when ``TRITON_INTERPRET=1`` is set before triton is imported. The interpreter keeps bfloat16
-as 16 bits without meaning: products and sums of them are garbage, and conversion truncates. ``install`` replaces those
-parts.
+as 16 bits without meaning: products and sums of them are garbage, conversion truncates, and 3.6 has no constants.
+``install`` replaces those parts.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def install() -> None:
             return cast_impl(self, source, target)
         return convert(self, source, target, rounding)
 
+    if not hasattr(builder, "get_bf16"):  # triton 3.6 has no constants of bfloat16
+        builder.get_bf16 = lambda self, value: handle(_bits(np.array([value])), bfloat16)
     interpreter._patch_lang_tensor = patched
     builder.create_dot, builder.binary_op = create_dot, binary_op
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp

@@ -29,8 +29,11 @@ ACTIVATIONS: tuple[tuple[str, float], ...] = (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TILES: tuple[Tile | None, ...] = (None, Tile(16, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, 2), Tile(32, 16, 32, 4, 2, 1))
 """Of products: the one that the library takes, and small ones, so that small sizes have several tiles and steps."""
-FRONT = 5
-"""Elements before an operand: odd, so that no address is aligned by luck."""
+ALIGNED, UNALIGNED = 64, 5
+"""Elements before an operand: its address is a multiple of 16 bytes, as in a user's program, so that it is loaded by
+wide copies and launched out of the cache of compiled kernels; or of nothing, so that neither is done."""
+front = ALIGNED
+"""Which of them ``guarded`` takes; the fixture ``alignment`` sets it."""
 
 
 def values(
@@ -44,12 +47,12 @@ def values(
 def guarded(tensor: Tensor, gap: int = 0) -> Tensor:
     """The same numbers in a buffer of NaN: before them, after them and, with a ``gap``, between rows."""
     rows, inner = tensor.shape[0], tensor[0].numel()
-    buffer = tensor.new_full((FRONT + rows * (inner + gap) + 64,), float("nan"))
+    buffer = tensor.new_full((front + rows * (inner + gap) + 64,), float("nan"))
     strides = [1] * tensor.dim()
     for i in range(tensor.dim() - 2, -1, -1):
         strides[i] = strides[i + 1] * tensor.shape[i + 1]
     strides[0] = inner + gap
-    view = buffer.as_strided(tensor.shape, strides, FRONT)
+    view = buffer.as_strided(tensor.shape, strides, front)
     view.copy_(tensor)
     return view
 
@@ -69,17 +72,24 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Memory of an input ``(B, S, K)``; ``equal-rows`` has other numbers."""
 
 
-def hold(name: str, actual: Tensor | None, expression: Callable[..., Any], *operands: Any) -> None:
+def hold(
+    name: str,
+    actual: Tensor | None,
+    expression: Callable[..., Any],
+    *operands: Any,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """``err(actual) <= 2 err(expression in the dtype of the operands) + one unit`` against float64; float64: 1e-10.
 
-    Operands may be tensors, sequences of tensors, or anything else, which goes as it is.
+    Operands may be tensors, sequences of tensors, or anything else, which goes as it is. ``read``: what the kernel is
+    free to make of an operand as it reads it, such as ``tf32``.
     """
     assert actual is not None, name
     truth = expression(*(_double(operand) for operand in operands))
     if actual.dtype == torch.float64:
         assert_close(name, actual, truth, 1e-10)
         return
-    plain = expression(*operands)
+    plain = expression(*(_each(operand, read) for operand in operands) if read is not None else operands)
     assert actual.shape == truth.shape, f"{name}: expected {tuple(truth.shape)}, got {tuple(actual.shape)}"
     assert bool(torch.isfinite(actual).all()), f"{name}: not finite: {actual}"
     low = next(o.dtype for o in operands if isinstance(o, Tensor))
@@ -94,12 +104,21 @@ def _sizes(t: Tensor) -> tuple[float, float]:
     return t.abs().max().item(), t.square().mean().sqrt().item()
 
 
-def _double(operand: Any) -> Any:
+def _each(operand: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(operand, Tensor):
-        return operand.double() if operand.is_floating_point() else operand
+        return change(operand) if operand.is_floating_point() else operand
     if isinstance(operand, list | tuple) and any(isinstance(o, Tensor) for o in operand):
-        return [_double(o) for o in operand]
+        return [_each(o, change) for o in operand]
     return operand
+
+
+def _double(operand: Any) -> Any:
+    return _each(operand, Tensor.double)
+
+
+def tf32(tensor: Tensor) -> Tensor:
+    """A float32 tensor as TF32 holds it at the least: 10 bits of fraction, the others cut off."""
+    return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32) if tensor.dtype == torch.float32 else tensor
 
 
 def apply(z: Tensor, activation: tuple[str, float]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import aot
-from benchmarks.configs import AOT_DTYPES, AOT_SIZES
+from benchmarks.configs import aot_dtypes
 from benchmarks.environment import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
@@ -53,9 +53,10 @@ def test_the_committed_tables_are_of_the_present_code(tmp_path: Path) -> None:
         assert have == wanted, f"compile again: {list((wanted - have) + (have - wanted))[:5]}"
         for architecture in aot.ARCHITECTURES:
             mine = [row for row in rows if row["architecture"] == architecture]
-            assert {row["size"] for row in mine} == set(AOT_SIZES)
-            dtypes = {dtype.partition("/")[0] for size in AOT_SIZES for dtype in AOT_DTYPES[size]}
-            assert {row["dtype"] for row in mine} == dtypes
+            asked = aot_dtypes(architecture)
+            assert {row["size"] for row in mine} == set(asked)
+            assert {row["dtype"] for row in mine} == {d.partition("/")[0] for dtypes in asked.values() for d in dtypes}
+            assert {row["kernel"] for row in mine} == {row["kernel"] for row in rows}
 
 
 def test_faults_are_found() -> None:
@@ -70,7 +71,26 @@ def test_faults_are_found() -> None:
     assert "more shared memory" in aot.faults([{**row, "architecture": "gfx942", "shared": 65_537}])[0]
     assert "no warp-group products" in aot.faults([{**row, "mma": 4, "warp_group_mma": 0}])[0]
     assert "no tensor cores" in aot.faults([{**row, "warp_group_mma": 0}])[0]
+    assert "wait for each other (C7514)" in aot.faults([{**row, "serialised": ["C7514"]}])[0]
+    assert "20 shuffles in loops" in aot.faults([{**row, "kernel": "grouped_weight_grad", "loop_shuffles": 20}])[0]
     assert "out of memory" in aot.faults([{**row, "error": "out of memory"}])[0]
+
+
+LISTING = """
+        /*0000*/                   SHFL.BFLY PT, R0, R1, 0x1, 0x1f ;
+        /*0010*/                   FADD R2, R2, R0 ;
+        /*0020*/                   SHFL.BFLY PT, R3, R2, 0x2, 0x1f ;
+        /*0030*/                   SHFL.IDX PT, R3, R2, RZ, 0x1f ;
+        /*0040*/              @!P0 BRA 0x10 ;
+        /*0050*/              @!P1 BRA 0x0 ;
+        /*0060*/                   BRA 0x60 ;
+"""
+
+
+def test_shuffles_are_counted_in_innermost_loops_alone() -> None:
+    assert aot.shuffles_in_loops(LISTING) == 1
+    assert aot.shuffles_in_loops(LISTING.replace("@!P0 BRA 0x10", "NOP")) == 2
+    assert aot.shuffles_in_loops("") == 0
 
 
 def test_the_page_shows_the_committed_tables() -> None:
@@ -95,4 +115,4 @@ def test_a_part_compiles_without_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_everything_compiles_without_a_fault(architecture: str, tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--architectures", architecture)
-    assert {row["size"] for row in rows} == set(AOT_SIZES)
+    assert {row["size"] for row in rows} == set(aot_dtypes(architecture))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +20,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ple_fast
-from benchmarks import report, run, scaling, whole_model
+from benchmarks import host_time, report, run, scaling, whole_model
 from benchmarks.analytic import work
 from benchmarks.configs import (
     GRID,
     HEAD_TO_HEAD,
+    HOST_ROUNDS,
     KUAIRAND,
     MODES,
     ROUNDS,
@@ -499,6 +501,35 @@ def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
     for entry in results:
         assert set(entry["contestants"]) == set(whole_model.VARIANTS)
         assert entry["rounds"] >= ROUNDS
+
+
+def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    found = report.load(ROOT / "benchmarks" / "results" / machine)["host_time"]
+    page = report.quoted(report.HOST_TIME_PAGE.read_text(encoding="utf-8"))
+    assert page == report.host_time_block(machine, found), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]
+    for entry in found["results"]:
+        assert [*entry["contestants"]] == [*host_time.CASES]
+        assert entry["rounds"] >= HOST_ROUNDS
+        assert entry["contestants"][host_time.OURS]["ratio_to_loop"] <= host_time.TARGETS[entry["mode"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="builds a library with gcc")
+def test_host_time_is_measured_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "host_time.json"
+    host_time.main(["--rounds", "2", "--json", str(path)])
+    found = report.load(tmp_path)["host_time"]
+    assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]
+    for entry in found["results"]:
+        assert [*entry["contestants"]] == [*host_time.CASES]
+        assert all(time["least_us"] > 1.0 for time in entry["contestants"].values())
+    table = report.host_time_table(found).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [*host_time.CASES]
 
 
 def test_the_loop_is_seeded() -> None:

@@ -30,7 +30,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("modules", "losses", "synthetic"),
+    ("modules", "losses", "synthetic", "tune_library"),
     ("model", "convert", "viz", "tune", "warmup"),
     ("__init__",),
 )

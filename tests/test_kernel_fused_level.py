@@ -159,6 +159,7 @@ def test_wirings(name: str, hidden: int, device: torch.device) -> None:
     hold("p", p, weights_of, *c.operands)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), [(1, 1, 1), (1, 35, 6), (37, 35, 33), (40, 32, 32), (17, 16, 1)])
 def test_sizes_of_one_layer(rows: int, depth: int, units: int, tile: Tile | None, device: torch.device) -> None:
@@ -170,6 +171,7 @@ def test_sizes_of_one_layer(rows: int, depth: int, units: int, tile: Tile | None
     hold("p", p, weights_of, *c.operands)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", [None, Tile(16, 64, 16, 4, 2), Tile(32, 64, 32, 4, 2)], ids=str)
 @pytest.mark.parametrize(
     ("rows", "depth", "hidden", "units"), [(1, 1, 1, 1), (1, 35, 40, 6), (37, 35, 37, 33), (40, 32, 64, 32)]
@@ -215,6 +217,7 @@ def test_activations(activation: tuple[str, float], hidden: int, device: torch.d
     hold("y", c.fused()[0], whole, *c.operands)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("hidden", [0, 9])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_input(layout: str, hidden: int, device: torch.device) -> None:
@@ -222,6 +225,7 @@ def test_layouts_of_the_input(layout: str, hidden: int, device: torch.device) ->
     hold("y", c.fused()[0], whole, *c.operands)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("hidden", [0, 40])
 @pytest.mark.parametrize("name", ["ple", "static-offsets"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

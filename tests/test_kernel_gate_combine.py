@@ -114,6 +114,7 @@ def test_forward_of_wirings(name: str, temperature: float, device: torch.device)
     hold("p", p, lambda logits: softmaxes(c.topology, logits, temperature), c.logits)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "units"), [(1, 1), (1, 33), (37, 33), (32, 32), (17, 5)])
 def test_sizes(rows: int, units: int, tile: Tile | None, device: torch.device) -> None:
@@ -193,6 +194,7 @@ def test_weights_are_kept_on_demand(device: torch.device) -> None:
     assert torch.equal(y, c.forward()[0])
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("name", ["ple", "static-offsets"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_dtypes(dtype: torch.dtype, name: str, device: torch.device) -> None:

@@ -37,7 +37,7 @@ def input_grad(
     for m, slot in enumerate(members):
         assert d is not None and w is not None
         out[:, slot] += d[:, m] @ w[m]
-    for slot, first, size in zip(*runs, strict=True) if dl is not None else ():
+    for slot, first, size in zip(runs.slot, runs.first, runs.sizes, strict=True) if dl is not None else ():
         assert dl is not None and gate_w is not None
         out[:, slot] += dl[:, first : first + size] @ gate_w[first : first + size]
     return out
@@ -78,6 +78,7 @@ def test_input_grad_of_wirings(name: str, gates: bool, device: torch.device) -> 
     assert_bands(buffer)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 1), (1, 35, 6), (37, 35, 33), (40, 32, 32), (17, 16, 1)])
 def test_input_grad_of_sizes(rows: int, depth: int, width: int, tile: Tile | None, device: torch.device) -> None:
@@ -114,6 +115,7 @@ def test_input_grad_is_added_to_what_is_there(tile: Tile | None, device: torch.d
     assert_bands(buffer)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_input_grad_of_dtypes(dtype: torch.dtype, device: torch.device) -> None:
     """Half-precision gradients may be added up in a float32 result."""
@@ -136,7 +138,8 @@ def weight_grads(layer: WeightGrad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bias = d.sum(0)
     if dl is not None:
         gate_bias = dl.sum(0)
-        parts = [dl[:, f : f + n].T @ a[:, s] for s, f, n in zip(*layer.gates, strict=True) if layer.gate_weight]
+        gates = zip(layer.gates.slot, layer.gates.first, layer.gates.sizes, strict=True)
+        parts = [dl[:, f : f + n].T @ a[:, s] for s, f, n in gates if layer.gate_weight]
         gate_weight = torch.cat(parts) if parts else empty
     return weight, bias, gate_weight, gate_bias
 
@@ -166,7 +169,7 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return number
 
 
-@pytest.mark.usefixtures("splits")
+@pytest.mark.usefixtures("splits", "alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), [(1, 1, 1), (1, 35, 6), (50, 35, 33), (64, 32, 16), (17, 16, 1)])
 def test_weight_grads_of_sizes(rows: int, depth: int, units: int, tile: Tile | None, device: torch.device) -> None:
@@ -190,7 +193,7 @@ def test_the_library_cuts_many_rows(device: torch.device) -> None:
     hold_layers([WeightGrad(a, d, (0,), True, True)], Tile(16, 16, 512, 4, 2))
 
 
-@pytest.mark.usefixtures("splits")
+@pytest.mark.usefixtures("splits", "alignment")
 @pytest.mark.parametrize("slots", [(0, 0, 0), (0, 1, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weight_grads_of_layouts(layout: str, slots: tuple[int, ...], device: torch.device) -> None:
@@ -222,7 +225,7 @@ def test_no_layer_takes_no_launch() -> None:
     assert grouped_weight_grads([], torch.float32) == []
 
 
-@pytest.mark.usefixtures("splits")
+@pytest.mark.usefixtures("splits", "alignment")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_weight_grads_of_dtypes(dtype: torch.dtype, device: torch.device) -> None:
     a, d = values(70, 2, 40, dtype=dtype, device=device), values(70, 2, 35, dtype=dtype, device=device)

@@ -34,7 +34,7 @@ RUNS = GateRuns((0, 2, 0), (0, 3, 7), (3, 4, 1))
 def logits_of(a: Tensor, weight: Tensor, bias: Tensor | None, runs: GateRuns) -> Tensor:
     """Logits of every run, in the order of the rows of ``weight``."""
     parts = []
-    for slot, first, size in zip(*runs, strict=True):
+    for slot, first, size in zip(runs.slot, runs.first, runs.sizes, strict=True):
         rows = slice(first, first + size)
         parts.append(F.linear(a[:, slot], weight[rows], None if bias is None else bias[rows]))
     return torch.cat(parts, 1)
@@ -58,6 +58,7 @@ def test_activations(activation: tuple[str, float], keep_input: bool, device: to
         hold("z", z, linears, a, w, b, slots, ("identity", 0.0))
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), [(1, 1, 1), (1, 35, 6), (37, 35, 33), (40, 64, 32), (17, 16, 1)])
 def test_sizes(rows: int, depth: int, units: int, tile: Tile | None, device: torch.device) -> None:
@@ -77,6 +78,7 @@ def test_sizes(rows: int, depth: int, units: int, tile: Tile | None, device: tor
     hold("logits", logits, logits_of, a, gate_w, gate_b, RUNS)
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("slots", [(0, 0, 0), (0, 1, 2), (0, 0, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_input(layout: str, slots: tuple[int, ...], device: torch.device) -> None:
@@ -98,6 +100,7 @@ def test_the_result_may_be_a_part_of_wider_rows(device: torch.device) -> None:
     assert bool((whole[:, [0, 3, 4]] == 3.0).all())
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_gates_alone(tile: Tile | None, bias: bool, device: torch.device) -> None:
@@ -118,6 +121,7 @@ def test_more_logits_of_a_slot_than_a_run_has(device: torch.device) -> None:
     hold("y", y, linears, a, member, None, (1,), ("identity", 0.0))
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("activation", [("relu", 0.0), ("gelu", 0.0), ("tanh", 0.0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_dtypes(dtype: torch.dtype, activation: tuple[str, float], device: torch.device) -> None:
@@ -193,6 +197,7 @@ def test_data_grad_of_activations(activation: tuple[str, float], device: torch.d
     hold("d", ours, lambda: torch.autograd.grad(y, leaf, d)[0])
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), [(1, 1, 1), (1, 35, 6), (37, 35, 33), (40, 64, 32), (17, 16, 1)])
 def test_data_grad_of_sizes(rows: int, depth: int, units: int, tile: Tile | None, device: torch.device) -> None:
@@ -202,6 +207,7 @@ def test_data_grad_of_sizes(rows: int, depth: int, units: int, tile: Tile | None
     hold("d", ours, data_grad, d, w, kept, ("silu", 0.0))
 
 
+@pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("activation", [("identity", 0.0), ("relu", 0.0), ("gelu", 0.0), ("tanh", 0.0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_data_grad_of_dtypes(dtype: torch.dtype, activation: tuple[str, float], device: torch.device) -> None:

@@ -18,13 +18,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from ple_fast_kernels import TABLES, Class, Tile, architecture, reload_tables, set_table
+from ple_fast_kernels import TABLES, Class, Library, Tile, architecture, reload_tables, set_table
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
 files: Any = importlib.import_module("ple_fast_kernels._tile_files")
+library: Any = importlib.import_module("ple_fast_kernels.library")
 DEVICE = torch.device("cuda", 0)
 LIKE = SimpleNamespace(device=DEVICE, dtype=torch.bfloat16)
 MINE = Tile(32, 32, 32, 2, 2)
+WIDEST: Tile = tiles._SM90["half"][-1].tile
+"""What the shipped table has for the largest products."""
 
 
 def tile() -> Tile:
@@ -71,7 +74,7 @@ def cached() -> Path:
 
 
 def test_without_a_file_the_shipped_table_is_used_and_the_disk_is_asked_once(gpu: dict[str, int]) -> None:
-    assert tile() == TABLES["sm_90"]["half"][-1].tile
+    assert tile() == WIDEST
     assert tiles.table_of(DEVICE) == ("sm_90", 132)
     for _ in range(3):
         tile()
@@ -84,7 +87,7 @@ def test_the_file_of_a_gpu_is_picked_up_from_the_cache_folder(tmp_path: Path) ->
     assert tile() == MINE
     assert architecture(DEVICE) == ("sm_90", 132)
     other = tiles.matmul_tile("data_grad", LIKE, 65536, 512, 20, "ieee")
-    assert other == TABLES["sm_90"]["half"][-1].tile, "rows that the file lacks stay as shipped"
+    assert other == WIDEST, "rows that the file lacks stay as shipped"
 
 
 def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,14 +107,15 @@ def test_a_named_file_wins_over_the_cache_and_a_set_table_over_both(
     set_table("sm_90", {"linear/half": (Class(0, MINE._replace(stages=4)),)})
     assert tile() == MINE._replace(stages=4)
     set_table("sm_90", {})
-    assert tile() == TABLES["sm_90"]["half"][-1].tile
+    assert tile() == WIDEST
     set_table("sm_90", None)
     assert tile() == MINE._replace(warps=8)
     monkeypatch.setenv("PLE_FAST_TILES", "")
     reload_tables()
-    assert tile() == TABLES["sm_90"]["half"][-1].tile, "empty: no file at all"
+    assert tile() == WIDEST, "empty: no file at all"
 
 
+NEVER = {"linear": None, "input_grad": None, "weight_grad": None}
 BROKEN = {
     "another schema": ({"schema": 2}, "expected schema 1, got 2"),
     "another kind": ({"kind": "aot"}, "kind 'tiles'"),
@@ -146,6 +150,14 @@ BROKEN = {
     "a group that is too large": ({"tiles": {"half": [[0, [64, 64, 64, 4, 3, 2**40]]]}}, "a group of 1"),
     "negative sizes": ({"tiles": {"half": [[0, [-64, 64, 64]]]}}, "powers of two"),
     "a depth of mixtures": ({"tiles": {"combine": [[0, [8, 128, 64]]]}}, "depth 0"),
+    "a library's row of tiles": ({"tiles": {"library/half": [[0, [64, 64, 64]]]}}, "library/half: expected {linear,"),
+    "a library's row that lacks a product": ({"tiles": {"library/half": {"linear": 1, "weight_grad": 2}}}, "or null"),
+    "a library's row of another product": ({"tiles": {"library/tf32": {**NEVER, "data_grad": 1}}}, "or null"),
+    "an amount of work below 0": ({"tiles": {"library/tf32": {**NEVER, "linear": -1}}}, "0 or more"),
+    "an amount of work that is true": ({"tiles": {"library/half": {**NEVER, "linear": True}}}, "an int"),
+    "an amount of work that is a float": ({"tiles": {"library/half": {**NEVER, "linear": 2.0}}}, "an int"),
+    "a library for ieee": ({"tiles": {"library/ieee": NEVER}}, "no kernel reads the rows library/ieee"),
+    "tiles that are a library's row": ({"tiles": {"half": NEVER}}, r"half: expected \[\[tiles"),
     "mixtures of 2": ({"tiles": {"combine_grad": [[0, [8, 2]]]}}, "sizes of 4 or more"),
 }
 
@@ -157,7 +169,7 @@ def test_a_broken_file_that_was_named_is_an_error_and_in_the_cache_a_warning(
     saved(cached(), **changes)
     with pytest.warns(RuntimeWarning, match=f"shipped tiles: .*{message}"):
         chosen = tile()
-    assert chosen == TABLES["sm_90"]["half"][-1].tile
+    assert chosen == WIDEST
     tile()  # warns no more: a warning of ours is an error in these tests
     monkeypatch.setenv("PLE_FAST_TILES", str(saved(tmp_path / "named.json", **changes)))
     reload_tables()
@@ -172,7 +184,7 @@ def test_no_text_in_the_cache_stops_a_launch(text: str) -> None:
     cached().parent.mkdir(parents=True)
     cached().write_text(text, encoding="utf-8")
     with pytest.warns(RuntimeWarning, match="shipped tiles"):
-        assert tile() == TABLES["sm_90"]["half"][-1].tile
+        assert tile() == WIDEST
 
 
 def test_a_user_without_a_home_folder_gets_the_shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +193,7 @@ def test_a_user_without_a_home_folder_gets_the_shipped_tiles(monkeypatch: pytest
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "expanduser", homeless)
-    assert tile() == TABLES["sm_90"]["half"][-1].tile
+    assert tile() == WIDEST
     monkeypatch.setenv("PLE_FAST_TILES", "~/tiles.json")
     reload_tables()
     with pytest.raises(ValueError, match=r"PLE_FAST_TILES: '~/tiles\.json' names no file"):
@@ -197,7 +209,7 @@ def test_a_cache_folder_that_cannot_be_looked_into_holds_none(monkeypatch: pytes
         return looked(path, **options)
 
     monkeypatch.setattr(os, "stat", forbidden)
-    assert tile() == TABLES["sm_90"]["half"][-1].tile
+    assert tile() == WIDEST
 
 
 def test_every_shipped_tile_may_stand_in_a_file(tmp_path: Path) -> None:
@@ -273,8 +285,60 @@ def test_shipped_tables_have_only_rows_that_a_kernel_reads() -> None:
     for table in TABLES.values():
         assert set(table) <= tiles.KINDS
         for classes in table.values():
+            if isinstance(classes, Library):
+                continue
             assert classes[0].tiles == 0
             assert [c.tiles for c in classes] == sorted(c.tiles for c in classes)
+
+
+HALF, FLOAT, DOUBLE = (
+    SimpleNamespace(device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+)
+
+
+def takes(like: Any = HALF, precision: str = "ieee", product: str = "linear", rows: int = 65536) -> bool:
+    """Whether ``(rows, 1024)`` over 1024 is the library's: 137 billions of operations at 65,536 rows."""
+    taken: bool = library.takes_library(product, like, rows, 1024, 1024, precision)
+    return taken
+
+
+def test_the_library_takes_large_plain_products_in_half_and_tf32_only() -> None:
+    for product in Library._fields:
+        assert takes(product=product) and takes(FLOAT, "tf32", product)
+        assert not takes(product=product, rows=4096) and not takes(FLOAT, "tf32", product, 512)
+        assert not takes(FLOAT, "ieee", product) and not takes(DOUBLE, "ieee", product)
+
+
+def test_architectures_without_a_model_keep_the_kernels() -> None:
+    with_library = {name for name, table in TABLES.items() if any(kind.startswith("library") for kind in table)}
+    assert with_library == {"sm_90", "sm_100"}
+
+
+def test_the_amount_of_work_grows_with_the_multiprocessors() -> None:
+    for least, taken in ((133, True), (134, False)):  # 137.4 billions, at 132 of 128 multiprocessors
+        set_table("sm_90", {"library/half": Library(linear=least)})
+        assert takes() is taken
+        assert not takes(product="weight_grad"), "None: never"
+    set_table("sm_90", {"library/half": Library(weight_grad=0)})
+    assert takes(product="weight_grad", rows=1) and not takes()
+
+
+def test_a_file_may_route_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = Library(None, 7, 0)
+    files.write_table(tmp_path / "mine.json", {"library/half": row}, "sm_90", {})
+    assert files.read_table(tmp_path / "mine.json", "sm_90", tiles.KINDS) == {"library/half": row}
+    monkeypatch.setenv("PLE_FAST_TILES", str(tmp_path / "mine.json"))
+    assert not takes() and takes(product="weight_grad", rows=1)
+    assert takes(FLOAT, "tf32"), "rows that the file lacks stay as shipped"
+
+
+def test_deterministic_algorithms_keep_the_kernels() -> None:
+    assert takes()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not takes()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_more_work_gets_larger_tiles() -> None:

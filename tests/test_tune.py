@@ -67,7 +67,7 @@ def where(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def found(where: torch.device) -> tuple[Any, list[tune.Measured], FakeTimer]:
+def found(where: torch.device) -> tuple[Any, Any, FakeTimer]:
     torch.manual_seed(0)
     trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(5, 4), device=where)
     timer = FakeTimer()

@@ -7,15 +7,17 @@ from ._activations import FUSED
 from ._dropout import Dropout
 from ._launch import launches, wide_of
 from ._layer_end import Norm
-from ._tile_files import Class, Table, Tile
+from ._replay import replayed, without_replay
+from ._tile_files import Class, Library, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
-from .batch_norm import batch_norm_merge, batch_norm_sums, norm_sums_merge
+from .batch_norm import batch_norm_merge, batch_norm_sums, column_sums_merge, norm_sums_merge
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
 from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_rows, linear_tile
 from .input_grad import grouped_input_grad
 from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
+from .library import library_input_grad, library_linear_fwd, library_weight_grad, weight_grad_by_width
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
@@ -29,6 +31,7 @@ __all__ = [
     "Dropout",
     "GateRuns",
     "LayerEnd",
+    "Library",
     "Mixtures",
     "Norm",
     "Readers",
@@ -39,6 +42,7 @@ __all__ = [
     "architecture",
     "batch_norm_merge",
     "batch_norm_sums",
+    "column_sums_merge",
     "fused_level_fwd",
     "fused_tile",
     "fused_two_layers_fwd",
@@ -54,9 +58,15 @@ __all__ = [
     "layer_end_fwd",
     "layer_end_grad",
     "layer_norm_grad",
+    "library_input_grad",
+    "library_linear_fwd",
+    "library_weight_grad",
     "linear_tile",
     "norm_sums_merge",
     "reload_tables",
+    "replayed",
     "set_table",
+    "weight_grad_by_width",
     "wide_of",
+    "without_replay",
 ]

@@ -9,9 +9,24 @@ FUSED = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", 
 
 @triton.jit
 def _tanh(z):
+    """By a series near zero, where the quotient of exponentials cancels; coefficients of Cephes (Moshier, 1989)."""
     t = tl.exp(-2.0 * tl.abs(z))
     y = (1.0 - t) / (1.0 + t)
-    return tl.where(z < 0, -y, y)
+    s = z * z
+    if z.dtype == tl.float64:
+        top = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3
+        low = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3
+        series = top / low
+    else:
+        series = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+        series = series * s - 3.33332819422e-1
+    return tl.where(tl.abs(z) < 0.625, z + z * s * series, tl.where(z < 0, -y, y))
+
+
+@triton.jit
+def _gelu_gate(z):
+    """``(1 + tanh(u)) / 2`` of the approximated gelu, which is the sigmoid of ``2 u``."""
+    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
 
 
 @triton.jit
@@ -24,7 +39,7 @@ def activate(z, NAME: tl.constexpr, VALUE: tl.constexpr):
     elif NAME == "gelu":
         z = 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        z = z * _gelu_gate(z)
     elif NAME == "silu":
         z = z / (1.0 + tl.exp(-z))
     elif NAME == "tanh":
@@ -45,14 +60,15 @@ def derive(d, kept, NAME: tl.constexpr, VALUE: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.math.erf(kept * 0.7071067811865476))
         d = d * (cdf + kept * 0.3989422804014327 * tl.exp(-0.5 * kept * kept))
     elif NAME == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (kept + 0.044715 * kept * kept * kept))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * kept * kept)
-        d = d * (0.5 * (1.0 + t) + 0.5 * kept * (1.0 - t * t) * inner)
+        s = _gelu_gate(kept)
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * kept * kept)
+        d = d * (s + kept * (s * (1.0 - s)) * inner)
     elif NAME == "silu":
         s = 1.0 / (1.0 + tl.exp(-kept))
-        d = d * s * (1.0 + kept * (1.0 - s))
+        # The slope first: with ``d`` between its factors the compiler takes the exponential twice, in two layouts.
+        d = d * (s * (1.0 + kept * (1.0 - s)))
     elif NAME == "tanh":
-        d = d * (1.0 - kept * kept)
+        d = d * ((1.0 - kept) * (1.0 + kept))  # the square would be rounded before the difference
     elif NAME == "sigmoid":
         d = d * kept * (1.0 - kept)
     return d

@@ -27,12 +27,23 @@ class Dropout(NamedTuple):
     """Rounded to a multiple of 2**-16, but neither 0 nor 1."""
 
 
-def dropout_constants(dropout: Dropout | None) -> tuple[int, int, float]:
-    """LAYER, KEEPS (0: no dropout) and SCALE of a kernel."""
+class DropoutConstants(NamedTuple):
+    """Of a kernel; KEEPS 0: no dropout."""
+
+    LAYER: int
+    KEEPS: int
+    SCALE: float
+
+
+_NO_DROPOUT = DropoutConstants(0, 0, 1.0)
+
+
+def dropout_constants(dropout: Dropout | None) -> DropoutConstants:
+    """Constants of dropout, or of none."""
     if dropout is None:
-        return 0, 0, 1.0
+        return _NO_DROPOUT
     keeps = min(max(round((1.0 - dropout.rate) * LEVELS), 1), LEVELS - 1)
-    return dropout.layer, keeps, 1.0 / (1.0 - dropout.rate)
+    return DropoutConstants(dropout.layer, keeps, 1.0 / (1.0 - dropout.rate))
 
 
 @triton.jit
@@ -71,13 +82,32 @@ def drop(x, Seed, o_m, first, WIDTH: tl.constexpr, UNITS: tl.constexpr, LAYER: t
         column = first + tl.arange(0, N)
         bits = _mix(of_row[:, None] + (column // 4 + 1).to(tl.uint64)[None, :] * GOLDEN)
         kept = _is_kept(bits, (column % 4).to(tl.uint64)[None, :], KEEPS)
-    return x * SCALE * kept  # a NaN stays a NaN, as PyTorch's does
+    return x * kept * SCALE  # a NaN stays a NaN, as PyTorch's does; what is dropped does not overflow first
 
 
 @triton.jit
-def undropped(kept, NAME: tl.constexpr, SCALE: tl.constexpr):
-    """What ``derive`` reads of an activation whose output was scaled by dropout; what was dropped has gradient 0."""
+def drop_kept(y, Seed, o_m, first, NAME: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr, LAYER: tl.constexpr,
+              KEEPS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """``drop`` of an activation's output that backward reads: -0 where ReLU let nothing through, so that ``undropped``
+    can tell that from what was dropped, 0."""
+    out = drop(y, Seed, o_m, first, WIDTH, UNITS, LAYER, KEEPS, SCALE)
+    if NAME == "relu":
+        out = tl.where(y == 0, tl.abs(out) * -1.0, out)  # Triton makes 0 of a literal -0
+    return out
+
+
+@triton.jit
+def undropped(kept, NAME: tl.constexpr, SCALE: tl.constexpr, STORED: tl.constexpr):
+    """What ``derive`` reads of an activation whose output went through ``drop_kept`` and was stored as STORED."""
     if SCALE != 1.0:
         if NAME == "tanh" or NAME == "sigmoid":
-            kept = kept * (1.0 / SCALE)
+            # An output of 1 or -1 has derivative 0: the quotient alone would be off by a rounding of STORED.
+            one = tl.full([1, 1], SCALE, kept.dtype).to(STORED).to(kept.dtype)
+            kept = tl.where(tl.abs(kept) >= one, 1.0, kept * (1.0 / SCALE))
+        elif NAME == "relu":  # where ReLU let through what was dropped, a gradient that is not finite is NaN
+            if kept.dtype == tl.float64:
+                bits = kept.to(tl.int64, bitcast=True)
+            else:
+                bits = kept.to(tl.int32, bitcast=True)
+            kept = tl.where(bits == 0, 1.0, kept)
     return kept

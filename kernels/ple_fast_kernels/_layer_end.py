@@ -6,7 +6,7 @@ Statistics are ``[1, N]`` (batch norm: per column) or ``[M, 1]`` (layer norm: pe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -47,18 +47,40 @@ def norm_pointers(norm: Norm | None) -> tuple[Tensor | None, ...]:
     return (None, None, None, None) if norm is None else (norm.first, norm.second, norm.weight, norm.bias)
 
 
-def running_constants(norm: Norm | None) -> tuple[Any, ...]:
-    """PLACE, EPS and AFFINE of a kernel that knows no other norm than one by running statistics."""
-    assert norm is None or norm.kind == "batch"
-    return norm_constants(norm)[1:]
+class RunningConstants(NamedTuple):
+    """Of a kernel that knows no other norm than one by running statistics."""
+
+    PLACE: str
+    EPS: float
+    AFFINE: bool
 
 
-def norm_constants(norm: Norm | None) -> tuple[Any, ...]:
-    """KIND, PLACE, EPS and AFFINE of a kernel."""
+class NormConstants(NamedTuple):
+    """Of a kernel that meets any norm."""
+
+    KIND: str
+    PLACE: str
+    EPS: float
+    AFFINE: bool
+
+
+_NO_NORM, _NO_RUNNING = NormConstants("none", "none", 0.0, False), RunningConstants("none", 0.0, False)
+
+
+def running_constants(norm: Norm | None) -> RunningConstants:
+    """Constants of a norm by running statistics, or of none."""
     if norm is None:
-        return "none", "none", 0.0, False
+        return _NO_RUNNING
+    assert norm.kind == "batch"
+    return RunningConstants(*norm_constants(norm)[1:])
+
+
+def norm_constants(norm: Norm | None) -> NormConstants:
+    """Constants of a norm, or of none."""
+    if norm is None:
+        return _NO_NORM
     assert (norm.weight is None) == (norm.bias is None)
-    return norm.kind, "after" if norm.after else "before", norm.eps, norm.weight is not None
+    return NormConstants(norm.kind, "after" if norm.after else "before", norm.eps, norm.weight is not None)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def accumulate(acc, p_a, p_b, depth, A_STEP, B_STEP, m_b, DEPTH: tl.constexpr, M
                PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """``acc += a @ b`` along the depth: ``p_a`` ``[M, BLOCK_K]``, ``p_b`` ``[BLOCK_K, N]``; ``m_b`` masks columns of b.
 
-    ``depth`` equals ``DEPTH``: as a constant it decides about masks, as a loop bound it would be unrolled.
+    ``depth`` is ``DEPTH`` or a multiple: as a constant it decides about masks, as a loop bound it would be unrolled.
     """
     o_k = tl.arange(0, BLOCK_K)
     for k in range(0, depth, BLOCK_K):
@@ -53,7 +53,8 @@ def accumulate(acc, p_a, p_b, depth, A_STEP, B_STEP, m_b, DEPTH: tl.constexpr, M
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         p_a += A_STEP
         p_b += B_STEP
-    return acc
+    # What follows works on a copy: of the accumulator itself, ptxas would wait for every product (C7514).
+    return acc + tl.zeros_like(acc)
 
 
 @triton.jit

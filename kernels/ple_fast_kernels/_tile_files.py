@@ -54,7 +54,19 @@ class Class(NamedTuple):
     tile: Tile
 
 
-Table = dict[str, tuple[Class, ...]]
+class Library(NamedTuple):
+    """From how many billions of floating-point operations on a product that is one plain product of matrices is the
+    library's (cuBLAS), at 128 multiprocessors; None: never."""
+
+    linear: int | None = None
+    input_grad: int | None = None
+    weight_grad: int | None = None
+
+
+Row = tuple[Class, ...] | Library
+Table = dict[str, Row]
+"""Rows by name: tiles of kernels, and ``library/OPERANDS``."""
+LIBRARY = "library/"
 
 
 def tiles_path(gpu: str) -> Path:
@@ -121,11 +133,28 @@ def read_table(path: Path, architecture: str, kinds: Collection[str]) -> Table:
         raise ValueError(f"{path}: expected an object of rows under 'tiles'")
     if unknown := sorted(set(rows) - set(kinds)):
         raise ValueError(f"{path}: no kernel reads the rows {', '.join(unknown)}")
-    return {kind: _classes(path, kind, row, architecture) for kind, row in rows.items()}
+    return {
+        kind: _library(path, kind, row) if kind.startswith(LIBRARY) else _classes(path, kind, row, architecture)
+        for kind, row in rows.items()
+    }
 
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _library(path: Path, kind: str, row: Any) -> Library:
+    fields = Library._fields
+    if not isinstance(row, dict) or set(row) != set(fields) or not all(map(_is_amount, row.values())):
+        raise ValueError(
+            f"{path}: {kind}: expected {{{', '.join(fields)}}}, each a number of billions of operations (an int, 0 or "
+            f"more) or null, got {row!r:.200}"
+        )
+    return Library(**row)
+
+
+def _is_amount(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def _classes(path: Path, kind: str, row: Any, architecture: str) -> tuple[Class, ...]:
@@ -177,12 +206,13 @@ def _what_is_wrong(kind: str, tile: Tile, architecture: str) -> str | None:
     return None
 
 
+def _as_json(row: Row) -> Any:
+    return row._asdict() if isinstance(row, Library) else [[tiles, list(tile)] for tiles, tile in row]
+
+
 def write_table(path: Path, table: Table, architecture: str, about: dict[str, Any]) -> None:
     """Write a table, whole or not at all; ``about`` says what it was measured with."""
-    rows = ",\n  ".join(
-        f"{json.dumps(kind)}: {json.dumps([[tiles, list(tile)] for tiles, tile in classes])}"
-        for kind, classes in table.items()
-    )
+    rows = ",\n  ".join(f"{json.dumps(kind)}: {json.dumps(_as_json(row))}" for kind, row in table.items())
     head = {"schema": SCHEMA, "kind": "tiles", "architecture": architecture, **about}
     lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,17 +6,18 @@ device (``_tile_files.py``); ``set_table`` puts one in the place of all others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._tile_files import LIBRARY, Library, read_for
 from ._tile_files import Class as Class
 from ._tile_files import Table as Table
 from ._tile_files import Tile as Tile
-from ._tile_files import read_for
 from .tables import GateRuns
 
 PRODUCTS = ("linear", "data_grad", "input_grad", "weight_grad", "fused", "two_layers")
@@ -32,12 +33,15 @@ _FUSED_FLOAT = (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3))
 _FUSED_IEEE = (Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 8, 3))
 
 
+_Tiles = dict[str, tuple[Class, ...]]
+
+
 def _preferred(*tiles: Tile) -> tuple[Class, ...]:
     """Of a fused kernel: the first that fits into registers is taken, whatever the amount of work."""
     return tuple(Class(0, tile) for tile in tiles)
 
 
-_SM90: Table = {
+_SM90: _Tiles = {
     "half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
         Class(64, Tile(64, 128, 64, 4, 4)),
@@ -47,7 +51,11 @@ _SM90: Table = {
     "tf32": (Class(0, Tile(64, 64, 32, 4, 4)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
+    "weight_grad/half": (
+        Class(0, Tile(64, 64, 64, 4, 4)),
+        Class(8, Tile(128, 128, 64, 8, 4)),
+        Class(48, Tile(128, 256, 64, 8, 3)),
+    ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
     "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
@@ -61,14 +69,14 @@ _SM90: Table = {
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
 _SM100_HALF = (Class(0, Tile(64, 64, 64, 8, 4)), *_SM90["half"][1:])
-_SM100: Table = {
+_SM100: _Tiles = {
     **_SM90,
     "half": _SM100_HALF,
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 8, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
     "data_grad/half": _SM100_HALF[:-1],
     "data_grad/tf32": (Class(0, Tile(64, 64, 32, 8, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
 }
-_SM80: Table = {
+_SM80: _Tiles = {
     **_SM90,
     "half": (
         Class(0, Tile(64, 64, 64, 4, 3)),
@@ -81,28 +89,42 @@ _SM80: Table = {
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
-_AMD: Table = {  # 64 KiB of shared memory: two stages; a warp is twice as wide
+_AMD: _Tiles = {  # 64 KiB of shared memory: two stages; a warp is twice as wide
     **{name: tuple(Class(c.tiles, c.tile._replace(stages=2)) for c in classes) for name, classes in _SM80.items()},
     "combine": _preferred(Tile(16, 128, 0, 4, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 4, 2)),
 }
-_INTERPRETER: Table = {  # costs a few milliseconds per step, whatever the tile
+_INTERPRETER: _Tiles = {  # costs a few milliseconds per step, whatever the tile
     **{operands: (Class(0, Tile(32, 32, 32, 4, 2)),) for operands in OPERANDS},
     "combine": _preferred(Tile(32, 128, 0, 4, 2)),
     "combine_grad": _preferred(Tile(32, 256, 0, 4, 2)),
 }
 
+_LIBRARY: Table = {
+    "library/half": Library(linear=30, input_grad=30, weight_grad=30),
+    "library/tf32": Library(linear=4, input_grad=4, weight_grad=4),
+}
+"""As ``benchmarks/kernel_model.py`` predicts them for sm_90 (no GPU has measured it); on sm_100 the library is further
+ahead of what waits for L2. Architectures without a model keep the kernels."""
+
 TABLES: dict[str, Table] = {
-    "sm_80": _SM80,
-    "sm_90": _SM90,
-    "sm_100": _SM100,
-    "amd": _AMD,
-    "interpreter": _INTERPRETER,
+    "sm_80": {**_SM80},
+    "sm_90": {**_SM90, **_LIBRARY},
+    "sm_100": {**_SM100, **_LIBRARY},
+    "amd": {**_AMD},
+    "interpreter": {**_INTERPRETER},
 }
 """Per architecture. sm_80 serves every NVIDIA GPU that is not sm_9x, sm_10x or sm_11x: also those of workstations,
 which have 99 KiB of shared memory."""
 
-KINDS = frozenset({*OPERANDS, *MIXTURES, *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS)})
+KINDS = frozenset(
+    {
+        *OPERANDS,
+        *MIXTURES,
+        *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS),
+        *(LIBRARY + operands for operands in OPERANDS[:2]),
+    }
+)
 """Names that a row of a table may have."""
 
 REDUCE_TILE = Tile(1, 1024, 0, 4, 1)
@@ -120,6 +142,7 @@ class Asked(NamedTuple):
 asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
 
+_generation = 0
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
 
@@ -131,16 +154,26 @@ def set_table(architecture: str, table: Table | None) -> None:
         _own.pop(architecture, None)
     else:
         _own[architecture] = {**TABLES[architecture], **table}
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    global _generation
+    _generation += 1
+    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
         chooser.cache_clear()
+
+
+def state_of(device: torch.device) -> tuple[Any, ...]:
+    """All that the tiles of a device follow from, to compare by."""
+    return _generation, *table_of(device)
 
 
 def reload_tables() -> None:
     """Look for files of ``ple_fast.tune`` again, at the next launch on each device."""
     _read.clear()
     _table_of.cache_clear()
-    for chooser in (_matmul, _weight_grad, _combine, _fused):
-        chooser.cache_clear()
+    _forget_choices()
 
 
 @lru_cache(maxsize=64)
@@ -190,10 +223,18 @@ def _rows(key: str) -> Table:
     return _read[key] if gpu else TABLES[architecture]
 
 
+def library_of(key: str, operands: str) -> Library:
+    """From how much work on the library takes plain products of ``operands``, by the table of ``table_of``."""
+    row = _rows(key).get(LIBRARY + operands, Library())
+    assert isinstance(row, Library), operands
+    return row
+
+
 def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
     table = _rows(key)
-    named = table.get(f"{kernel}/{operands}")
-    return table[operands] if named is None else named
+    found = table.get(f"{kernel}/{operands}", table[operands])
+    assert not isinstance(found, Library), kernel
+    return found
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -259,17 +300,52 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
     return tile
 
 
+NARROW = 64
+"""Columns of a tile at most, where more registers beside the accumulator would make products wait for each other."""
+
 MIN_SPLIT_ROWS = 512
 """Rows of a part at least: fewer cost more to add up than they gain."""
+MOST_SPLITS = 64
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "amd": 64 << 10}
+"""Bytes of shared memory of a multiprocessor."""
+RESERVED = 1 << 10
+"""Bytes of it that every block takes besides."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
+OTHER_REGISTERS = 96
+"""Of a thread of a product besides its accumulator."""
+TILE_SPEED = 4e12
+"""FLOP/s of a multiprocessor on tiles of half precision: what 128 x 256 results get out of L2 (docs/kernels.md)."""
+FILL = 1e-6
+"""Seconds until a tile's first operands are there."""
+WORKSPACE_SPEED = 3.6e12
+"""Bytes/s at which parts are written and read again."""
 
 
-def row_splits(like: Tensor, rows: int, tiles: int) -> int:
-    """Parts that the rows of a weight gradient are cut into: two waves of programs, a power of two."""
+@lru_cache(maxsize=4096)
+def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile: Tile, operand_bytes: int) -> int:
+    """The number of parts that takes least: waves of programs, and the time of the workspace's bytes."""
+    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * operand_bytes
+    registers = tile.rows * tile.columns // (32 * tile.warps) + OTHER_REGISTERS
+    shared = SHARED_MEMORY[key.partition("/")[0]]
+    blocks = max(1, min(shared // (stages + RESERVED), REGISTERS // (32 * tile.warps * registers)))
+    slots = processors * blocks
+
+    def seconds(parts: int) -> float:
+        depth = math.ceil(math.ceil(rows / parts) / tile.depth) * tile.depth
+        waves = -(-programs * parts // slots)
+        product = 2.0 * depth * tile.rows * tile.columns * blocks * (operand_bytes / 2) / TILE_SPEED
+        return waves * (product + FILL) + 8.0 * size * parts / WORKSPACE_SPEED
+
+    return min(range(1, min(MOST_SPLITS, max(1, rows // MIN_SPLIT_ROWS)) + 1), key=seconds)
+
+
+def row_splits(like: Tensor, rows: int, programs: int, size: int, tile: Tile) -> int:
+    """Parts that the rows of a weight gradient are cut into; each has ``programs`` and ``size`` sums."""
     key, processors = table_of(like.device)
     if key == "interpreter":
         return 2 if rows > 32 else 1
-    wanted = min(2 * processors // tiles, rows // MIN_SPLIT_ROWS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return _splits(key, processors, rows, programs, size, tile, like.element_size())
 
 
 def combine_tile(like: Tensor, rows: int, units: int, mixtures: int, *, backward: bool = False) -> Tile:
@@ -287,7 +363,9 @@ MIXED_ELEMENTS = 96
 
 @lru_cache(maxsize=4096)
 def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
-    tile = _rows(key)["combine_grad" if backward else "combine"][0].tile
+    row = _rows(key)["combine_grad" if backward else "combine"]
+    assert not isinstance(row, Library)
+    tile = row[0].tile
     columns = min(max(4, 1 << (units - 1).bit_length()), tile.columns)
     if key == "interpreter":
         return tile._replace(columns=columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,15 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import drop
-from ._launch import cdiv, launch, wide_of
+from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._layer_end import affine, column_statistics, to_norm
 from ._tiles import Tile, end_tile
-from .layer_end import LayerEnd
+from .layer_end import EndConstants, LayerEnd
 
 MERGE_TILE = Tile(64, 32, 0, 4, 1)
 """Parts that a program adds up at once, by columns."""
 PART_ROWS = 256
 """Rows whose sums one program of the backward writes."""
+
+
+@triton.jit
+def _moved(running, new, take):
+    """``running`` on its way to ``new`` by the share ``take``."""
+    moved = running + (new - running) * take
+    # The difference of two infinities is NaN, where PyTorch's sum of shares is infinite.
+    return tl.where(tl.abs(moved) < float("inf"), moved, running * (1.0 - take) + new * take)
 
 
 @triton.jit(do_not_specialize=["B", "tiles", "factor", "rest"])
@@ -51,12 +60,10 @@ def _batch_norm_merge_kernel(
     tl.store(Mean + o_c, mean, mask=m_c)
     tl.store(Rstd + o_c, 1.0 / tl.sqrt(squares / B + EPS), mask=m_c)
     if MOVES:
-        moved = tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (mean - moved) * factor + (mean - moved) * rest
+        take = tl.cast(factor, wide) + tl.cast(rest, wide)
+        moved = _moved(tl.load(RunningMean + o_c, mask=m_c, other=0.0).to(wide), mean, take)
         tl.store(RunningMean + o_c, moved.to(RunningMean.dtype.element_ty), mask=m_c)
-        variance = squares / (B - 1)
-        moved = tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide)
-        moved += (variance - moved) * factor + (variance - moved) * rest
+        moved = _moved(tl.load(RunningVar + o_c, mask=m_c, other=0.0).to(wide), squares / (B - 1), take)
         tl.store(RunningVar + o_c, moved.to(RunningVar.dtype.element_ty), mask=m_c)
 
 
@@ -102,10 +109,11 @@ def _batch_norm_sums_kernel(
 @triton.jit(do_not_specialize=["B", "parts"])
 def _norm_sums_merge_kernel(
     Parts, DWeight, DBias, Means, B, parts,
-    WIDTH: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, PRODUCTS: tl.constexpr, SAVE_GRADS: tl.constexpr, SAVE_MEANS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads."""
+    """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads; without
+    PRODUCTS the parts are those of a bias alone."""
     wide: tl.constexpr = Parts.dtype.element_ty
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH
@@ -114,17 +122,44 @@ def _norm_sums_merge_kernel(
     products = tl.zeros((BLOCK_T, BLOCK_C), wide)
     for t in range(0, parts, BLOCK_T):
         m = (t + o_t < parts)[:, None] & m_c[None, :]
-        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH) + o_c[None, :]
+        p = Parts + (t + o_t).to(tl.int64)[:, None] * (2 * WIDTH if PRODUCTS else WIDTH) + o_c[None, :]
         sums += tl.load(p, mask=m, other=0.0)
-        products += tl.load(p + WIDTH, mask=m, other=0.0)
+        if PRODUCTS:
+            products += tl.load(p + WIDTH, mask=m, other=0.0)
     total = tl.sum(sums, 0)
     product = tl.sum(products, 0)
     if SAVE_GRADS:
         tl.store(DBias + o_c, total.to(DBias.dtype.element_ty), mask=m_c)
-        tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
+        if PRODUCTS:
+            tl.store(DWeight + o_c, product.to(DWeight.dtype.element_ty), mask=m_c)
     if SAVE_MEANS:
         tl.store(Means + o_c, total / B, mask=m_c)
         tl.store(Means + WIDTH + o_c, product / B, mask=m_c)
+
+
+@lru_cache(maxsize=CACHED)
+def _merge(width: int, tile_rows: int, eps: float, moves: bool) -> Prepared:
+    return prepare(
+        _batch_norm_merge_kernel, MERGE_TILE, WIDTH=width, TILE_ROWS=tile_rows, EPS=eps, MOVES=moves,
+        BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _sums(tile: Tile, units: int, members: int, d_row: int, z_row: int, end: EndConstants) -> Prepared:
+    return prepare(
+        _batch_norm_sums_kernel, tile, UNITS=units, MEMBERS=members, D_ROW=d_row, Z_ROW=z_row, **end._asdict(),
+        PART=PART_ROWS, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _sums_merge(width: int, products: bool, save_grads: bool, save_means: bool) -> Prepared:
+    return prepare(
+        _norm_sums_merge_kernel, MERGE_TILE, WIDTH=width, PRODUCTS=products, SAVE_GRADS=save_grads,
+        SAVE_MEANS=save_means,
+        BLOCK_T=MERGE_TILE.rows, BLOCK_C=MERGE_TILE.columns,
+    )  # fmt: skip
 
 
 def batch_norm_merge(
@@ -152,11 +187,10 @@ def batch_norm_merge(
     moves = factor > 0.0 and running_mean is not None
     # A kernel takes scalars in float32: what that cuts off comes as a second one.
     (head,) = struct.unpack("f", struct.pack("f", factor))
-    launch(
-        _batch_norm_merge_kernel, (cdiv(width, MERGE_TILE.columns),), MERGE_TILE, moments.device,
-        moments, mean, rstd, running_mean if moves else None, running_var if moves else None, rows, tiles,
-        head, factor - head,
-        width, tile_rows, eps, moves, MERGE_TILE.rows, MERGE_TILE.columns,
+    _merge(width, tile_rows, eps, moves)(
+        (cdiv(width, MERGE_TILE.columns),), moments.device,
+        Moments=moments, Mean=mean, Rstd=rstd, RunningMean=running_mean if moves else None,
+        RunningVar=running_var if moves else None, B=rows, tiles=tiles, factor=head, rest=factor - head,
     )  # fmt: skip
     return mean, rstd
 
@@ -171,10 +205,10 @@ def batch_norm_sums(d: Tensor, z: Tensor, end: LayerEnd) -> Tensor:
     tile = end_tile(z, units)
     count = cdiv(rows, PART_ROWS)
     parts = torch.empty((count, 2, members * units), dtype=wide_of(z.dtype), device=z.device)
-    launch(
-        _batch_norm_sums_kernel, (count, members * cdiv(units, tile.columns)), tile, z.device,
-        d, z, *end.pointers, parts, rows,
-        units, members, d.stride(0), z.stride(0), *end.constants, PART_ROWS, tile.rows, tile.columns,
+    _sums(tile, units, members, d.stride(0), z.stride(0), end.constants)(
+        (count, members * cdiv(units, tile.columns)), z.device,
+        D=d, Z=z, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed, Parts=parts,
+        B=rows,
     )  # fmt: skip
     return parts
 
@@ -190,9 +224,19 @@ def norm_sums_merge(
         dweight, dbias = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     if means:
         found = torch.empty((2, width), dtype=parts.dtype, device=parts.device)
-    launch(
-        _norm_sums_merge_kernel, (cdiv(width, MERGE_TILE.columns),), MERGE_TILE, parts.device,
-        parts, dweight, dbias, found, rows, count,
-        width, like is not None, means, MERGE_TILE.rows, MERGE_TILE.columns,
+    _sums_merge(width, True, like is not None, means)(
+        (cdiv(width, MERGE_TILE.columns),), parts.device,
+        Parts=parts, DWeight=dweight, DBias=dbias, Means=found, B=rows, parts=count,
     )  # fmt: skip
     return dweight, dbias, found
+
+
+def column_sums_merge(parts: Tensor, like: Tensor) -> Tensor:
+    """Column sums of the rows of all parts, ``(parts, 1, C)``, in the dtype and shape of ``like``."""
+    count, _, width = parts.shape
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    _sums_merge(width, False, True, False)(
+        (cdiv(width, MERGE_TILE.columns),), parts.device,
+        Parts=parts, DWeight=None, DBias=total, Means=None, B=count, parts=count,
+    )  # fmt: skip
+    return total

@@ -5,13 +5,16 @@ The experts are a run-time loop with dense weights: unrolled, the compiler would
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, next_power, wide_of
-from ._layer_end import Norm, finish_running, norm_pointers, running_constants
+from ._launch import CACHED, Prepared, cdiv, next_power, prefixed, prepare, suffixed, wide_of
+from ._layer_end import Norm, RunningConstants, finish_running, norm_pointers, running_constants
 from ._matmul import accumulate, pick_wide, swizzle
 from ._tiles import Tile, fused_tile
 from .tables import Mixtures
@@ -133,6 +136,8 @@ def _fused_level_fwd_kernel(
             h += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
         o_h = o_m[:, None] * (EXPERTS * UNITS) + (e * UNITS + o_n)[None, :]
         if SAVE_Z:
+            if PLACE != "none":  # backward reads the product as it is kept, and so does the norm
+                h = h.to(Z.dtype.element_ty).to(wide)
             tl.store(Z + o_h, h.to(Z.dtype.element_ty), mask=m_mn)
         h = finish_running(h, Mean, Var, NormW, NormBias, e * UNITS + o_n, m_n, PLACE, EPS, AFFINE, NAME, VALUE, wide)
         if SAVE_H:
@@ -212,15 +217,54 @@ def _fused_two_layers_fwd_kernel(
         tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
 
 
-def _wiring(mixtures: Mixtures, temperature: float) -> tuple[object, ...]:
+def _wiring(mixtures: Mixtures) -> dict[str, Any]:
     weight, logit, offset = mixtures.dense()
     static = tuple(first < 0 for first in mixtures.logit_first)
-    return weight, logit, offset, static, mixtures.weights, mixtures.logits, temperature
+    return {
+        "WEIGHT": weight, "LOGIT": logit, "OFFSET": offset, "STATIC": static, "WEIGHTS": mixtures.weights,
+        "LOGITS": mixtures.logits,
+    }  # fmt: skip
 
 
 def fused_width(mixtures: Mixtures) -> int:
     """Columns of a tile of dense weights: a power of two, at least 16."""
     return max(16, next_power(mixtures.experts))
+
+
+@lru_cache(maxsize=CACHED)
+def _level(
+    tile: Tile, precision: str, depth: int, units: int, slots: tuple[int, ...], a_row: int, a_slot: int,
+    gate_depth: int, x_row: int, x_slot: int, mixture_slots: tuple[int, ...], mixtures: Mixtures, temperature: float,
+    activation: tuple[str, float], has_bias: bool, norm: RunningConstants, has_logits: bool, has_gate_bias: bool,
+    logits_norm: RunningConstants, has_offset: bool, save_h: bool, save_z: bool, save_p: bool,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _fused_level_fwd_kernel, tile, DEPTH=depth, UNITS=units, SLOT=slots, A_ROW=a_row, A_SLOT=a_slot,
+        GATE_DEPTH=gate_depth, X_ROW=x_row, X_SLOT=x_slot, MIXTURE_SLOT=mixture_slots, **_wiring(mixtures),
+        TEMPERATURE=temperature, NAME=activation[0], VALUE=activation[1], HAS_BIAS=has_bias, **norm._asdict(),
+        HAS_LOGITS=has_logits, HAS_GATE_BIAS=has_gate_bias, **prefixed("GATE_", logits_norm), HAS_OFFSET=has_offset,
+        SAVE_H=save_h, SAVE_Z=save_z, SAVE_P=save_p, WIDTH=fused_width(mixtures), PRECISION=precision,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=tile.group,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _two_layers(
+    tile: Tile, precision: str, depth: int, hidden: int, units: int, slots: tuple[int, ...], a_row: int, a_slot: int,
+    gate_depth: int, x_row: int, x_slot: int, mixture_slots: tuple[int, ...], mixtures: Mixtures, temperature: float,
+    activations: tuple[tuple[str, float], tuple[str, float]], has_biases: tuple[bool, bool],
+    norms: tuple[RunningConstants, RunningConstants], has_gate_bias: bool, logits_norm: RunningConstants,
+    has_offset: bool, save_p: bool,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _fused_two_layers_fwd_kernel, tile, DEPTH=depth, HIDDEN=hidden, UNITS=units, SLOT=slots, A_ROW=a_row,
+        A_SLOT=a_slot, GATE_DEPTH=gate_depth, X_ROW=x_row, X_SLOT=x_slot, MIXTURE_SLOT=mixture_slots,
+        **_wiring(mixtures), TEMPERATURE=temperature, NAME1=activations[0][0], VALUE1=activations[0][1],
+        NAME2=activations[1][0], VALUE2=activations[1][1], HAS_BIAS1=has_biases[0], HAS_BIAS2=has_biases[1],
+        **suffixed(norms[0], "1"), **suffixed(norms[1], "2"), HAS_GATE_BIAS=has_gate_bias,
+        **prefixed("GATE_", logits_norm), HAS_OFFSET=has_offset, SAVE_P=save_p, WIDTH=fused_width(mixtures),
+        PRECISION=precision, BLOCK_M=tile.rows, BLOCK_C=tile.depth, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+    )  # fmt: skip
 
 
 def fused_level_fwd(
@@ -271,17 +315,20 @@ def fused_level_fwd(
     if tile is None:
         tile = fused_tile(a, units, len(mixtures.sizes), fused_width(mixtures), precision)
         assert tile is not None, "the caller asks fused_tile first"
-    launch(
-        _fused_level_fwd_kernel, (cdiv(rows, tile.rows) * cdiv(units, tile.columns),), tile, a.device,
-        a, weight, bias, *norm_pointers(norm), x, gate_weight, gate_bias, logits, *norm_pointers(logits_norm),
-        offset, h, z, p, y, rows, experts, depth, gate_depth,
-        depth, units, slots, a.stride(0), a.stride(1),
-        gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
-        mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature), *activation,
-        bias is not None, *running_constants(norm), logits is not None, gate_bias is not None,
-        *running_constants(logits_norm), offset is not None,
-        keep_output, keep_input, keep_weights, fused_width(mixtures),
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    run = _level(
+        tile, precision, depth, units, slots, a.stride(0), a.stride(1), gate_depth, 0 if x is None else x.stride(0),
+        0 if x is None else x.stride(1), mixture_slots or (0,) * len(mixtures.sizes), mixtures, temperature,
+        activation, bias is not None, running_constants(norm), logits is not None, gate_bias is not None,
+        running_constants(logits_norm), offset is not None, keep_output, keep_input, keep_weights,
+    )  # fmt: skip
+    mean, var, norm_weight, norm_bias = norm_pointers(norm)
+    gate_mean, gate_var, gate_norm_weight, gate_norm_bias = norm_pointers(logits_norm)
+    run(
+        (cdiv(rows, tile.rows) * cdiv(units, tile.columns),), a.device,
+        A=a, W=weight, Bias=bias, Mean=mean, Var=var, NormW=norm_weight, NormBias=norm_bias, X=x, GateW=gate_weight,
+        GateBias=gate_bias, Logits=logits, GateMean=gate_mean, GateVar=gate_var, GateNormW=gate_norm_weight,
+        GateNormBias=gate_norm_bias, Offset=offset, H=h, Z=z, P=p, Y=y, B=rows, experts=experts, depth=depth,
+        gate_depth=gate_depth,
     )  # fmt: skip
     return y, h, z, p
 
@@ -320,17 +367,22 @@ def fused_two_layers_fwd(
     if tile is None:
         tile = fused_tile(a, units, len(mixtures.sizes), fused_width(mixtures), precision, whole=True)
         assert tile is not None, "the caller asks fused_tile first"
-    launch(
-        _fused_two_layers_fwd_kernel, (cdiv(rows, tile.rows),), tile, a.device,
-        a, weights[0], biases[0], *norm_pointers(norms[0]), weights[1], biases[1], *norm_pointers(norms[1]),
-        x, gate_weight, gate_bias, *norm_pointers(logits_norm), offset, p, y,
-        rows, experts, depth, gate_depth,
-        depth, hidden, units, slots, a.stride(0), a.stride(1),
-        gate_depth, 0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
-        mixture_slots or (0,) * len(mixtures.sizes), *_wiring(mixtures, temperature),
-        *activations[0], *activations[1], biases[0] is not None, biases[1] is not None,
-        *running_constants(norms[0]), *running_constants(norms[1]), gate_bias is not None,
-        *running_constants(logits_norm), offset is not None, keep_weights, fused_width(mixtures),
-        precision, tile.rows, tile.depth, tile.columns, tile.depth,
+    run = _two_layers(
+        tile, precision, depth, hidden, units, slots, a.stride(0), a.stride(1), gate_depth,
+        0 if x is None else x.stride(0), 0 if x is None else x.stride(1),
+        mixture_slots or (0,) * len(mixtures.sizes), mixtures, temperature, activations,
+        (biases[0] is not None, biases[1] is not None), (running_constants(norms[0]), running_constants(norms[1])),
+        gate_bias is not None, running_constants(logits_norm), offset is not None, keep_weights,
+    )  # fmt: skip
+    mean_1, var_1, norm_weight_1, norm_bias_1 = norm_pointers(norms[0])
+    mean_2, var_2, norm_weight_2, norm_bias_2 = norm_pointers(norms[1])
+    gate_mean, gate_var, gate_norm_weight, gate_norm_bias = norm_pointers(logits_norm)
+    run(
+        (cdiv(rows, tile.rows),), a.device,
+        A=a, W1=weights[0], Bias1=biases[0], Mean1=mean_1, Var1=var_1, NormW1=norm_weight_1, NormBias1=norm_bias_1,
+        W2=weights[1], Bias2=biases[1], Mean2=mean_2, Var2=var_2, NormW2=norm_weight_2, NormBias2=norm_bias_2,
+        X=x, GateW=gate_weight, GateBias=gate_bias, GateMean=gate_mean, GateVar=gate_var, GateNormW=gate_norm_weight,
+        GateNormBias=gate_norm_bias, Offset=offset, P=p, Y=y, B=rows, experts=experts, depth=depth,
+        gate_depth=gate_depth,
     )  # fmt: skip
     return y, p

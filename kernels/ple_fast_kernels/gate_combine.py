@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._activations import derive
-from ._dropout import Dropout, drop, dropout_constants, undropped
-from ._launch import cdiv, launch, next_power, wide_of
+from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
+from ._launch import CACHED, Prepared, cdiv, next_power, prepare, wide_of
 from ._matmul import add_at
 from ._tiles import Tile, combine_tile
-from .layer_end import NO_END, LayerEnd, end_of
+from .layer_end import NO_END, EndConstants, LayerEnd, end_of
 from .tables import Mixtures
 
 
@@ -144,7 +146,8 @@ def _gate_combine_bwd_kernel(
                                  LAYER, KEEPS, SCALE)  # fmt: skip
                     if NAME != "identity":
                         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-                        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE)
+                        kept = tl.load(p_kept, mask=m_mn, other=0.0).to(wide)
+                        kept = undropped(kept, NAME, SCALE, Kept.dtype.element_ty)
                         d = derive(d, kept, NAME, VALUE)
                     p_dh = DH + o_m[:, None] * ((len(EXPERT_FIRST) - 1) * UNITS) + (e * UNITS + o_n)[None, :]
                     tl.store(p_dh, d.to(DH.dtype.element_ty), mask=m_mn)
@@ -172,6 +175,38 @@ def _gate_combine_bwd_kernel(
 
 def _width(mixtures: Mixtures) -> int:
     return next_power(max(mixtures.sizes))
+
+
+@lru_cache(maxsize=CACHED)
+def _forward(
+    tile: Tile, units: int, h_row: int, temperature: float, mixtures: Mixtures, save_p: bool, end: EndConstants
+) -> Prepared:
+    return prepare(
+        _gate_combine_fwd_kernel, tile, UNITS=units, LOGITS=mixtures.logits, WEIGHTS=mixtures.weights, H_ROW=h_row,
+        TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first, LOGIT_FIRST=mixtures.logit_first,
+        SIZES=mixtures.sizes, WIDTH=_width(mixtures), EXPERT_FIRST=mixtures.expert_first,
+        ENTRY_MIXTURE=mixtures.entry_mixture, ENTRY_LOGIT=mixtures.entry_logit, ENTRY_OFFSET=mixtures.entry_offset,
+        SAVE_P=save_p, **end._asdict(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _backward(
+    tile: Tile, units: int, h_row: int, kept_row: int, temperature: float, mixtures: Mixtures, end: EndConstants,
+    activation: tuple[str, float], dropout: DropoutConstants, has_dy: bool, has_listed: bool, save_dh: bool,
+    save_dp: bool, save_dl: bool,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _gate_combine_bwd_kernel, tile, UNITS=units, LOGITS=mixtures.logits, WEIGHTS=mixtures.weights, H_ROW=h_row,
+        KEPT_ROW=kept_row, TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first,
+        LOGIT_FIRST=mixtures.logit_first, SIZES=mixtures.sizes, WIDTH=_width(mixtures),
+        EXPERT_FIRST=mixtures.expert_first, ENTRY_MIXTURE=mixtures.entry_mixture,
+        ENTRY_WEIGHT=mixtures.entry_weight, ENTRY_OFFSET=mixtures.entry_offset,
+        PLACE=end.PLACE, EPS=end.EPS, AFFINE=end.AFFINE, IS_VARIANCE=end.IS_VARIANCE,
+        H_NAME=end.NAME, H_VALUE=end.VALUE, H_LAYER=end.LAYER, H_KEEPS=end.KEEPS, H_SCALE=end.SCALE,
+        NAME=activation[0], VALUE=activation[1], **dropout._asdict(), HAS_DY=has_dy, HAS_LISTED=has_listed,
+        SAVE_DH=save_dh, SAVE_DP=save_dp, SAVE_DL=save_dl, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
 
 
 def gate_combine_fwd(
@@ -202,13 +237,10 @@ def gate_combine_fwd(
     y = torch.empty((rows, len(mixtures.sizes), units), dtype=h.dtype, device=h.device)
     p = torch.empty((rows, mixtures.weights), dtype=wide_of(h.dtype), device=h.device) if keep_weights else None
     tile = combine_tile(h, rows, units, len(mixtures.sizes)) if tile is None else tile
-    launch(
-        _gate_combine_fwd_kernel, (cdiv(rows, tile.rows), cdiv(units, tile.columns)), tile, h.device,
-        logits, h, *end.pointers, offset, p, y, rows,
-        units, mixtures.logits, mixtures.weights, h.stride(0), temperature,
-        mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
-        mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_logit, mixtures.entry_offset,
-        keep_weights, *end.constants, tile.rows, tile.columns,
+    _forward(tile, units, h.stride(0), temperature, mixtures, keep_weights, end.constants)(
+        (cdiv(rows, tile.rows), cdiv(units, tile.columns)), h.device,
+        Logits=logits, H=h, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,
+        Offset=offset, P=p, Y=y, B=rows,
     )  # fmt: skip
     return y, p
 
@@ -241,7 +273,7 @@ def gate_combine_bwd(
         h, end: as in forward; read where ``weights_grad``.
         p: the weights that forward returned.
         dtype: of the gradients.
-        kept: ``(B, E, H)``, what ``derive`` reads; None for identity.
+        kept: ``(B, E, H)``, what ``derive`` reads, an output as ``drop_kept`` left it; None for identity.
         dropout: of the experts' last layer, as in ``grouped_data_grad``.
         experts_grad, weights_grad, logits_grad: which results are asked for.
 
@@ -259,15 +291,15 @@ def gate_combine_bwd(
     if logits_grad and mixtures.logits:
         dl = torch.empty((rows, mixtures.logits), dtype=dtype, device=p.device)
     tile = combine_tile(p, rows, units, len(mixtures.sizes), backward=True) if tile is None else tile
-    launch(
-        _gate_combine_bwd_kernel, (cdiv(rows, tile.rows),), tile, p.device,
-        dy, dlisted, h, *end.pointers, kept, None if dropout is None else dropout.seed, offset, p, dh, dp, dl, rows,
-        units, mixtures.logits, mixtures.weights, 0 if h is None else h.stride(0),
-        0 if kept is None else kept.stride(0), temperature,
-        mixtures.weight_first, mixtures.logit_first, mixtures.sizes, _width(mixtures),
-        mixtures.expert_first, mixtures.entry_mixture, mixtures.entry_weight, mixtures.entry_offset,
-        *end.constants, *activation, *dropout_constants(dropout),
-        dy is not None, dlisted is not None, dh is not None, dp is not None, dl is not None,
-        tile.rows, tile.columns,
+    run = _backward(
+        tile, units, 0 if h is None else h.stride(0), 0 if kept is None else kept.stride(0), temperature, mixtures,
+        end.constants, activation, dropout_constants(dropout), dy is not None, dlisted is not None, dh is not None,
+        dp is not None, dl is not None,
+    )  # fmt: skip
+    run(
+        (cdiv(rows, tile.rows),), p.device,
+        DY=dy, DListed=dlisted, H=h, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias,
+        Seed=end.seed, Kept=kept, KeptSeed=None if dropout is None else dropout.seed, Offset=offset, P=p, DH=dh,
+        DP=dp, DL=dl, B=rows,
     )  # fmt: skip
     return dh, dp, dl

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._activations import activate, derive
-from ._dropout import Dropout, drop, dropout_constants, undropped
-from ._launch import cdiv, launch, wide_of
+from ._dropout import Dropout, DropoutConstants, drop, drop_kept, dropout_constants, undropped
+from ._launch import CACHED, Prepared, cdiv, prefixed, prepare, wide_of
 from ._layer_end import (
     Norm,
+    NormConstants,
     affine,
     column_statistics,
     finish_running,
@@ -23,8 +26,9 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle
-from ._tiles import Tile, gate_width, matmul_tile
-from .layer_end import NO_END, LayerEnd
+from ._tiles import NARROW, Tile, gate_width, matmul_tile
+from .layer_end import NO_END, EndConstants, LayerEnd
+from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
 
 
@@ -62,13 +66,17 @@ def _grouped_linear_fwd_kernel(
             e = i_n // TILES
             o_n = (i_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
             m_n = o_n < UNITS
-            p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + tl.where(m_n, o_n, 0)[None, :] * DEPTH + o_k[:, None]
+            o_w = e.to(tl.int64) * UNITS + tl.where(m_n, o_n, 0)
+            p_w = W + o_w[None, :] * DEPTH + o_k[:, None]
             acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
             acc = accumulate(acc, p_a + pick_wide(SLOT, e) * A_SLOT, p_w, depth, BLOCK_K, BLOCK_K, m_n, DEPTH, False,
                              PRECISION, BLOCK_K)  # fmt: skip
             if HAS_BIAS:
                 acc += tl.load(Bias + e * UNITS + o_n, mask=m_n, other=0.0).to(wide)[None, :]
             m_mn = m_m[:, None] & m_n[None, :]
+            if KIND != "none" and (SAVE_Z or KIND != "batch"):
+                # Whoever normalises it reads the product as it is kept: statistics are of the same numbers.
+                acc = acc.to(A.dtype.element_ty).to(wide)
             if SAVE_Z:
                 p_z = Z + o_m[:, None] * Z_ROW + (e * UNITS + o_n)[None, :]
                 tl.store(p_z, acc.to(Z.dtype.element_ty), mask=m_mn)
@@ -102,7 +110,10 @@ def _grouped_linear_fwd_kernel(
                                          VALUE, wide)  # fmt: skip
                 if KEEPS > 0:
                     at = e * UNITS + (i_n % TILES) * BLOCK_N
-                    acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    if PLACE == "none":
+                        acc = drop_kept(acc, Seed, o_m, at, NAME, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
+                    else:
+                        acc = drop(acc, Seed, o_m, at, UNITS * len(SLOT), UNITS, LAYER, KEEPS, SCALE)
                 p_y = Y + o_m[:, None] * Y_ROW + o_c[None, :]
                 tl.store(p_y, acc.to(Y.dtype.element_ty), mask=m_mn)
     else:
@@ -134,12 +145,12 @@ def _grouped_data_grad_kernel(
     DEPTH: tl.constexpr, UNITS: tl.constexpr, MEMBERS: tl.constexpr, D_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     OUT_ROW: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr,
-    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
+    LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
 
-    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows.
+    With batch norm there: the gradient of the norm's output, and its sums over a tile's rows; so with SUMS.
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -150,7 +161,7 @@ def _grouped_data_grad_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < B, o_n < UNITS
     p_d = D + tl.where(m_m, o_m, 0)[:, None] * D_ROW + (e * DEPTH + o_k)[None, :]
-    p_w = W + e.to(tl.int64) * (UNITS * DEPTH) + o_k[:, None] * UNITS + o_n[None, :]
+    p_w = W + (e.to(tl.int64) * DEPTH + o_k)[:, None] * UNITS + o_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
     acc = accumulate(acc, p_d, p_w, depth, BLOCK_K, BLOCK_K * UNITS, m_n, DEPTH, UNITS % BLOCK_N != 0, PRECISION,
                      BLOCK_K)  # fmt: skip
@@ -163,41 +174,89 @@ def _grouped_data_grad_kernel(
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
         norm_w, norm_b = affine(NormW, NormBias, o_c, m_n, AFFINE, wide)
         acc, normed = to_norm(acc, z, mean, rstd, norm_w, norm_b, PLACE, NAME, VALUE)
-        acc = tl.where(m_m[:, None], acc, 0.0)
+        # Their means are subtracted from these numbers as they are stored.
+        acc = tl.where(m_m[:, None], acc.to(Out.dtype.element_ty).to(wide), 0.0)
         p_parts = Parts + i_m.to(tl.int64) * (2 * UNITS * MEMBERS) + o_c
         tl.store(p_parts, tl.sum(acc, 0), mask=m_n)
         tl.store(p_parts + UNITS * MEMBERS, tl.sum(tl.where(m_m[:, None], acc * normed, 0.0), 0), mask=m_n)
     elif NAME != "identity":
         p_kept = Kept + o_m[:, None] * KEPT_ROW + (e * UNITS + o_n)[None, :]
-        acc = derive(acc, undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE), NAME, VALUE)
-    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], acc.to(Out.dtype.element_ty), mask=m_mn)
+        kept = undropped(tl.load(p_kept, mask=m_mn, other=0.0).to(wide), NAME, SCALE, Kept.dtype.element_ty)
+        acc = derive(acc, kept, NAME, VALUE)
+    out = acc.to(Out.dtype.element_ty)
+    tl.store(Out + o_m[:, None] * OUT_ROW + (e * UNITS + o_n)[None, :], out, mask=m_mn)
+    if SUMS:  # of what was stored: the accumulator's registers are free
+        p_parts = Parts + i_m.to(tl.int64) * (UNITS * MEMBERS) + e * UNITS + o_n
+        tl.store(p_parts, tl.sum(tl.where(m_m[:, None], out, 0.0).to(wide), 0), mask=m_n)
 
 
 END_BYTES = 256
-"""Of a row of a tile at most where a norm or dropout follows: they need registers beside the accumulator."""
+"""Of a row of a tile at most where a norm follows: it needs registers beside the accumulator."""
 
 
 WHOLE_ROWS = 64
 """Rows at most of a tile that does layer norm."""
 
 
-def linear_tile(a: Tensor, members: int, units: int, precision: str, *, has_end: bool, by_row: bool = False) -> Tile:
+HEAVY = ("gelu", "gelu_tanh", "silu")
+"""Activations whose formulas need registers of their own."""
+
+
+def linear_tile(
+    a: Tensor,
+    members: int,
+    units: int,
+    precision: str,
+    *,
+    activation: str = "identity",
+    has_norm: bool = False,
+    has_dropout: bool = False,
+    by_row: bool = False,
+) -> Tile:
     """The tile that ``grouped_linear_fwd`` takes for ``a`` and a weight ``(members, units, K)``.
 
-    ``has_end``: a norm or dropout follows; ``by_row``: layer norm.
+    ``activation``, ``has_norm``, ``has_dropout``: what follows; ``by_row``: layer norm.
     """
     tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
-    tile = _with_end(tile, a) if has_end else tile
+    if has_dropout and not has_norm:
+        tile = tile._replace(columns=min(tile.columns, NARROW))
+    elif has_norm or activation in HEAVY:
+        tile = tile._replace(columns=min(tile.columns, END_BYTES // a.element_size()))
     return tile._replace(rows=min(tile.rows, WHOLE_ROWS)) if by_row and has_whole_rows(tile, units) else tile
-
-
-def _with_end(tile: Tile, like: Tensor) -> Tile:
-    return tile._replace(columns=min(tile.columns, END_BYTES // like.element_size()))
 
 
 def has_whole_rows(tile: Tile, units: int) -> bool:
     """Whether one tile has all units of a member, so that layer norm is done where they are computed."""
     return tile.columns >= units
+
+
+@lru_cache(maxsize=CACHED)
+def _forward(
+    tile: Tile, precision: str, depth: int, units: int, slots: tuple[int, ...], a_row: int, a_slot: int, y_row: int,
+    z_row: int, activation: tuple[str, float], has_members: bool, has_bias: bool, save_z: bool, norm: NormConstants,
+    dropout: DropoutConstants, gates: GateRuns, logits: int, has_gates: bool, has_gate_bias: bool,
+    logits_norm: NormConstants,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _grouped_linear_fwd_kernel, tile, DEPTH=depth, UNITS=max(units, 1), SLOT=slots, A_ROW=a_row, A_SLOT=a_slot,
+        Y_ROW=y_row, Z_ROW=z_row, NAME=activation[0], VALUE=activation[1], HAS_MEMBERS=has_members,
+        HAS_BIAS=has_bias, SAVE_Z=save_z, **norm._asdict(), **dropout._asdict(), **prefixed("GATE_", logits_norm),
+        HAS_GATES=has_gates, HAS_GATE_BIAS=has_gate_bias, GATE_SLOT=gates.slot, GATE_FIRST=gates.first,
+        GATE_SIZE=gates.sizes, GATE_WIDTH=gate_width(gates), LOGITS=logits, PRECISION=precision, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=tile.group,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _data_grad(
+    tile: Tile, precision: str, depth: int, units: int, members: int, d_row: int, kept_row: int, out_row: int,
+    end: EndConstants, sums: bool,
+) -> Prepared:  # fmt: skip
+    return prepare(
+        _grouped_data_grad_kernel, tile, DEPTH=depth, UNITS=units, MEMBERS=members, D_ROW=d_row, KEPT_ROW=kept_row,
+        OUT_ROW=out_row, **end._asdict(), SUMS=sums, PRECISION=precision, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth, GROUP=tile.group,
+    )  # fmt: skip
 
 
 def grouped_linear_fwd(
@@ -231,11 +290,21 @@ def grouped_linear_fwd(
         dropout: after all of that.
         gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
         logits_norm: ``"batch"`` or ``"moments"`` of the logits, ``(G,)``.
+        tile: default from the tables, by which also the library may take the product (``library.py``).
 
     Returns:
         ``(B, n, H)``, the product ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
         asked for.
     """
+    is_plain = activation[0] == "identity" and norm is None and dropout is None and not keep_input and tile is None
+    if weight is not None and is_plain and linear_in_library(a, weight, precision):
+        beside = None
+        if gate_weight is not None:
+            _, _, beside = grouped_linear_fwd(
+                a, None, None, (), gate_weight=gate_weight, gate_bias=gate_bias, gates=gates, logits_norm=logits_norm,
+                precision=precision,
+            )  # fmt: skip
+        return library_linear_fwd(a, weight, bias, out), None, beside
     rows, depth = a.shape[0], a.shape[2]
     y = z = logits = None
     units = members = 0
@@ -252,19 +321,26 @@ def grouped_linear_fwd(
         logits = torch.empty((rows, total), dtype=wide_of(a.dtype), device=a.device)
     if tile is None:
         by_row = norm is not None and norm.kind.startswith("row")
-        tile = linear_tile(a, members, units, precision, has_end=norm is not None or dropout is not None, by_row=by_row)
+        tile = linear_tile(
+            a, members, units, precision, activation=activation[0], has_norm=norm is not None,
+            has_dropout=dropout is not None, by_row=by_row,
+        )  # fmt: skip
     assert norm is None or norm.kind != "row" or has_whole_rows(tile, units)
     programs = cdiv(rows, tile.rows) * (members * cdiv(units, tile.columns) + len(gates.slot))
-    launch(
-        _grouped_linear_fwd_kernel, (programs,), tile, a.device,
-        a, weight, bias, y, z, *norm_pointers(norm), None if dropout is None else dropout.seed,
-        gate_weight, gate_bias, logits, *norm_pointers(logits_norm), rows, depth,
-        depth, max(units, 1), slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0), members * units,
-        *activation, weight is not None, bias is not None, keep_input,
-        *norm_constants(norm), *dropout_constants(dropout), *norm_constants(logits_norm),
-        gate_weight is not None, gate_bias is not None,
-        gates.slot, gates.first, gates.sizes, gate_width(gates), total,
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    run = _forward(
+        tile, precision, depth, units, slots, a.stride(0), a.stride(1), 0 if y is None else y.stride(0),
+        members * units, activation, weight is not None, bias is not None, keep_input, norm_constants(norm),
+        dropout_constants(dropout), gates, total, gate_weight is not None, gate_bias is not None,
+        norm_constants(logits_norm),
+    )  # fmt: skip
+    first, second, norm_weight, norm_bias = norm_pointers(norm)
+    gate_first, gate_second, gate_norm_weight, gate_norm_bias = norm_pointers(logits_norm)
+    run(
+        (programs,), a.device,
+        A=a, W=weight, Bias=bias, Y=y, Z=z, First=first, Second=second, NormW=norm_weight, NormBias=norm_bias,
+        Seed=None if dropout is None else dropout.seed, GateW=gate_weight, GateBias=gate_bias, Logits=logits,
+        GateFirst=gate_first, GateSecond=gate_second, GateNormW=gate_norm_weight, GateNormBias=gate_norm_bias,
+        B=rows, depth=depth,
     )  # fmt: skip
     if not is_whole:
         return z, None, logits
@@ -277,6 +353,7 @@ def grouped_data_grad(
     *,
     kept: Tensor | None = None,
     end: LayerEnd = NO_END,
+    sums: bool = False,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -285,26 +362,31 @@ def grouped_data_grad(
     Args:
         d: ``(B, n, H)``, its last two axes contiguous. B at least 1.
         weight: ``(n, H, K)``, contiguous.
-        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output is the one after dropout),
+        kept: ``(B, n, K)``, its last two axes contiguous; what ``derive`` reads (an output as ``drop_kept`` left it),
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
+        sums: without a norm, also leave what ``column_sums_merge`` adds up to the gradient of the bias below.
 
     Returns:
         ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
-        ``batch_norm_sums``.
+        ``batch_norm_sums``; with ``sums`` ``(parts, 1, n K)``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
         tile = matmul_tile("data_grad", d, rows, units, members, precision)
-        tile = _with_end(tile, d) if end.mean is not None or end.dropout is not None else tile
+        if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
+            tile = tile._replace(columns=min(tile.columns, NARROW))
     parts = None
-    if end.mean is not None:
-        parts = torch.empty((cdiv(rows, tile.rows), 2, members * units), dtype=wide_of(d.dtype), device=d.device)
-    launch(
-        _grouped_data_grad_kernel, (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), tile, d.device,
-        d, weight, kept, *end.pointers, out, parts, rows, depth,
-        depth, units, members, d.stride(0), 0 if kept is None else kept.stride(0), out.stride(0), *end.constants,
-        precision, tile.rows, tile.columns, tile.depth, tile.group,
+    sums = sums and end.mean is None
+    if end.mean is not None or sums:
+        shape = (cdiv(rows, tile.rows), 1 if sums else 2, members * units)
+        parts = torch.empty(shape, dtype=wide_of(d.dtype), device=d.device)
+    kept_row = 0 if kept is None else kept.stride(0)
+    run = _data_grad(tile, precision, depth, units, members, d.stride(0), kept_row, out.stride(0), end.constants, sums)
+    run(
+        (cdiv(rows, tile.rows) * members * cdiv(units, tile.columns),), d.device,
+        D=d, W=weight, Kept=kept, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,
+        Out=out, Parts=parts, B=rows, depth=depth,
     )  # fmt: skip
     return out, parts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,9 +12,23 @@ from torch import Tensor
 
 from ._activations import derive
 from ._dropout import Dropout, drop, dropout_constants, undropped
-from ._launch import cdiv, launch
+from ._launch import CACHED, Prepared, cdiv, prepare
 from ._layer_end import affine, column_statistics, finish, from_norm, to_norm
-from ._tiles import end_tile
+from ._tiles import Tile, end_tile
+
+
+class EndConstants(NamedTuple):
+    """Of a kernel that does what follows a product, or undoes it."""
+
+    PLACE: str
+    EPS: float
+    AFFINE: bool
+    IS_VARIANCE: bool
+    NAME: str
+    VALUE: float
+    LAYER: int
+    KEEPS: int
+    SCALE: float
 
 
 class LayerEnd(NamedTuple):
@@ -41,15 +56,12 @@ class LayerEnd(NamedTuple):
         return "after" if self.after else "before"
 
     @property
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """Mean, spread, weight, bias and seed of a kernel."""
-        return self.mean, self.spread, self.weight, self.bias, self.seed
-
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """PLACE, EPS, AFFINE, IS_VARIANCE, NAME, VALUE, LAYER, KEEPS and SCALE of a kernel."""
-        norm = (self.place, self.eps, self.weight is not None, self.is_variance)
-        return *norm, *self.activation, *dropout_constants(self.dropout)
+    def constants(self) -> EndConstants:
+        """Constants of a kernel."""
+        name, value = self.activation
+        layer, keeps, scale = dropout_constants(self.dropout)
+        has_affine = self.weight is not None
+        return EndConstants(self.place, self.eps, has_affine, self.is_variance, name, value, layer, keeps, scale)
 
     @property
     def seed(self) -> Tensor | None:
@@ -146,7 +158,7 @@ def _layer_end_grad_kernel(
     if PLACE == "none":
         if NAME != "identity":
             kept = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
-            d = derive(d, undropped(kept, NAME, SCALE), NAME, VALUE)
+            d = derive(d, undropped(kept, NAME, SCALE, Z.dtype.element_ty), NAME, VALUE)
     else:
         z = tl.load(Z + o_m[:, None] * Z_ROW + o_c[None, :], mask=m_mn, other=0.0).to(wide)
         mean, rstd = column_statistics(Mean, Spread, o_c, m_n, EPS, IS_VARIANCE, wide)
@@ -157,6 +169,27 @@ def _layer_end_grad_kernel(
             d -= normed * tl.load(Means + WIDTH + o_c, mask=m_n, other=0.0)[None, :]
         d = from_norm(d * norm_w * rstd, z, PLACE, NAME, VALUE)
     tl.store(Out + o_m[:, None] * OUT_ROW + o_c[None, :], d.to(Out.dtype.element_ty), mask=m_mn)
+
+
+@lru_cache(maxsize=CACHED)
+def _forward(
+    tile: Tile, units: int, members: int, z_row: int, y_row: int, parts: int, part_units: int, end: EndConstants
+) -> Prepared:
+    """``parts``: 0 for statistics by column."""
+    return prepare(
+        _layer_end_fwd_kernel, tile, UNITS=units, MEMBERS=members, Z_ROW=z_row, Y_ROW=y_row, BY_ROW=parts > 0,
+        PARTS=max(parts, 1), PART_UNITS=part_units, **end._asdict(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=CACHED)
+def _backward(
+    tile: Tile, units: int, members: int, d_row: int, z_row: int, out_row: int, has_means: bool, end: EndConstants
+) -> Prepared:
+    return prepare(
+        _layer_end_grad_kernel, tile, UNITS=units, MEMBERS=members, D_ROW=d_row, Z_ROW=z_row, OUT_ROW=out_row,
+        HAS_MEANS=has_means, **end._asdict(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
 
 
 def layer_end_fwd(
@@ -179,11 +212,12 @@ def layer_end_fwd(
         end = end._replace(mean=mean, spread=rstd)
     assert end.mean is not None and end.spread is not None
     tile = end_tile(z, units)
-    launch(
-        _layer_end_fwd_kernel, (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), tile, z.device,
-        z, moments, *end.pointers, y, rows,
-        units, members, z.stride(0), y.stride(0), moments is not None,
-        1 if moments is None else moments.shape[2], part_units, *end.constants, tile.rows, tile.columns,
+    parts = 0 if moments is None else moments.shape[2]
+    run = _forward(tile, units, members, z.stride(0), y.stride(0), parts, part_units, end.constants)
+    run(
+        (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), z.device,
+        Z=z, Moments=moments, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,
+        Y=y, B=rows,
     )  # fmt: skip
     return y, end
 
@@ -193,17 +227,18 @@ def layer_end_grad(d: Tensor, z: Tensor | None, end: LayerEnd, means: Tensor | N
 
     Args:
         d: ``(B, n, H)``, like ``z`` its last two axes contiguous. B at least 1.
-        z: the product; without a norm what ``derive`` reads (the output is the one after dropout), None for identity.
+        z: the product; without a norm what ``derive`` reads (an output as ``drop_kept`` left it), None for identity.
         end: without a norm or with batch norm.
         means: ``(2, n H)`` of ``norm_sums_merge``, where the statistics were those of the batch.
     """
     rows, members, units = d.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     tile = end_tile(d, units)
-    launch(
-        _layer_end_grad_kernel, (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), tile, d.device,
-        d, z, *end.pointers, means, out, rows,
-        units, members, d.stride(0), 0 if z is None else z.stride(0), out.stride(0), means is not None, *end.constants,
-        tile.rows, tile.columns,
+    z_row = 0 if z is None else z.stride(0)
+    run = _backward(tile, units, members, d.stride(0), z_row, out.stride(0), means is not None, end.constants)
+    run(
+        (cdiv(rows, tile.rows), members * cdiv(units, tile.columns)), d.device,
+        D=d, Z=z, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed, Means=means,
+        Out=out, B=rows,
     )  # fmt: skip
     return out

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._dropout import drop
-from ._launch import cdiv, launch, wide_of
+from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._layer_end import affine, from_norm, to_norm
-from ._tiles import whole_row_tile
+from ._tiles import Tile, whole_row_tile
 from .batch_norm import norm_sums_merge
-from .layer_end import LayerEnd
+from .layer_end import EndConstants, LayerEnd
 
 PART_ROWS = 128
 """Rows whose sums one program writes."""
@@ -99,6 +101,16 @@ def _layer_norm_grad_kernel(
             tl.store(p_parts + WIDTH, products[c], mask=o_n < UNITS)
 
 
+@lru_cache(maxsize=CACHED)
+def _backward(
+    tile: Tile, units: int, members: int, d_row: int, z_row: int, out_row: int, save_parts: bool, end: EndConstants
+) -> Prepared:
+    return prepare(
+        _layer_norm_grad_kernel, tile, UNITS=units, MEMBERS=members, D_ROW=d_row, Z_ROW=z_row, OUT_ROW=out_row,
+        SAVE_PARTS=save_parts, **end._asdict(), PART=PART_ROWS, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+    )  # fmt: skip
+
+
 def layer_norm_grad(
     d: Tensor, z: Tensor, end: LayerEnd, *, affine_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -115,11 +127,11 @@ def layer_norm_grad(
     if affine_grad:
         parts = torch.empty((count, 2, members * units), dtype=wide_of(d.dtype), device=d.device)
     tile = whole_row_tile(d, units)
-    launch(
-        _layer_norm_grad_kernel, (count, members), tile, d.device,
-        d, z, *end.pointers, out, parts, rows,
-        units, members, d.stride(0), z.stride(0), out.stride(0), affine_grad, *end.constants,
-        PART_ROWS, tile.rows, tile.columns,
+    run = _backward(tile, units, members, d.stride(0), z.stride(0), out.stride(0), affine_grad, end.constants)
+    run(
+        (count, members), d.device,
+        D=d, Z=z, Mean=end.mean, Rstd=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed, Out=out,
+        Parts=parts, B=rows,
     )  # fmt: skip
     if parts is None:
         return out, None, None

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 
-class GateRuns(NamedTuple):
+@dataclass(frozen=True)
+class _Table:
+    """Compared by value, and hashed once: at every launch a table is part of what its constants are looked up by."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
+
+    def __hash__(self) -> int:
+        found: int = self.__dict__["_hash"]
+        return found
+
+
+@dataclass(frozen=True)
+class GateRuns(_Table):
     """Runs of rows of the gates' last weight ``(G, K)``; the rows of a run read one slot."""
 
     slot: tuple[int, ...]
     first: tuple[int, ...]
     sizes: tuple[int, ...]
+    __hash__ = _Table.__hash__
 
 
 NO_GATES = GateRuns((), (), ())
@@ -19,13 +33,15 @@ MAX_RUN = 64
 """Rows of a run at most: wider ones are cut, so that one tile covers a run."""
 
 
-class Readers(NamedTuple):
+@dataclass(frozen=True)
+class Readers(_Table):
     """The members that read each slot: ``order[first[s]:last[s]]``."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
     order: tuple[int, ...]
     """Empty where the members stand in the order of the slots."""
+    __hash__ = _Table.__hash__
 
     @classmethod
     def build(cls, members: tuple[int, ...], slots: int) -> Readers:
@@ -35,7 +51,8 @@ class Readers(NamedTuple):
         return cls((0, *last[:-1]), last, () if order == tuple(range(len(members))) else order)
 
 
-class Mixtures(NamedTuple):
+@dataclass(frozen=True)
+class Mixtures(_Table):
     """Which experts every mixture weighs. Columns of ``P (B, weights)`` are in mixture order, static ones included."""
 
     experts: int
@@ -56,6 +73,7 @@ class Mixtures(NamedTuple):
     """the column of the logits (-1: static),"""
     entry_offset: tuple[int, ...]
     """and the learned scalar that is added (-1: none)."""
+    __hash__ = _Table.__hash__
 
     @classmethod
     def build(

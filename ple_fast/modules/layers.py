@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_more_than_one
-from ..plan import GateTensors, LayerState, LayerTensors, NormState
+from ..plan import NO_STATE, GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
 from .plain import row_dice
 from .uncalled import StackedModules, Uncalled, computed_tensor
@@ -244,7 +244,7 @@ class StackedLayer(Uncalled):
         """Settings and buffers at one call on ``batch`` rows."""
         dropout = self.spec.dropout if self.training else 0.0
         if self._is_bare:
-            return LayerState(None, None, dropout)
+            return LayerState(None, None, dropout) if dropout else NO_STATE
         dice = norm_state(self.activation.norm, batch) if isinstance(self.activation, StackedDice) else None
         return LayerState(norm_state(self.norm, batch), dice, dropout)
 

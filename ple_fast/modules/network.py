@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_dtype
 from ..functional import Input, extraction_level, must_compose
-from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState
+from ..plan import LevelPlan, LevelState
 from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
@@ -178,17 +179,13 @@ class ExtractionNetwork(CheckedModule, Holder):
         modules += self.gate._modules["layers"]._modules.values()  # type: ignore[union-attr]
         return modules
 
-    def _tensors(self) -> tuple[list[LayerTensors], GateTensors]:
-        return [layer.tensors() for layer in self._stacked_layers()], self.gate.tensors()
-
     @staticmethod
     def _seed(device: torch.device) -> Tensor:
         return draw_seed(device)
 
-    def _state(self, batch: int, backend: str) -> LevelState:
+    def _state(self, stacked: list[StackedLayer], batch: int, backend: str) -> LevelState:
         """What one call on ``batch`` rows reads besides parameters; draws the dropout seed, for ``backend``."""
-        stacked = self._stacked_layers()
-        layers = tuple(layer.state(batch) for layer in stacked)
+        layers = tuple([layer.state(batch) for layer in stacked])
         seed: int | Tensor | None = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
@@ -224,14 +221,14 @@ class ExtractionNetwork(CheckedModule, Holder):
         if is_symbolic(x) or is_symbolic(gate_input):
             traced: Tensor = call_module(self, x, gate_input, return_gates)
             return traced
-        layers, gate = self._tensors()
+        stacked = self._stacked_layers()
         y, gates = extraction_level(
             x,
             gate_input,
             self._plan,
-            layers,
-            gate,
-            self._state,
+            [layer.tensors() for layer in stacked],
+            self.gate.tensors(),
+            partial(self._state, stacked),
             in_features=self.in_features,
             gate_features=self.gate_features,
             return_gates=return_gates,

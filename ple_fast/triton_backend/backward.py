@@ -209,7 +209,10 @@ class BackwardRun(Run):
                 return
             own = grads[mlp.position + i]
             affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
-            if parts is not None:
+            bias_parts: Tensor | None = None
+            if parts is not None and state.norm is None:
+                bias_parts, parts = parts, None
+            elif parts is not None:
                 norm = norm_of(spec, tensor, state)
                 assert norm is not None and keep.normed is not None
                 d = from_sums(d, keep.normed, parts, norm, at_norm(self._end(mlp, i, keep)), own, affine=affine)
@@ -224,7 +227,7 @@ class BackwardRun(Run):
                 d = d.contiguous()
             columns = columns_of(mlp.slots, source.columns) if i == 0 else tuple(range(len(mlp.slots)))
             a = source.tensor if i == 0 else keep.a
-            weights.add(mlp.position + i, tensor, need, a, d, columns, beside if i == 0 else None)
+            weights.add(mlp.position + i, tensor, need, a, d, columns, beside if i == 0 else None, bias_parts)
             if not need.below:
                 return
             weight = tensor.weight.contiguous()
@@ -235,10 +238,12 @@ class BackwardRun(Run):
             below, below_state = mlp.layers[i - 1], states[i - 1]
             is_done = in_epilogue(below, below_state)
             kept_below = kept[i - 1]
+            leaves_sums = i == 1 and is_done and weights.leaves_bias(tensors[0], needs[0], source.tensor)
             d, parts = grouped_data_grad(
                 d,
                 weight,
                 kept=(kept_below.act if below_state.norm is None else kept_below.normed) if is_done else None,
                 end=self._end(mlp, i - 1, kept_below) if is_done else NO_END,
+                sums=leaves_sums,
                 precision=self.precision,
             )

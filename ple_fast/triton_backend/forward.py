@@ -79,7 +79,7 @@ class ForwardRun(Run):
     ) -> tuple[Tensor | None, Tensor | None, _Product | None]:
         """A layer's product and what its launch does besides; without ``tensor`` the logits alone."""
         members, units = (0, 0) if tensor is None else tensor.weight.shape[:2]
-        tile = linear_tile(a, members, units, self.precision, has_end=False) if tile is None else tile
+        tile = linear_tile(a, members, units, self.precision, activation=activation[0]) if tile is None else tile
         gate = self.inputs.gate if with_gates else None
         logits_norm = None if gate is None else self._norm_beside(a, tile)
         y, z, logits = grouped_linear_fwd(
@@ -170,8 +170,10 @@ class ForwardRun(Run):
         norm = norm_of(spec, tensor, state)
         by_output = from_output(spec.activation)
         members, units, _ = tensor.weight.shape
-        has_end, by_row = norm is not None or dropout is not None, norm is not None and norm.state.kind == "layer"
-        tile = linear_tile(a, members, units, self.precision, has_end=has_end, by_row=by_row)
+        tile = linear_tile(
+            a, members, units, self.precision, activation=activation[0], has_norm=norm is not None,
+            has_dropout=dropout is not None, by_row=norm is not None and norm.state.kind == "layer",
+        )  # fmt: skip
         if norm is None:
             y, z, found = self._product(
                 a, tensor, columns, activation, dropout, None, tile, out, keep_input=need.output and not by_output,

@@ -23,9 +23,10 @@ SMALL_FLOPS = 4e9
 """Below this a level's products take less time than a launch costs the host or a pass over the experts' outputs."""
 NARROW = 256
 """Depth of the last layer up to which its product waits for memory: then it is free to mix on the way."""
-SMALL_INPUT = 256
-SMALL_HIDDEN = 128
-SMALL_ROWS = 8192
+SERIAL_FLOPS = 12e6
+"""Of one program at most that has all experts of its rows: what it does one after the other takes as long as the
+launches that it saves, whatever the number of rows."""
+SERIAL_ROWS = 64
 
 
 def _folds(norm: NormState | None, *, keeps: bool) -> bool:
@@ -72,7 +73,7 @@ def choose_fusion(inputs: LevelInput, x: Source, gates_beside_experts: bool, *, 
     wanted = []
     if len(units) == 1 and (flops < SMALL_FLOPS or (not keeps and depth <= NARROW)):
         wanted.append(Fusion.LEVEL)
-    if len(units) == 2 and depth <= SMALL_INPUT and units[0] <= SMALL_HIDDEN and rows <= SMALL_ROWS:
+    if len(units) == 2 and flops / rows * SERIAL_ROWS <= SERIAL_FLOPS:
         wanted.append(Fusion.TWO_LAYERS)
     if len(units) > 1 and (flops < SMALL_FLOPS or units[-2] <= NARROW):
         wanted.append(Fusion.LAST_LAYER)

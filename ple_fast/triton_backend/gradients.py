@@ -10,8 +10,10 @@ from ple_fast_kernels import (
     Readers,
     WeightGrad,
     WeightGradResult,
+    column_sums_merge,
     grouped_input_grad,
     grouped_weight_grads,
+    weight_grad_by_width,
 )
 
 from ..plan import LayerTensors
@@ -105,9 +107,14 @@ class WeightGrads:
         d: Tensor,
         columns: tuple[int, ...],
         dl: Tensor | None,
+        bias_parts: Tensor | None = None,
     ) -> None:
-        """A layer that read ``a``; ``dl``: the gates read it too."""
+        """A layer that read ``a``; ``dl``: the gates read it too; ``bias_parts``: the bias' gradient, in parts."""
         weight, bias = bool(need.tensors.weight), tensor.bias is not None and bool(need.tensors.bias)
+        if bias_parts is not None:
+            assert tensor.bias is not None
+            self.grads[position][1] = column_sums_merge(bias_parts, tensor.bias)
+            bias = False
         gate_weight, gate_bias = self._gates_wanted() if dl is not None else (False, False)
         if dl is not None:
             self.has_gates = True
@@ -122,6 +129,13 @@ class WeightGrads:
             )
         )
         self.positions.append(position)
+
+    def leaves_bias(self, tensor: LayerTensors, need: LayerNeeds, a: Tensor) -> bool:
+        """Whether the library takes the weight of a first layer that read ``a``: then the launch that makes its ``d``
+        adds up the bias' gradient, and nothing reads ``d`` a second time for it."""
+        if tensor.bias is None or not (need.tensors.weight and need.tensors.bias):
+            return False
+        return weight_grad_by_width(a, tensor.bias.numel(), self.owner.precision)
 
     def add_gates(self, a: Tensor | None, dl: Tensor) -> None:
         """The gates' end on its own."""

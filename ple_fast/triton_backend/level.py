@@ -11,6 +11,7 @@ from torch import Tensor
 from ..torch_backend.level import BlockKept, LevelInput, LevelNeeds, tables
 from .backward import BackwardRun
 from .forward import ForwardRun
+from .repeat import repeated as repeated
 from .wiring import source_grads
 
 

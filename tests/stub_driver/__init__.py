@@ -10,6 +10,11 @@ import torch
 
 SOURCE = Path(__file__).with_name("cuda.c")
 
+current = 0
+"""Number of the current device, as ``torch.cuda.set_device`` would set it."""
+streams: list[int] = []
+"""Devices whose current stream was asked for, in order."""
+
 
 def build(folder: Path) -> dict[str, str]:
     """Compile the library into ``folder``; the environment that a process needs to find it."""
@@ -47,6 +52,11 @@ class _Utilities:
         return lambda *arguments, **options: 1
 
 
+def stream_of(device: int) -> int:
+    streams.append(device)
+    return 0
+
+
 def activate(architecture: int = 90) -> None:
     """Make Triton of this process launch through the stub."""
     from triton.backends.compiler import GPUTarget
@@ -58,8 +68,8 @@ def activate(architecture: int = 90) -> None:
         def __init__(self) -> None:
             self.utils = _Utilities(architecture)
             self.launcher_cls = CudaLauncher
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
+            self.get_current_device = lambda: current
+            self.get_current_stream = stream_of
             self.set_current_device = lambda device: None
             self.get_device_capability = lambda device=0: (architecture // 10, architecture % 10)
 
