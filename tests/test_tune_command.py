@@ -294,6 +294,6 @@ def test_a_launch_is_named_alike_in_every_process() -> None:
     assert found[0] == found[1]
     trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(4,))
     here = [call.launch for call in tune_calls.recorded(trunk, torch.randn(5, 6, requires_grad=True))]
-    assert found[0].decode().split("\n")[:-1] == here
+    assert found[0].split("\n")[:-1] == here
     other = [call.launch for call in tune_calls.recorded(trunk, torch.randn(7, 6, requires_grad=True))]
     assert not set(here) & set(other)
