@@ -5,7 +5,7 @@ TORCH_VERSION ?= 2.13.0
 OLDEST_TRITON ?= 3.6.0
 # TorchRec asks for fbgemm-gpu, whose wheel on PyPI needs CUDA to load. The CPU's is built for this torch alone.
 TORCHREC := torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
-KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py tests/test_tune.py
+KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py $(wildcard tests/test_tune*.py)
 ARGS ?=
 RANKS ?= 2
 
@@ -57,7 +57,7 @@ bench-gpu: $(BENCH_READY)  ## the same on the GPU here (ARGS="--sizes small,medi
 soak: $(READY)  ## random use against what is right, for half an hour (ARGS="--minutes 2", ARGS="--only levels --seed 7")
 	$(BIN)/python -m soak $(ARGS)
 
-tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--in-features 512 --num-tasks 3 --batch 16384")
+tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--trunk small --trunk medium --minutes 9")
 	$(BIN)/python -m ple_fast.tune $(ARGS)
 
 style: $(READY)  ## lint and format, checked (mend with .venv/bin/ruff check --fix, .venv/bin/ruff format)

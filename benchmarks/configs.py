@@ -175,7 +175,36 @@ HOST_ROUNDS = 201
 GPU_SIZES: tuple[str, ...] = ("small", "medium", "large", "paper_gpu")
 GPU_DTYPES: dict[str, tuple[str, str]] = {"bfloat16": ("bfloat16", "highest"), "tf32": ("float32", "high")}
 """What ``run_gpu.py`` measures: dtype of the trunk and precision of float32 products."""
+GPU_MODES: tuple[Mode, ...] = ("train", "inference", "forward")
 GPU_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class GpuPhase:
+    """A part of the GPU benchmark, by what it leaves out; nothing: all of it."""
+
+    sizes_without: tuple[str, ...] = ()
+    dtypes_without: tuple[str, ...] = ()
+    modes_without: tuple[str, ...] = ()
+    contestants: tuple[str, ...] | None = None
+    """Only these; None: all."""
+
+    def has(self, size: str, dtype: str, mode: str, contestant: str) -> bool:
+        """Whether a case is part of it."""
+        if size in self.sizes_without or dtype in self.dtypes_without or mode in self.modes_without:
+            return False
+        return self.contestants is None or contestant in self.contestants
+
+
+_MAIN = ("fast", "fast_recompute", "loop", "loop_compiled")
+_PEERS = ("rechub", "deepctr", "bmm")
+GPU_PHASES: tuple[GpuPhase, ...] = (
+    GpuPhase(("paper_gpu",), ("tf32",), ("forward",), _MAIN),
+    GpuPhase(("paper_gpu",), ("tf32",), ("forward",), _PEERS),
+    GpuPhase(("paper_gpu",), (), ("forward",), (*_MAIN, *_PEERS)),
+)
+"""What is measured first, because time on a GPU may end: bfloat16, training and inference, ours and the loop; the
+peers; the same in TF32. The rest comes last."""
 COPY_BYTES = 1 << 30
 """Of the copy whose speed is the ceiling for memory traffic."""
 

@@ -127,11 +127,12 @@ def _bias(linears: Sequence[nn.Linear]) -> Tensor:
     return torch.stack([linear.bias.detach() for linear in linears])
 
 
-def _copy_linears(target: nn.Module, source: nn.Module) -> None:
-    """Copy the linear layers of one MLP into another with the same layers in the same order."""
+def _copy_layers(target: nn.Module, source: nn.Module) -> None:
+    """Copy the linear layers and norms of one MLP into another with the same layers in the same order."""
+    kinds = (nn.Linear, nn.BatchNorm1d)
     pairs = zip(
-        (m for m in target.modules() if isinstance(m, nn.Linear)),
-        (m for m in source.modules() if isinstance(m, nn.Linear)),
+        (m for m in target.modules() if isinstance(m, kinds)),
+        (m for m in source.modules() if isinstance(m, kinds)),
         strict=True,
     )
     for ours, theirs in pairs:
@@ -219,7 +220,7 @@ class RechubTrunk(nn.Module):
             experts, gates = rechub_modules(layer)
             theirs = [*experts, *gates]
             for target, source in zip(theirs, [*level.experts, *level.gates], strict=True):
-                _copy_linears(target, source)
+                _copy_layers(target, source)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         inputs = [x] * (self.tasks + 1)
@@ -273,10 +274,10 @@ class DeepctrTrunk(nn.Module):
             own = [expert for group in model.specific_experts[index] for expert in group]
             experts = [*own, *model.shared_experts[index][0]]
             for target, source in zip(experts, level.experts, strict=True):  # type: ignore[arg-type]  # ModuleList
-                _copy_linears(target, source)
+                _copy_layers(target, source)
             gates = [*model.specific_gate_dnn_final_layer[index], model.shared_gate_dnn_final_layer[index]]
             for target, source in zip(gates, level.gates, strict=False):  # type: ignore[arg-type]  # ModuleList
-                _copy_linears(target, source)
+                _copy_layers(target, source)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         inputs = [x] * (self.tasks + 1)

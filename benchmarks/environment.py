@@ -35,7 +35,14 @@ def machine_name() -> str:
     return f"cpu-{os.cpu_count()}core-{slug}"
 
 
+COMMIT = "PLE_FAST_COMMIT"
+"""Environment variable with the commit of a tree that travelled without git."""
+DIRTY = "-dirty"
+
+
 def _git(*arguments: str) -> str:
+    if not (ROOT / ".git").exists():  # git would look for a repository in the folders above
+        return "unknown"
     command = ("git", "-C", str(ROOT), *arguments)
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -43,15 +50,30 @@ def _git(*arguments: str) -> str:
         return "unknown"
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions, threads, commit and date, for the head of a result file."""
+def code_version(named: str | None = None) -> tuple[str, bool]:
+    """Commit, and whether there were changes that can change a figure and are not committed.
+
+    Args:
+        named: the commit where there is no git, as ``git describe --always --dirty`` says it; default the environment
+            variable ``PLE_FAST_COMMIT``.
+    """
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit != "unknown":
+        code = ("ple_fast", "kernels", "benchmarks/*.py", "soak")
+        return commit, _git("status", "--porcelain", "--", *code) not in ("", "unknown")
+    name = named or os.environ.get(COMMIT) or "unknown"
+    return name.removesuffix(DIRTY), name.endswith(DIRTY)
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions, threads, commit and date, for the head of a result file; ``commit``: see ``code_version``."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    code = ("ple_fast", "kernels", "benchmarks/*.py", "soak")  # what can change a figure
+    name, is_changed = code_version(commit)
     return {
         "machine": machine_name(),
         "cpu": cpu_model(),
@@ -61,7 +83,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": versions,
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": _git("status", "--porcelain", "--", *code) not in ("", "unknown"),
+        "commit": name,
+        "uncommitted_changes": is_changed,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -14,13 +14,14 @@ ROWS = ("library/half", "library/tf32")
 
 class Compared(NamedTuple):
     """One launcher on one product: the row of the table and its field, billions of floating-point operations as the
-    table counts them, and seconds in the kernels, with their fastest tile, and with the library."""
+    table counts them, seconds in the kernels, with their fastest tile, and with the library, and which it was."""
 
     kind: str
     product: str
     work: float
     kernels: float
     library: float
+    launch: str = ""
 
 
 def rows_from(least: int | None) -> Table:

@@ -30,8 +30,10 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("modules", "losses", "synthetic", "tune_library"),
-    ("model", "convert", "viz", "tune", "warmup"),
+    ("modules", "losses", "synthetic", "tune_library", "tune_calls"),
+    ("model", "convert", "viz", "tune_measure", "warmup"),
+    ("tune_results",),
+    ("tune",),
     ("__init__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import configs, report, run_gpu
+from benchmarks import configs, environment, gpu_cases, gpu_steps, report, run_gpu
 from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, baseline, build
+from benchmarks.gradients import Places
+from benchmarks.oracles import Oracles
 from benchmarks.steps import WrongResultError
 from ple_fast import use_backend
 from tests.fake_cuda import FakeCuda
@@ -26,7 +29,7 @@ EAGER = [name for name in INSTALLED if not CONTESTANTS[name].compiled]
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
     """The result file of a tiny run."""
-    run_gpu.main(["--device", "cpu", "--tiny", "--rounds", "2", "--results", str(folder), *arguments])
+    run_gpu.main(["--device", "cpu", "--tiny", "--rounds", "2", "--skip-missing", "--results", str(folder), *arguments])
     (path,) = folder.glob("*/gpu.json")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -84,7 +87,7 @@ def test_compiled_contestants_run(tmp_path: Path) -> None:
 
 def test_runs_of_the_same_code_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = {**run_gpu.gpu_environment(CPU), "uncommitted_changes": False}
-    monkeypatch.setattr(run_gpu, "gpu_environment", lambda device: dict(about))
+    monkeypatch.setattr(run_gpu, "gpu_environment", lambda device, commit: dict(about))
     first = run(tmp_path, "--only", "loop", "--dtypes", "bfloat16", "--modes", "inference")
     second = run(tmp_path, "--only", "loop", "--dtypes", "bfloat16", "--modes", "forward")
     assert [case["mode"] for case in second["results"]] == ["inference", "forward"]
@@ -96,9 +99,72 @@ def test_runs_of_the_same_code_make_one_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_time_that_is_over_starts_no_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path), "--minutes", "1e-9"])
+    run_gpu.main(["--device", "cpu", "--tiny", "--skip-missing", "--results", str(tmp_path), "--minutes", "0"])
     assert not list(tmp_path.glob("*/gpu.json"))
-    assert "is not measured" in capsys.readouterr().err
+    assert "fast at tiny in bfloat16, train, is not measured" in capsys.readouterr().err
+
+
+def test_the_file_is_written_after_every_contestant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(BaseException):
+        """As a signal would."""
+
+    measure = gpu_cases.Group.measure
+
+    def stops(group: gpu_cases.Group, name: str) -> gpu_cases.Rows:
+        if (group.mode, name) == ("inference", "bmm"):
+            raise Stopped
+        return measure(group, name)
+
+    monkeypatch.setattr(gpu_cases.Group, "measure", stops)
+    with pytest.raises(Stopped):
+        run(tmp_path, "--only", "bmm", "--dtypes", "bfloat16")
+    (path,) = tmp_path.glob("*/gpu.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = {case["mode"]: set(case["contestants"]) for case in content["results"]}
+    both = {"fast", "fast/graph", "loop", "loop/graph"}
+    assert found == {"train": {*both, "bmm", "bmm/graph"}, "inference": both}
+    assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["gpu.json"]
+    assert "tiny" in report.markdown("none", {"gpu": content})
+
+
+def test_a_second_run_goes_on_where_the_first_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {**run_gpu.gpu_environment(CPU), "uncommitted_changes": False}
+    monkeypatch.setattr(run_gpu, "gpu_environment", lambda device, commit: dict(about))
+    case = ("--dtypes", "bfloat16", "--modes", "train")
+    first = run(tmp_path, *case, "--only", "fast")
+    second = run(tmp_path, *case, "--only", "bmm", "--continue")
+    (before,), (after,) = first["results"], second["results"]
+    assert {**after["contestants"], **before["contestants"]} == after["contestants"]
+    assert set(after["contestants"]) - set(before["contestants"]) == {"bmm", "bmm/graph"}
+    assert second["saved"][: len(first["saved"])] == first["saved"]
+    again = run(tmp_path, *case, "--only", "bmm")
+    assert again["results"][0]["contestants"] != after["contestants"], "measured again"
+
+
+def test_what_is_wanted_most_comes_first() -> None:
+    order = gpu_cases.in_order(configs.GPU_SIZES, list(configs.GPU_DTYPES), configs.GPU_MODES, GPU_CONTESTANTS)
+    main = {
+        "train": ["fast", "fast_recompute", "loop", "loop_compiled"],
+        "inference": ["fast", "loop", "loop_compiled"],
+    }
+    assert order[:6] == [
+        (size, "bfloat16", mode, main[mode]) for size in ("small", "medium", "large") for mode in ("train", "inference")
+    ]
+    assert order[6] == ("small", "bfloat16", "train", ["bmm", "rechub", "deepctr"])
+    assert [dtype for _, dtype, *_ in order[6:12]] == ["bfloat16"] * 6
+    assert [case[:3] for case in order[12:14]] == [("small", "tf32", "train"), ("small", "tf32", "inference")]
+    cases = [(*case[:3], name) for case in order for name in case[3]]
+    assert len(cases) == len(set(cases)) == 4 * 2 * (3 * len(GPU_CONTESTANTS) - 1)
+
+
+def test_peers_that_are_not_installed_are_named_or_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = dataclasses.replace(CONTESTANTS["rechub"], requires="no_such_package")
+    monkeypatch.setitem(CONTESTANTS, "rechub", absent)
+    case = ("--only", "rechub", "--dtypes", "bfloat16", "--modes", "inference")
+    (found,) = run(tmp_path, *case)["results"]
+    assert found["failed"] == {"rechub": "no_such_package is not installed"}
+    with pytest.raises(SystemExit, match="no_such_package: not installed"):
+        run_gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path), *case])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -115,70 +181,118 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--sizes: expected names out of small" in capsys.readouterr().err
 
 
-def measured(
-    names: list[str], capture: run_gpu.Capture = run_gpu.not_captured, mode: configs.Mode = "train"
-) -> dict[str, Any]:
-    return run_gpu.measure(
-        run_gpu.TINY, "tf32", mode, names, CPU,
-        clock=run_gpu.cpu_clock, capture=capture, rounds=1, min_sample_s=0.0,
-    )  # fmt: skip
+def group(capture: gpu_steps.Capture = gpu_steps.not_captured, mode: configs.Mode = "train") -> gpu_cases.Group:
+    return gpu_cases.Group(
+        run_gpu.TINY, mode, CPU, clock=gpu_steps.cpu_clock, capture=capture, rounds=1, min_sample_s=0.0
+    )
+
+
+def with_build(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Contestants that somebody has changed."""
+
+    def built(name: str, config: configs.TrunkConfig, device: torch.device) -> nn.Module:
+        return change(name, build(name, config, device))
+
+    monkeypatch.setattr(gpu_steps, "build", built)
 
 
 @pytest.mark.parametrize("name", ["bmm", "fast"])
-def test_a_wrong_contestant_ends_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(name: str, config: configs.TrunkConfig, device: torch.device) -> nn.Module:
-        trunk = build(name, config, device)
-        with torch.no_grad():
-            next(trunk.parameters()).mul_(1.5)
+def test_a_wrong_contestant_has_no_figure_and_fails_the_run_after_all_others(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(built: str, trunk: nn.Module) -> nn.Module:
+        if built == name:
+            with torch.no_grad():
+                next(trunk.parameters()).mul_(1.5)
         return trunk
 
-    monkeypatch.setattr(run_gpu, "build", wrong)
-    with pytest.raises(WrongResultError, match=f"{name}, eager, at tiny"):
-        measured([name])
+    with_build(monkeypatch, wrong)
+    case = ("--only", "bmm", "--dtypes", "tf32", "--modes", "train,inference")
+    with pytest.raises(SystemExit, match=f"{name} at tiny in tf32, train: {name}, eager, at tiny .* outputs by"):
+        run(tmp_path, *case)
+    (path,) = tmp_path.glob("*/gpu.json")
+    for found in json.loads(path.read_text(encoding="utf-8"))["results"]:
+        assert {key.partition("/")[0] for key in found["contestants"]} == {"fast", "bmm", "loop"} - {name}
+        assert set(found["failed"]) == {name, f"{name}/graph"}
 
 
-def test_a_graph_that_replays_something_else_ends_the_run() -> None:
-    def stale(runner: run_gpu.Runner) -> tuple[Callable[[], object], list[torch.Tensor]]:
+@pytest.mark.parametrize("name", [n for n in EAGER if n != "loop"])
+def test_the_gradient_of_every_parameter_is_compared_by_name(name: str) -> None:
+    """One parameter's gradient halved, in turn, where a norm over all of them would not see the small ones."""
+    config = run_gpu.TINY
+    oracles = Oracles(config, "train", CPU)
+    runner = gpu_steps.Runner.of(name, config, "train", CPU)
+    found = runner.results(runner.step())
+    oracles.check(name, "eager", found)
+    keys = [key for key in found if key.startswith(gpu_steps.PARAMETER)]
+    loop = baseline(config, norm=CONTESTANTS[name].norm, gate_bias=CONTESTANTS[name].gate_bias)
+    without = {key for key, _ in loop.named_parameters()} - {key.removeprefix(gpu_steps.PARAMETER) for key in keys}
+    assert all(key.endswith(".bias") and CONTESTANTS[name].norm == "batch" for key in without)
+    for key in keys:
+        with pytest.raises(WrongResultError, match=f"{name}, eager, at tiny in float32, train, differs: {key} by"):
+            oracles.check(name, "eager", {**found, key: 0.5 * found[key]})
+
+
+def test_a_contestant_without_a_parameter_of_the_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets(config: configs.TrunkConfig, loop: Any) -> nn.Module:
+        trunk = CONTESTANTS["fast"].build(config, loop)
+        with torch.no_grad():
+            next(trunk.parameters())[0, 0, 0] = 0.25
+        return trunk
+
+    monkeypatch.setitem(CONTESTANTS, "bmm", dataclasses.replace(CONTESTANTS["bmm"], build=forgets))
+    with pytest.raises(ValueError, match=r"bmm: .*found no levels\.0\.experts\.0\.0\.weight$"):
+        Places("bmm", run_gpu.TINY)
+
+
+def test_a_graph_that_replays_something_else_has_no_figure() -> None:
+    def stale(runner: gpu_steps.Runner) -> tuple[Callable[[], object], list[torch.Tensor]]:
         outputs = runner.step()
         return (lambda: [y.detach().zero_() for y in outputs]), outputs
 
-    with pytest.raises(WrongResultError, match="bmm, graph, at tiny"):
-        measured(["bmm"], stale)
+    found = group(stale)
+    assert set(found.measure("bmm")) == {"bmm"}
+    assert "bmm, graph, at tiny" in found.failed["bmm/graph"]
+    assert found.wrong == ["fast/graph", "bmm/graph"]
 
 
-def test_a_peer_that_fails_is_written_down_and_ours_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str) -> None:
-        def refuse(*arguments: Any) -> nn.Module:
-            if arguments[0] == name:
-                raise RuntimeError("out of memory\nand more")
-            return build(*arguments)
+def test_a_peer_that_fails_is_written_down_and_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = ""
 
-        monkeypatch.setattr(run_gpu, "build", refuse)
+    def refuse(name: str, trunk: nn.Module) -> nn.Module:
+        if name == fails:
+            raise RuntimeError("out of memory\nand more")
+        return trunk
 
-    fails("bmm")
-    found = measured(["fast", "bmm"])
-    assert found["failed"] == dict.fromkeys(("bmm", "bmm/graph"), "RuntimeError: out of memory and more")
-    assert set(found["contestants"]) == {"fast", "fast/graph"}
-    fails("fast")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        measured(["fast", "bmm"])
+    with_build(monkeypatch, refuse)
+    fails = "bmm"
+    found = group()
+    assert set(found.measure("fast")) == {"fast", "fast/graph"}
+    assert found.measure("bmm") == {}
+    assert found.failed == {"bmm": "RuntimeError: out of memory and more"}
+    assert found.wrong == []
+    fails = "fast"
+    found = group()
+    assert found.measure("fast") == {}
+    assert found.wrong == ["fast"]
+    rows = found.measure("bmm")
+    assert not any(key.startswith("ratio") for row in rows.values() for key in row)
 
 
-def test_graphs_are_left_out_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_gpu, "peak_bytes", lambda run, device: (run() and 1000) or 1000)
-    monkeypatch.setattr(run_gpu, "free_bytes", lambda device: 1100)
-    found = measured(["fast", "loop"])
-    assert found["failed"] == {"loop/graph": "no memory left beside the others"}
-    assert set(found["contestants"]) == {"fast", "loop", "fast/graph"}
-    monkeypatch.setattr(run_gpu, "free_bytes", lambda device: 1300)
-    assert measured(["fast", "loop"])["failed"] == {}
+def test_a_graph_is_left_out_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cases, "peak_bytes", lambda run, device: (run() and 1000) or 1000)
+    monkeypatch.setattr(gpu_cases, "free_bytes", lambda device: 1100)
+    found = group()
+    assert set(found.measure("loop")) == {"loop"}
+    assert found.failed["loop/graph"] == "no memory left for its graph"
+    monkeypatch.setattr(gpu_cases, "free_bytes", lambda device: 1300)
+    assert set(group().measure("loop")) == {"loop", "loop/graph"}
 
 
 def test_ours_on_another_backend_than_triton_is_no_measurement() -> None:
-    baseline(run_gpu.TINY)
-    measured(["fast"])
+    group()
     with pytest.raises(SystemExit, match="ours ran on the backend 'torch'"):
-        run_gpu._backend("fast", torch.device("cuda"))
+        gpu_cases.backend_of("fast", torch.device("cuda"))
 
 
 def test_ours_is_compared_and_named_on_the_triton_backend() -> None:
@@ -186,8 +300,9 @@ def test_ours_is_compared_and_named_on_the_triton_backend() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the interpreter is off")
     with use_backend("triton"):
-        found = measured(["fast", "loop"], mode="inference")
-    backends = {name: row["backend"] for name, row in found["contestants"].items()}
+        found = group(mode="inference")
+        rows = {**found.measure("fast"), **found.measure("loop")}
+    backends = {name: row["backend"] for name, row in rows.items()}
     assert backends == {"fast": "triton", "fast/graph": "triton", "loop": "torch", "loop/graph": "torch"}
 
 
@@ -199,19 +314,40 @@ def test_the_gpu_and_its_driver_are_written_down(monkeypatch: pytest.MonkeyPatch
     assert about["machine"] == "nvidia-h100-80gb-hbm3"
     assert about["multiprocessors"] == 132
     assert {"driver", "cuda", "packages", "commit"} <= set(about)
+    assert about["tiles"] == "shipped"
+
+
+def test_the_tiles_in_use_are_written_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("PLE_FAST_TILES", str(tmp_path / "tiles.json"))
+    assert run_gpu.tiles_in_use(torch.device("cuda")) == "shipped"
+    (tmp_path / "tiles.json").write_text("{}", encoding="utf-8")
+    assert run_gpu.tiles_in_use(torch.device("cuda")) == "tiles.json, sha256 44136fa355b3"
+    monkeypatch.setenv("PLE_FAST_TILES", "")
+    assert run_gpu.tiles_in_use(torch.device("cuda")) == "shipped"
+
+
+def test_a_tree_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv(environment.COMMIT, raising=False)
+    assert environment.code_version() == ("unknown", False)
+    assert environment.code_version("0123abc") == ("0123abc", False)
+    monkeypatch.setenv(environment.COMMIT, "0123abc-dirty")
+    assert environment.code_version() == ("0123abc", True)
 
 
 def test_events_divide_the_time_by_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    assert run_gpu.cuda_clock(cuda.work, 4) == pytest.approx(1e-3)
+    assert gpu_steps.cuda_clock(cuda.work, 4) == pytest.approx(1e-3)
     assert cuda.log == ["synchronize", *["work"] * 4, "synchronize"]
 
 
 def test_a_step_is_warm_and_without_gradients_when_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    runner = run_gpu.Runner.of("loop", run_gpu.TINY, "train", CPU)
+    runner = gpu_steps.Runner.of("loop", run_gpu.TINY, "train", CPU)
     step = runner.step
 
     def logged() -> list[torch.Tensor]:
@@ -220,7 +356,7 @@ def test_a_step_is_warm_and_without_gradients_when_it_is_captured(monkeypatch: p
         return step()
 
     monkeypatch.setattr(runner, "step", logged)
-    replay, outputs = run_gpu.cuda_graph(runner)
+    replay, outputs = gpu_steps.cuda_graph(runner)
     assert cuda.log == [
         "wait", "stream", "fresh step", "step", "step", "wait", "capture", "fresh step", "captured",
     ]  # fmt: skip
@@ -280,6 +416,15 @@ def test_targets_are_printed_as_reached_or_missed() -> None:
         "large, bfloat16: `fast_recompute` saves for backward, in units of the eager loop's: 0.12, "
         "wanted at most 0.1: missed by 0.02",
     ]
+
+
+def test_a_run_that_ended_early_has_a_report_too() -> None:
+    rows = {"loop": {"median_ms": 2.0, "peak_bytes": None}}
+    early = {"results": [{**case("large", {}), "contestants": rows}], "ceilings": TARGETS["ceilings"], "saved": []}
+    lines = report.gpu_targets({**early, "saved": TARGETS["saved"][:1]})
+    assert "large: share of what the ceilings allow: not measured, wanted at least 0.7" in lines
+    assert not any("saves for backward" in line for line in lines), "there is no loop to compare with"
+    assert "| `loop` | 2.00 |" in report.gpu_table(early)
 
 
 def test_the_table_says_what_the_results_say() -> None:

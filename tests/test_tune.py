@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ple_fast import PLE, tune
+from ple_fast import PLE, tune, tune_calls, tune_measure
 from tests.fake_cuda import FakeCuda
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ class FakeTimer:
     def __init__(self) -> None:
         self.samples: list[int] = []
 
-    def __call__(self, call: Callable[[], object]) -> tune.Sampler:
+    def __call__(self, call: Callable[[], object]) -> tune_measure.Sampler:
         tile = self._tile_of(call)
 
         def sample() -> float:
@@ -96,9 +96,9 @@ def test_the_fastest_tile_wins(found: Any) -> None:
 def test_tuning_leaves_the_tables_of_the_process_alone(found: Any) -> None:
     assert tiles._own == {}
     assert tiles.asked is None
-    modules = [importlib.import_module(f"ple_fast.triton_backend.{name}") for name in tune._backend_modules()]
-    launchers = [getattr(m, name) for m in modules for name in tune.LAUNCHERS if hasattr(m, name)]
-    assert len(launchers) >= len(tune.LAUNCHERS)
+    modules = [importlib.import_module(f"ple_fast.triton_backend.{name}") for name in tune_calls.backend_modules()]
+    launchers = [getattr(m, name) for m in modules for name in tune_calls.LAUNCHERS if hasattr(m, name)]
+    assert len(launchers) >= len(tune_calls.LAUNCHERS)
     assert all(launcher.__module__.startswith("ple_fast_kernels") for launcher in launchers)
 
 
@@ -112,7 +112,7 @@ def test_amounts_of_work_become_classes() -> None:
         tune.Measured("half", 800, {A: 9.0, B: 1.0}),
         tune.Measured("combine", 0, {A: 3.0, C: 1.0}),
     ]
-    table = tune.best_table(measured, processors=100)
+    table = tune_measure.best_table(measured, processors=100)
     assert table == {"half": (Class(0, A), Class(512, B)), "combine": (Class(0, C),)}
     assert tiles._choose(table["half"], 399, 100) == A
     assert tiles._choose(table["half"], 400, 100) == B
@@ -120,15 +120,15 @@ def test_amounts_of_work_become_classes() -> None:
 
 def test_equal_amounts_are_added_and_the_shipped_tile_stays_within_noise() -> None:
     both = [tune.Measured("half", 10, {A: 1.0, B: 0.9}), tune.Measured("half", 10, {A: 1.0, B: 1.5})]
-    assert tune.best_table(both, 100)["half"] == (Class(0, A),)
-    assert tune.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.99})], 100)["half"] == (Class(0, A),)
-    assert tune.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.97})], 100)["half"] == (Class(0, B),)
+    assert tune_measure.best_table(both, 100)["half"] == (Class(0, A),)
+    assert tune_measure.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.99})], 100)["half"] == (Class(0, A),)
+    assert tune_measure.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.97})], 100)["half"] == (Class(0, B),)
 
 
 def test_amounts_that_a_table_does_not_tell_apart_are_one_entry() -> None:
     few = [tune.Measured("half", 1, {A: 1.0, B: 2.0}), tune.Measured("half", 2, {A: 9.0, B: 1.0})]
-    assert tune.best_table(few, 1000)["half"] == (Class(0, B),), "and not two that begin at 0"
-    assert tune.best_table([tune.Measured("half", 1, {A: 1.0}), tune.Measured("half", 2, {B: 1.0})], 1000) == {}
+    assert tune_measure.best_table(few, 1000)["half"] == (Class(0, B),), "and not two that begin at 0"
+    assert tune_measure.best_table([tune.Measured("half", 1, {A: 1.0}), tune.Measured("half", 2, {B: 1.0})], 1000) == {}
 
 
 @pytest.mark.parametrize("operands", ["half", "tf32", "ieee"])
@@ -157,22 +157,22 @@ def test_a_fused_candidate_must_fit_into_registers() -> None:
 
 
 def test_a_candidate_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch, where: torch.device) -> None:
-    monkeypatch.setattr(tune, "_agree", lambda ours, theirs: False)
+    monkeypatch.setattr(tune_measure, "_agree", lambda ours, theirs: False)
     trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(4,), device=where)
     with pytest.raises(RuntimeError, match="differs from"):
         tune.tune(trunk, torch.randn(3, 6, device=where), prepare=FakeTimer(), choice=choose)
     assert tiles._own == {}
     monkeypatch.undo()
     ones = torch.ones(3)
-    assert tune._agree([ones], [ones * 1.001])
-    assert not tune._agree([ones], [ones * 1.1])
-    assert not tune._agree([ones * torch.nan], [ones])
+    assert tune_measure._agree([ones], [ones * 1.001])
+    assert not tune_measure._agree([ones], [ones * 1.1])
+    assert not tune_measure._agree([ones * torch.nan], [ones])
 
 
 def test_the_command_writes_a_file_that_reads_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: torch.device
 ) -> None:
-    monkeypatch.setattr(tune, "candidates", lambda kind, *rest: choose(kind))
+    monkeypatch.setattr(tune_measure, "candidates", lambda kind, *rest: choose(kind))
     path = tmp_path / "deep" / "mine.json"
     monkeypatch.setenv("PLE_FAST_TILES", str(path))
     arguments = "--in-features 6 --num-tasks 2 --num-levels 1 --task-experts 1 --shared-experts 1 --expert-units 4"
@@ -182,7 +182,7 @@ def test_the_command_writes_a_file_that_reads_back(
     )
     assert str(path) in capsys.readouterr().out
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["trunk"]["batch"] == 5
+    assert content["trunks"][0]["batch"] == 5
     assert content["measured_us"]
     files: Any = importlib.import_module("ple_fast_kernels._tile_files")
     table = files.read_table(path, tiles.architecture(where)[0], tiles.KINDS)
@@ -193,10 +193,20 @@ def test_the_command_writes_a_file_that_reads_back(
 def test_a_sample_is_a_graph_of_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    sample = tune.cuda_graph_sampler(cuda.work)
-    before = ["wait", "stream", "work", "work", "wait", "capture", *["work"] * tune.REPEATS, "captured", "replay"]
+    sample = tune_measure.cuda_graph_sampler(cuda.work)
+    before = [
+        "wait",
+        "stream",
+        "work",
+        "work",
+        "wait",
+        "capture",
+        *["work"] * tune_measure.REPEATS,
+        "captured",
+        "replay",
+    ]
     assert cuda.log == before
-    assert sample() == pytest.approx(5e-3 / tune.REPEATS)
+    assert sample() == pytest.approx(5e-3 / tune_measure.REPEATS)
     assert cuda.log == [*before, "replay", "synchronize"]
 
 

@@ -1,0 +1,90 @@
+"""Gradients of any contestant as gradients of the loop's parameters, so that they are compared one by one, by name.
+
+Where a contestant keeps the loop's weights (stacked, turned, side by side) is not written down anywhere: it is built
+once more from a loop whose every weight is a number of its own, and the numbers are looked up.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.configs import TrunkConfig
+from benchmarks.contestants import CONTESTANTS, LoopPLE, baseline
+
+FIRST = 2.0**40
+"""The number of the first weight: no weight of any start is as large, and float64 holds all that follow."""
+
+
+def without_gradient(loop: LoopPLE) -> set[str]:
+    """Biases in front of a batch norm: the batch's mean takes them out, and what a step leaves there is rounding."""
+    found = set()
+    for name, module in loop.named_modules():
+        if isinstance(module, nn.Sequential):
+            layers = list(module.named_children())
+            for (child, layer), (_, following) in pairwise(layers):
+                if isinstance(layer, nn.Linear) and isinstance(following, nn.BatchNorm1d):
+                    found.add(f"{name}.{child}.bias")
+    return found
+
+
+class Places:
+    """Where a contestant keeps every parameter of the loop, at one size.
+
+    Raises:
+        ValueError: it keeps none of a parameter that has a gradient.
+    """
+
+    def __init__(self, name: str, config: TrunkConfig) -> None:
+        contestant = CONTESTANTS[name]
+        wide = config.with_dtype("float64")
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # libraries build in it, and float32 would round the numbers
+        try:
+            with torch.random.fork_rng(devices=[]):
+                loop = baseline(wide, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
+                self.shapes = {key: p.shape for key, p in loop.named_parameters()}
+                ignored = without_gradient(loop)
+                start = 0
+                with torch.no_grad():
+                    for p in loop.parameters():
+                        p.copy_(torch.arange(start, start + p.numel()).view(p.shape) + FIRST)
+                        start += p.numel()
+                trunk = contestant.build(wide, loop).double()
+        finally:
+            torch.set_default_dtype(before)
+        self.size = start
+        self.numbers: dict[str, Tensor] = {}
+        """By name of the contestant's parameter: the number of each element, ``size`` where it has none."""
+        seen = torch.zeros(start + 1, dtype=torch.bool)
+        for key, p in trunk.named_parameters():
+            numbers = (p.detach() - FIRST).flatten()
+            found = (numbers >= 0) & (numbers < start)
+            numbers = torch.where(found, numbers, float(start)).long()
+            seen[numbers] = True
+            if bool(found.any()):
+                self.numbers[key] = numbers
+        missing = [key for key, part in self._parts(seen[:-1]).items() if key not in ignored and not bool(part.all())]
+        if missing:
+            raise ValueError(f"{name}: expected it to keep all of the loop's parameters, found no {', '.join(missing)}")
+        self.compared = [key for key in self.shapes if key not in ignored]
+
+    def _parts(self, flat: Tensor) -> dict[str, Tensor]:
+        """What lies one after the other, by the loop's names."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def gradients(self, trunk: nn.Module) -> dict[str, Tensor]:
+        """The gradients of a contestant by the loop's names, in float32 (float64); 0 where it has none."""
+        parameters = dict(trunk.named_parameters())
+        like = next(iter(parameters.values()))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        flat = torch.zeros(self.size + 1, dtype=dtype, device=like.device)
+        for key, numbers in self.numbers.items():
+            gradient = parameters[key].grad
+            if gradient is not None:
+                flat.index_add_(0, numbers.to(like.device), gradient.flatten().to(dtype))
+        parts = self._parts(flat[:-1])
+        return {key: parts[key] for key in self.compared}

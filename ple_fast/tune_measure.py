@@ -1,0 +1,351 @@
+"""Part of ``ple_fast.tune``: the kernels of one trunk with a few candidate tiles, and plain products with the library.
+
+Samples are CUDA graphs of several launches, interleaved; medians count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .scalars import check_count, check_number
+from .tune_calls import Call, recorded
+from .tune_library import ROWS, Compared, library_rows, plain_of, rows_from
+
+if TYPE_CHECKING:
+    from ple_fast_kernels import Table, Tile
+
+Sampler = Callable[[], float]
+"""Seconds of one launch, measured anew at each call."""
+Prepare = Callable[[Callable[[], object]], Sampler]
+"""Makes a sampler of a launch."""
+_Name = TypeVar("_Name")
+
+ROUNDS = 15
+REPEATS = 10
+"""Launches of a sample: they make up for the clock's resolution."""
+GAIN = 0.02
+"""A candidate must beat the shipped tile by so much: less is noise."""
+TOLERANCE = 2e-2
+"""Relative distance of a candidate's result from that of the shipped tile: sums in another order, in low precision."""
+
+
+class Measured(NamedTuple):
+    """One launch: the row of the table, the amount of work, seconds per tile, the shipped tile first, and which it was
+    (``Call.launch``)."""
+
+    kind: str
+    results: int
+    seconds: dict[Tile, float]
+    launch: str = ""
+
+
+def candidates(kind: str, architecture: str, operand_bytes: int, shared_limit: int) -> list[Tile]:
+    """Tiles worth measuring for a row of the table, without those whose stages do not fit into shared memory."""
+    from ple_fast_kernels import Tile
+
+    kernel, _, operands = kind.rpartition("/")
+    if kind.startswith("combine"):
+        wide = 256 if kind == "combine_grad" else 128
+        return [Tile(n // wide, wide, 0, warps, 2) for n, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8))]
+    if operands == "double":
+        return []
+    depth = 64 if operands == "half" else 32
+    if kernel in ("fused", "two_layers"):
+        shapes = [(64, 64, 4, 3), (64, 64, 8, 3), (64, 32, 8, 3), (128, 32, 8, 3), (128, 64, 8, 3)]
+    else:
+        shapes = [
+            (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3),
+            (128, 128, 8, 3), (128, 128, 8, 4),
+        ]  # fmt: skip
+        shapes += [(128, 256, 8, 3), (128, 256, 8, 4)] if operands == "half" else [(64, 64, 8, 3)]
+    found = []
+    for rows, columns, warps, stages in shapes:
+        tile = Tile(rows, columns, depth, warps, min(stages, 2) if architecture == "amd" else stages)
+        if tile.stages * (rows + columns) * depth * operand_bytes <= shared_limit and tile not in found:
+            found.append(tile)
+    return found
+
+
+def cuda_graph_sampler(call: Callable[[], object]) -> Sampler:
+    """Times launches by events around a CUDA graph of several, so that the host's time does not count."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            call()
+    graph.replay()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample() -> float:
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3 / REPEATS
+
+    return sample
+
+
+def _agree(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    for a, b in zip(ours, theirs, strict=True):
+        distance = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+        if not float(distance) <= TOLERANCE:
+            return False
+    return True
+
+
+class Tuner:
+    """Measures calls on one device."""
+
+    def __init__(self, device: torch.device, prepare: Prepare, rounds: int, say: Callable[[str], None]) -> None:
+        self.tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
+        self.architecture, self.processors = self.tiles.architecture(device)
+        self.device, self.prepare, self.rounds, self.say = device, prepare, rounds, say
+        self.wrong: list[str] = []
+        """Candidates whose results differ from the shipped tile's."""
+
+    def shared_limit(self) -> int:
+        """Bytes of shared memory of a block."""
+        if self.device.type != "cuda":
+            return 1 << 30
+        properties = torch.cuda.get_device_properties(self.device)
+        limit = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+        return int(limit)
+
+    def set_table(self, table: Table, least: int | None = None) -> None:
+        """Rows of the table while measuring; ``least``: from how much work on plain products are the library's."""
+        self.tiles.set_table(self.architecture, {**rows_from(least), **table})
+
+    def asked(self, call: Call) -> Any:
+        """The request for a tile that a call makes, at the tables of the moment; the call is run."""
+        self.tiles.asked = []
+        try:
+            call.run()
+            requests = self.tiles.asked
+        finally:
+            self.tiles.asked = None
+        assert len(requests) == 1, (call.name, requests)
+        return requests[0]
+
+    def measure(self, call: Call, choice: Callable[[str], Sequence[Tile]]) -> Measured | None:
+        """Seconds of the shipped tile and of every candidate; None where there is none to compare."""
+        self.set_table({})
+        shipped = self.asked(call)
+        expected = call.result(shipped.tile)
+        samplers = {shipped.tile: self.prepare(lambda: call.run(shipped.tile))}
+        for candidate in choice(shipped.kind):
+            if not shipped.fits(candidate):
+                continue
+            self.set_table({shipped.kind: (self.tiles.Class(0, candidate),)})
+            try:
+                tile = self.asked(call).tile
+                if tile in samplers:  # cut to the same size
+                    continue
+                if not _agree(call.result(tile), expected):
+                    self.wrong.append(f"{call.name} with {tile} differs from {shipped.tile}")
+                    self.say(f"  {self.wrong[-1]}: please report it")
+                    continue
+                samplers[tile] = self.prepare(lambda tile=tile: call.run(tile))  # type: ignore[misc]  # bound now
+            except Exception as error:
+                if not has_lost(error):
+                    raise
+                self.say(f"  {shipped.kind}: {candidate} has lost: {type(error).__name__}")
+        if len(samplers) < 2:
+            return None
+        return Measured(shipped.kind, shipped.results, self.medians(samplers), call.launch)
+
+    def compare(self, call: Call, fastest: Tile | None) -> Compared | None:
+        """The kernel with its ``fastest`` tile (None: the shipped one) and the library, where the product is a plain
+        one; otherwise None."""
+        self.set_table({})
+        plain = plain_of(call.run)
+        if plain is None:
+            return None
+        tile = self.asked(call).tile if fastest is None else fastest
+        expected = call.result(tile)
+        samplers = {"kernels": self.prepare(lambda: call.run(tile))}
+        self.set_table({}, least=0)
+        if not _agree(call.result(), expected):
+            self.wrong.append(f"{call.name} by the library differs from {tile}")
+            self.say(f"  {self.wrong[-1]}: please report it")
+            return None
+        samplers["library"] = self.prepare(call.run)
+        medians = self.medians(samplers)
+        return Compared(plain.kind, plain.product, plain.work, medians["kernels"], medians["library"], call.launch)
+
+    def both(self, call: Call, choice: Callable[[str], Sequence[Tile]]) -> list[Measured | Compared]:
+        """A call with every candidate, and the fastest of them beside the library."""
+        found: list[Measured | Compared] = []
+        try:
+            tiled = self.measure(call, choice)
+            found += [] if tiled is None else [tiled]
+            fastest = None if tiled is None else min(tiled.seconds.items(), key=lambda item: item[1])[0]
+            beside = self.compare(call, fastest)
+            found += [] if beside is None else [beside]
+        except Exception as error:
+            if not has_lost(error):
+                raise
+            self.say(f"  {call.name}: not measured, {type(error).__name__} with the shipped tile or the library")
+        return found
+
+    def compile(self, call: Call, choice: Callable[[str], Sequence[Tile]], share: int, shares: int) -> None:
+        """Run a share of the candidates, so that other processes find them compiled."""
+        self.set_table({})
+        shipped = self.asked(call)
+        for candidate in list(choice(shipped.kind))[share::shares]:
+            if not shipped.fits(candidate):
+                continue
+            self.set_table({shipped.kind: (self.tiles.Class(0, candidate),)})
+            try:
+                call.run()
+            except Exception as error:
+                if not has_lost(error):
+                    raise
+
+    def medians(self, samplers: dict[_Name, Sampler]) -> dict[_Name, float]:
+        """Seconds of each, interleaved."""
+        samples: dict[_Name, list[float]] = {name: [] for name in samplers}
+        order = list(samplers)
+        for r in range(self.rounds):
+            start = r % len(order)
+            for name in order[start:] + order[:start]:
+                samples[name].append(samplers[name]())
+        return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def has_lost(error: BaseException | None) -> bool:
+    """Whether an error says that a candidate does not fit: into shared memory or the compiler's limits, or into what is
+    left of the device's memory. The end of a capture hides such an error behind its own."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return True
+        if isinstance(error, (OutOfResources, PTXASError, CompilationError)):
+            return True
+        error = error.__context__
+    return False
+
+
+def best_table(measured: Sequence[Measured], processors: int) -> Table:
+    """The fastest tiles as a table: per row and amount of work the tile with the least time in sum, from that amount
+    on. The shipped tile stays unless another is faster by ``GAIN``."""
+    from ple_fast_kernels import Class
+
+    groups: dict[str, dict[int, list[Measured]]] = {}
+    for entry in measured:
+        # By the work that a table tells apart, in which an entry begins.
+        groups.setdefault(entry.kind, {}).setdefault(entry.results * 128 // processors, []).append(entry)
+    table: Table = {}
+    for kind, by_work in groups.items():
+        classes: list[Class] = []
+        for work, entries in sorted(by_work.items()):
+            common = [t for t in entries[0].seconds if all(t in entry.seconds for entry in entries)]
+            if not common:  # each was cut to another size
+                continue
+            total = {t: sum(entry.seconds[t] for entry in entries) for t in common}
+            shipped = next(iter(entries[0].seconds))
+            tile = min(total, key=lambda t: total[t])
+            if shipped in total and total[tile] > (1 - GAIN) * total[shipped]:
+                tile = shipped
+            if not classes or classes[-1].tile != tile:
+                classes.append(Class(work if classes else 0, tile))
+        if classes:
+            table[kind] = tuple(classes)
+    return table
+
+
+def table_of(measured: Sequence[Measured | Compared], tuner: Tuner) -> Table:
+    """The rows that follow from all that was measured."""
+    shipped = {k: r for k, r in tuner.tiles.TABLES[tuner.architecture].items() if k in ROWS}
+    tiled = [entry for entry in measured if isinstance(entry, Measured)]
+    compared = [entry for entry in measured if isinstance(entry, Compared)]
+    return {**best_table(tiled, tuner.processors), **library_rows(compared, shipped, GAIN)}
+
+
+def tune(
+    trunk: nn.Module,
+    x: Tensor,
+    *,
+    rounds: int = ROUNDS,
+    minutes: float | None = None,
+    prepare: Prepare = cuda_graph_sampler,
+    choice: Callable[[str], Sequence[Tile]] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    known: Collection[str] = (),
+    keep: Callable[[list[Measured | Compared]], None] = lambda found: None,
+) -> tuple[Table, list[Measured | Compared]]:
+    """Measure the tiles of a trunk at the shape, dtype and device of ``x``.
+
+    Args:
+        trunk: ``PLE``, ``CGC``, ``MMoE``, or a level.
+        x: its input ``(B, D)``, with ``requires_grad`` if training computes its gradient.
+        rounds: samples per tile, interleaved.
+        minutes: start no launch after so many; None: measure all.
+        prepare: makes a sampler of a launch.
+        choice: candidates of a row of the table; default ``candidates``.
+        say: is told what happens.
+        known: launches (``Measured.launch``) that are not measured again.
+        keep: is given what was measured of each launch as soon as it is known.
+
+    Returns:
+        The table, to be set with ``ple_fast_kernels.set_table`` or written to a file, and all medians.
+
+    Raises:
+        RuntimeError: the kernels cannot run on this device, or two tiles give different results; the latter after
+            everything is measured.
+    """
+    rounds = check_count("rounds", rounds)
+    end = float("inf") if minutes is None else time.monotonic() + 60 * check_number("minutes", minutes)
+    tuner = Tuner(x.device, prepare, rounds, say)
+    chosen = choice or default_choice(tuner, x)
+    measured: list[Measured | Compared] = []
+    seen = set(known)
+    try:
+        tuner.set_table({})  # a file of an earlier run must not decide what is launched
+        calls = recorded(trunk, x)
+        for i, call in enumerate(calls):
+            if call.launch in seen:
+                continue
+            if time.monotonic() >= end:
+                say(f"time is over: {len(calls) - i} of {len(calls)} launches are not measured")
+                break
+            seen.add(call.launch)
+            found = tuner.both(call, chosen)
+            measured += found
+            for entry in found:
+                say(f"{i + 1}/{len(calls)} {call.name}: {_outcome(entry)}")
+            keep(found)
+    finally:
+        tuner.tiles.set_table(tuner.architecture, None)
+    if tuner.wrong:
+        raise RuntimeError("; ".join(tuner.wrong) + ": please report it")
+    return table_of(measured, tuner), measured
+
+
+def default_choice(tuner: Tuner, x: Tensor) -> Callable[[str], Sequence[Tile]]:
+    """``candidates`` for a tensor's device and dtype."""
+    size, limit = x.element_size(), tuner.shared_limit()
+    return lambda kind: candidates(kind, tuner.architecture, size, limit)
+
+
+def _outcome(entry: Measured | Compared) -> str:
+    if isinstance(entry, Compared):
+        return f"kernels {entry.kernels * 1e6:.1f} us, library {entry.library * 1e6:.1f} us"
+    (shipped, before), *_ = entry.seconds.items()
+    tile, after = min(entry.seconds.items(), key=lambda item: item[1])
+    return f"{shipped[:-1]} {before * 1e6:.1f} us, best of {len(entry.seconds)} {tile[:-1]} {after * 1e6:.1f} us"
