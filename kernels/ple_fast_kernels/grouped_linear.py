@@ -50,6 +50,10 @@ def _grouped_linear_fwd_kernel(
 
     A program is one tile of rows by one tile of a member's units, or by one run of gate rows. The tiles of columns of
     all members follow each other, so that a tile of rows of A stays in L2 for every one of them.
+
+    A ``(B, S, DEPTH)``, W ``(n, UNITS, DEPTH)``, Bias, NormW, NormBias ``(n, UNITS)``, Y, Z ``(B, n, UNITS)``; GateW
+    ``(LOGITS, DEPTH)``, GateBias, GateNormW, GateNormBias ``(LOGITS,)``, Logits ``(B, LOGITS)``; Seed: one int64;
+    First, Second, GateFirst, GateSecond: as ``Norm`` has them, the gates' with LOGITS columns.
     """
     wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -151,6 +155,9 @@ def _grouped_data_grad_kernel(
     """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
 
     With batch norm there: the gradient of the norm's output, and its sums over a tile's rows; so with SUMS.
+
+    D ``(B, n, DEPTH)``, Kept, Out ``(B, n, UNITS)``, Mean, Spread, NormW, NormBias ``(n, UNITS)``, Seed: one int64,
+    Parts ``(row tiles, 2, n UNITS)``, with SUMS ``(row tiles, 1, n UNITS)``.
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N

@@ -161,7 +161,8 @@ def _reduce_parts_kernel(
 ):  # fmt: skip
     """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions.
 
-    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Out: region r ``(SIZE[r],)``
+    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Splits ``(regions STEP,)``; Out: region r
+    ``(SIZE[r],)``
     at ``OUT_AT[r]``; START counts programs.
     """
     pid = tl.program_id(0)
