@@ -162,8 +162,7 @@ def _reduce_parts_kernel(
     """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions.
 
     Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Splits ``(regions STEP,)``; Out: region r
-    ``(SIZE[r],)``
-    at ``OUT_AT[r]``; START counts programs.
+    ``(SIZE[r],)`` at ``OUT_AT[r]``; START counts programs.
     """
     pid = tl.program_id(0)
     for r in tl.static_range(len(SIZE)):
