@@ -58,7 +58,7 @@ _SM90: _Tiles = {
     ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
-    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
+    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "fused/half": _preferred(*_FUSED_HALF),
     "fused/tf32": _preferred(*_FUSED_FLOAT),
     "fused/ieee": _preferred(*_FUSED_IEEE),
@@ -257,6 +257,11 @@ def _cut(size: int, width: int) -> int:
     while size > 16 and size // 2 >= width:
         size //= 2
     return size
+
+
+def cut_depth(tile: Tile, depth: int) -> Tile:
+    """The tile of a product that is ``depth`` deep: no deeper, for what lies behind the end would be multiplied too."""
+    return tile._replace(depth=_cut(tile.depth, depth))
 
 
 @lru_cache(maxsize=4096)

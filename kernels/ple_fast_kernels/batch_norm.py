@@ -16,7 +16,7 @@ from ._layer_end import affine, column_statistics, to_norm
 from ._tiles import Tile, end_tile
 from .layer_end import EndConstants, LayerEnd
 
-MERGE_TILE = Tile(64, 32, 0, 4, 1)
+MERGE_TILE = Tile(64, 32, 0, 8, 1)
 """Parts that a program adds up at once, by columns."""
 PART_ROWS = 256
 """Rows whose sums one program of the backward writes."""

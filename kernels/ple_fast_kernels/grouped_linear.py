@@ -26,7 +26,7 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle, tiles_of
-from ._tiles import NARROW, Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
@@ -224,7 +224,7 @@ def linear_tile(
 
     ``activation``, ``has_norm``, ``has_dropout``: what follows; ``by_row``: layer norm.
     """
-    tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
+    tile = cut_depth(matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision), a.shape[2])
     if has_dropout and not has_norm:
         tile = tile._replace(columns=min(tile.columns, NARROW))
     elif has_norm or activation in HEAVY:
@@ -381,7 +381,7 @@ def grouped_data_grad(
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
-        tile = matmul_tile("data_grad", d, rows, units, members, precision)
+        tile = cut_depth(matmul_tile("data_grad", d, rows, units, members, precision), depth)
         if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
             tile = tile._replace(columns=min(tile.columns, NARROW))
     parts = None
