@@ -66,7 +66,7 @@ SIZES = {
     "exact": (64, 32, 32),
     "one-tile": (32, 32, 16),
     "ragged": (39, 40, 40),
-    "less-than-a-step": (33, 24, 8),
+    "a-part-of-a-step": (33, 24, 24),
     "deep": (33, 32, 104),
 }
 """Rows, columns and depth."""
@@ -149,7 +149,7 @@ def test_layouts_that_the_engine_can_load(layout: str, device: torch.device) -> 
     hold("out", out, lambda d, w: torch.einsum("bnh,nkh->bnk", d, w), a, w)
 
 
-@pytest.mark.parametrize("depth", [24, 8])
+@pytest.mark.parametrize("depth", [24, 40])
 def test_a_box_reaches_into_no_other_slot_or_member(depth: int, device: torch.device) -> None:
     """All of them are NaN: 0 times NaN would be one."""
     a, w = (values(*shape, dtype=torch.bfloat16, device=device) for shape in ((40, 3, depth), (3, 24, depth)))
@@ -208,6 +208,7 @@ ELSEWHERE: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
         "norm": Norm("batch", torch.zeros(80, device=a.device), torch.ones(80, device=a.device), None, None, 1e-5)
     },
     "narrow": lambda a, w: {"weight": w[:, :8].contiguous()},
+    "shallow": lambda a, w: {"a": a[..., :8], "weight": w[..., :8].contiguous()},
     "tile": lambda a, w: {"tile": Tile(16, 16, 16, 4, 2)},
 }
 """Of a call: what is other than the engine, the epilogue or the tile takes."""

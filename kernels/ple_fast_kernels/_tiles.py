@@ -50,6 +50,8 @@ _SM90: _Tiles = {
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 4)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
+    "linear/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
+    "input_grad/ieee": (Class(0, Tile(64, 64, 16, 8, 3)),),
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
     "weight_grad/half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
@@ -58,13 +60,13 @@ _SM90: _Tiles = {
     ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
-    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
+    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "fused/half": _preferred(*_FUSED_HALF),
     "fused/tf32": _preferred(*_FUSED_FLOAT),
     "fused/ieee": _preferred(*_FUSED_IEEE),
     "two_layers/half": _preferred(*_FUSED_HALF[:2]),
     "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
-    "two_layers/ieee": _preferred(_FUSED_IEEE[0]),
+    "two_layers/ieee": _preferred(_FUSED_IEEE[0]._replace(warps=16)),
     "combine": _preferred(Tile(8, 128, 0, 8, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
@@ -85,7 +87,8 @@ _SM80: _Tiles = {
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "input_grad/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
+    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 4)), Class(32, Tile(128, 128, 64, 8, 3))),
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
@@ -266,6 +269,11 @@ def _cut(size: int, width: int) -> int:
     while size > 16 and size // 2 >= width:
         size //= 2
     return size
+
+
+def cut_depth(tile: Tile, depth: int) -> Tile:
+    """The tile of a product that is ``depth`` deep: no deeper, for what lies behind the end would be multiplied too."""
+    return tile._replace(depth=_cut(tile.depth, depth))
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._activations import activate, derive
 from ._launch import ALIGNMENT, CACHED, MAX_INT, Prepared, cdiv, prepare
 from ._matmul import pick, swizzle, tiles_of
-from ._tiles import Tile, persistent_programs, persistent_tile
+from ._tiles import Tile, cut_depth, persistent_programs, persistent_tile
 
 
 @triton.jit
@@ -128,7 +128,9 @@ def _tile(kernel: str, a: Tensor, weight: Tensor, columns: int, activation: str)
     if activation not in ACTIVATIONS:
         return None
     tile = persistent_tile(kernel, a, rows, columns, members)
-    if tile is None or rows < tile.rows or not (can_load(a) and can_load(weight)):
+    if tile is None or rows < tile.rows or cut_depth(tile, a.shape[2]) != tile:  # too little to fill a tile
+        return None
+    if not (can_load(a) and can_load(weight)):
         return None
     # Tiles are counted in 32 bits, one step beyond the last one.
     tiles = cdiv(rows, tile.rows) * members * cdiv(columns, tile.columns)
