@@ -88,7 +88,7 @@ _SM80: _Tiles = {
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
     "input_grad/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 4)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
