@@ -321,8 +321,8 @@ RESERVED = 1 << 10
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 OTHER_REGISTERS = 64
-"""Of a thread of a weight gradient beside an accumulator of up to 64, as compiled; with one of 128 a processor takes one
-block whatever they are."""
+"""Of a thread of a weight gradient beside an accumulator of up to 64, as compiled; with one of 128 a processor takes
+one block whatever they are."""
 TILE_SPEED = 4e12
 """FLOP/s of a multiprocessor on tiles of half precision: what 128 x 256 results get out of L2 (docs/kernels.md)."""
 FILL = 1e-6
