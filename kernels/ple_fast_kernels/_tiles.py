@@ -88,7 +88,7 @@ _SM80: _Tiles = {
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
     "input_grad/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 4)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
@@ -371,8 +371,9 @@ RESERVED = 1 << 10
 """Bytes of it that every block takes besides."""
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
-OTHER_REGISTERS = 96
-"""Of a thread of a product besides its accumulator."""
+OTHER_REGISTERS = 64
+"""Of a thread of a weight gradient beside an accumulator of up to 64, as compiled; with one of 128 a processor takes
+one block whatever they are."""
 TILE_SPEED = 4e12
 """FLOP/s of a multiprocessor on tiles of half precision: what 128 x 256 results get out of L2 (docs/kernels.md)."""
 FILL = 1e-6
