@@ -67,10 +67,10 @@ class Machine:
             text=True, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        """Exit code and output."""
+    def run(self, *arguments: str, seconds: float = 60.0, **environment: str) -> tuple[int, str]:
+        """Exit code and output, which shall be there within so many seconds."""
         with self.start(*arguments, **environment) as process:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=seconds)
         return process.returncode, output
 
     def commands(self) -> list[str]:
