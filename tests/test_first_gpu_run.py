@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,3 +208,29 @@ def test_wrong_arguments_are_refused_in_a_sentence(machine: Machine, arguments: 
     assert code == 2
     assert expected in output and len(output.splitlines()) == 1
     assert not machine.out.exists() and not machine.notes.exists()
+
+
+def test_the_plan_of_the_half_hour_fits_and_names_every_stage() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    _, _, plan = page.partition("## The first half hour on a lent GPU")
+    calls = re.findall(
+        r"^\| \d \| `bash benchmarks/first_gpu_run.sh (\w+) --commit COMMIT --minutes ([\d.]+)` \| ([\d.]+) \|",
+        plan,
+        re.M,
+    )
+    assert [stage for stage, _, _ in calls] == list(STAGES)
+    assert all(minutes == shown and 0 < float(minutes) <= 9.5 for _, minutes, shown in calls)
+    start = 2
+    (total,) = re.findall(r"with two minutes for the start they are ([\d.]+)\.", plan)
+    assert sum(float(minutes) for _, minutes, _ in calls) + start == float(total) < 30
+
+
+def test_the_wheels_that_travel_are_those_of_the_extra() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"pip download [^`]*", page)
+    peers = re.findall(
+        r'"([\w-]+==[\d.]+)"',
+        re.findall(r"^peers = .*$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[0],
+    )
+    assert len(peers) == 2 and set(peers) < set(command.split())
+    assert "-d .whl" in command and "/.whl/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
