@@ -7,6 +7,9 @@ OLDEST_TRITON ?= 3.6.0
 TORCHREC := torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
 KERNEL_TESTS := $(wildcard tests/test_kernel_*.py tests/test_triton_*.py) tests/test_launch.py tests/test_tiles.py $(wildcard tests/test_tune*.py)
 ARGS ?=
+# Tests take one thread each, so there is a worker for each core; with ARGS there is none, and the first test runs at once.
+WORKERS ?= $(if $(strip $(ARGS)),0,logical)
+PYTEST := -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 RANKS ?= 2
 
 BIN := .venv/bin
@@ -37,13 +40,13 @@ example-distributed: $(READY)  ## train on RANKS processes (2), with checkpoints
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/train_distributed.py $(ARGS)
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 test-oldest-triton: $(OLDEST_READY)  ## the tests of the kernels on the oldest triton that is supported
-	.venv-oldest-triton/bin/python -m pytest -m "not slow" $(KERNEL_TESTS) $(ARGS)
+	.venv-oldest-triton/bin/python $(PYTEST) -m "not slow" $(KERNEL_TESTS) $(ARGS)
 
 test-gpu: $(READY)  ## the tests that take a device, on a GPU
 	$(BIN)/python -m pytest --device cuda --only-device $(ARGS)
@@ -82,7 +85,7 @@ $(OLDEST_READY): pyproject.toml
 	.venv-oldest-triton/bin/python .ci/install_torch.py $(TORCH_VERSION)
 	@echo "Step 2 of 2: triton $(OLDEST_TRITON) and what the tests need, about 250 MB to fetch"
 	.venv-oldest-triton/bin/python -m pip --disable-pip-version-check install \
-		triton==$(OLDEST_TRITON) numpy safetensors pytest hypothesis
+		triton==$(OLDEST_TRITON) numpy safetensors pytest pytest-xdist hypothesis
 	@touch $@
 
 $(BENCH_READY): $(READY)

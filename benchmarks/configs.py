@@ -42,6 +42,8 @@ class TrunkConfig:
     norm: Literal["batch", "layer"] | None = None
     """Of the experts' layers, and of the gates' one hidden layer (``gate_units``): for the compiler, never timed."""
     dropout: float = 0.0
+    activation: str = "relu"
+    """Of the experts' layers."""
     gate_units: tuple[int, ...] = ()
     logits_norm: Literal["batch"] | None = None
 
@@ -108,6 +110,8 @@ SIZES: dict[str, TrunkConfig] = {
             "layer_norm", 16384, 512, 3, units=(300, 128), norm="layer", dropout=0.1, gate_units=(64,), num_levels=1
         ),
         TrunkConfig("dropout", 16384, 512, 3, dropout=0.1, num_levels=1),
+        # Activations whose formulas take registers; dice has statistics and parameters of its own.
+        *(TrunkConfig(name, 16384, 512, 3, activation=name, num_levels=1) for name in ("silu", "gelu", "tanh", "dice")),
     )
 }
 
@@ -135,7 +139,7 @@ def suite_config(name: str) -> TrunkConfig:
 
 AOT_SIZES: tuple[str, ...] = (
     "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
-    "batch_norm", "batch_norm_small", "layer_norm", "dropout",
+    "batch_norm", "batch_norm_small", "layer_norm", "dropout", "silu", "gelu", "tanh", "dice",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
@@ -150,14 +154,23 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "batch_norm_small": ("bfloat16", "float32/ieee", "float64"),
     "layer_norm": ("bfloat16", "float32/tf32"),
     "dropout": ("bfloat16", "float32/tf32"),
+    "silu": ("bfloat16", "float32/tf32"),
+    "gelu": ("bfloat16", "float32/tf32"),
+    "tanh": ("bfloat16",),
+    "dice": ("bfloat16",),
 }
 """What ``aot.py`` compiles ahead of time for sm_90: dtypes and float32 precisions per size."""
 AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "small": ("bfloat16",),
+    "small": ("bfloat16", "float32/tf32"),
+    "medium": ("bfloat16",),
+    "large": ("bfloat16",),
     "odd": ("bfloat16", "float32/ieee"),
     "tiny": ("bfloat16",),
     "batch_norm": ("bfloat16",),
+    "batch_norm_small": ("float64",),
     "layer_norm": ("bfloat16",),
+    "dropout": ("bfloat16",),
+    "silu": ("bfloat16",),
 }
 """For other architectures: every kernel, in fewer sizes."""
 

@@ -200,7 +200,7 @@ ROLES = {
 }
 LIBRARY = "library"
 """Stands for the kernel of a product that the library takes."""
-BY_BYTES = ("gate_combine_fwd", "gate_combine_bwd", "reduce_parts")
+BY_BYTES = ("gate_combine_fwd", "gate_combine_bwd", "reduce_parts", "norm_sums_merge")
 """Kernels that only move memory."""
 
 

@@ -71,6 +71,9 @@ def test_faults_are_found() -> None:
     assert "more shared memory" in aot.faults([{**row, "architecture": "gfx942", "shared": 65_537}])[0]
     assert "no warp-group products" in aot.faults([{**row, "mma": 4, "warp_group_mma": 0}])[0]
     assert "no tensor cores" in aot.faults([{**row, "warp_group_mma": 0}])[0]
+    sums = {**row, "kernel": "grouped_weight_grad", "warp_group_mma": 0}
+    assert "no tensor cores" in aot.faults([{**sums, "multiplies": True}])[0]
+    assert not aot.faults([{**sums, "multiplies": False}])
     assert "wait for each other (C7514)" in aot.faults([{**row, "serialised": ["C7514"]}])[0]
     assert "20 shuffles in loops" in aot.faults([{**row, "kernel": "grouped_weight_grad", "loop_shuffles": 20}])[0]
     assert "out of memory" in aot.faults([{**row, "error": "out of memory"}])[0]

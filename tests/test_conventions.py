@@ -134,6 +134,22 @@ def test_the_folder_of_the_kernels_is_no_package() -> None:
     assert not (KERNELS / "__init__.py").exists(), "`kernels` is a package on PyPI: ours would shadow it"
 
 
+def kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """What is launched: file and function."""
+    for file in sorted((KERNELS / "ple_fast_kernels").glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                yield file.name, node
+
+
+@pytest.mark.parametrize(("file", "kernel"), kernels(), ids=lambda value: getattr(value, "name", value))
+def test_the_shape_of_every_tensor_stands_in_the_docstring_of_its_kernel(file: str, kernel: ast.FunctionDef) -> None:
+    tensors = {a.arg for a in kernel.args.args if a.annotation is None and a.arg[0].isupper()} - {"B", "CHUNK"}
+    assert tensors
+    named = set(re.findall(r"\w+", ast.get_docstring(kernel) or ""))
+    assert tensors <= named, f"{file}: {sorted(tensors - named)}"
+
+
 @pytest.mark.parametrize(
     "name", ["ple_fast", *(m.name for m in pkgutil.walk_packages(ple_fast.__path__, prefix="ple_fast."))]
 )

@@ -251,12 +251,22 @@ def test_nothing_reads_a_hidden_gradient_again_for_its_bias(
         asked.extend((layer.weight, layer.bias) for layer in layers)
         return compute(layers, *rest, **options)
 
+    kernel: Any = importlib.import_module("ple_fast_kernels.weight_grad")
+    launch = kernel._launch_weight_grad
+    read: list[bool] = []
+
+    def watched_launch(layer: Any, *rest: Any) -> None:
+        read.append(layer.d is not None)
+        launch(layer, *rest)
+
+    monkeypatch.setattr(kernel, "_launch_weight_grad", watched_launch)
     monkeypatch.setattr(gradients, "grouped_weight_grads", watched)
     module = ExtractionNetwork(12, Topology.ple(2, 1, 1, last=True), experts=MLPSpec((20, 16)), gate=GateSpec()).to(
         device
     )
     module(torch.randn(9, 12, device=device)).sum().backward()
     assert asked == [(True, True), (True, False)]
+    assert read == [True, False]  # the second layer as a whole; the first one's gates, where the library has its weight
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu"])

@@ -348,6 +348,12 @@ def test_more_work_gets_larger_tiles() -> None:
     assert areas[0] < areas[-1]
 
 
+def test_a_tile_is_no_deeper_than_its_product() -> None:
+    whole = Tile(64, 64, 64, 4, 4)
+    depths = {depth: tiles.cut_depth(whole, depth).depth for depth in (1, 16, 17, 32, 33, 64, 1000)}
+    assert depths == {1: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 1000: 64}
+
+
 @pytest.mark.parametrize("mixtures", [1, 4, 8, 17])
 @pytest.mark.parametrize("backward", [False, True])
 def test_sums_of_all_mixtures_fit_into_registers(mixtures: int, backward: bool) -> None:

@@ -207,7 +207,11 @@ class Rechub(nn.Module):
         self.trunk = trunk
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, Rechub, lambda m: torch.compile(m, backend="eager")], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, Rechub, lambda m: torch.compile(m, backend="eager")],
+    ids=["trunk", "model", "compiled"],
+)
 def test_trunks_are_found_in_models(wrap: Callable[[nn.Module], nn.Module], where: torch.device) -> None:
     trunk = tiny(where)
     assert launched(lambda: warm_up(wrap(trunk), 5)) == launched(lambda: warm_up(trunk, 5))

@@ -50,6 +50,8 @@ _SM90: _Tiles = {
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 4)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
+    "linear/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
+    "input_grad/ieee": (Class(0, Tile(64, 64, 16, 8, 3)),),
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
     "weight_grad/half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
@@ -58,13 +60,13 @@ _SM90: _Tiles = {
     ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
-    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 2)),),
+    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "fused/half": _preferred(*_FUSED_HALF),
     "fused/tf32": _preferred(*_FUSED_FLOAT),
     "fused/ieee": _preferred(*_FUSED_IEEE),
     "two_layers/half": _preferred(*_FUSED_HALF[:2]),
     "two_layers/tf32": _preferred(_FUSED_FLOAT[0]),
-    "two_layers/ieee": _preferred(_FUSED_IEEE[0]),
+    "two_layers/ieee": _preferred(_FUSED_IEEE[0]._replace(warps=16)),
     "combine": _preferred(Tile(8, 128, 0, 8, 2)),
     "combine_grad": _preferred(Tile(8, 256, 0, 8, 2)),
 }
@@ -85,7 +87,8 @@ _SM80: _Tiles = {
     ),
     "tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(192, Tile(128, 128, 32, 8, 3))),
     "ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
-    "weight_grad/half": (Class(0, Tile(64, 64, 64, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
+    "input_grad/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
+    "weight_grad/half": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 64, 8, 3))),
     "fused/half": _preferred(*_FUSED_HALF[1:]),
     "two_layers/half": _preferred(_FUSED_HALF[1]),
 }
@@ -259,6 +262,11 @@ def _cut(size: int, width: int) -> int:
     return size
 
 
+def cut_depth(tile: Tile, depth: int) -> Tile:
+    """The tile of a product that is ``depth`` deep: no deeper, for what lies behind the end would be multiplied too."""
+    return tile._replace(depth=_cut(tile.depth, depth))
+
+
 @lru_cache(maxsize=4096)
 def _matmul(key: str, processors: int, kernel: str, operands: str, row_tiles: int, columns: int, members: int) -> Tile:
     tile = _choose(_classes(key, kernel, operands), _results(row_tiles, columns, members), processors)
@@ -312,8 +320,9 @@ RESERVED = 1 << 10
 """Bytes of it that every block takes besides."""
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
-OTHER_REGISTERS = 96
-"""Of a thread of a product besides its accumulator."""
+OTHER_REGISTERS = 64
+"""Of a thread of a weight gradient beside an accumulator of up to 64, as compiled; with one of 128 a processor takes
+one block whatever they are."""
 TILE_SPEED = 4e12
 """FLOP/s of a multiprocessor on tiles of half precision: what 128 x 256 results get out of L2 (docs/kernels.md)."""
 FILL = 1e-6

@@ -16,7 +16,7 @@ from ._layer_end import affine, column_statistics, to_norm
 from ._tiles import Tile, end_tile
 from .layer_end import EndConstants, LayerEnd
 
-MERGE_TILE = Tile(64, 32, 0, 4, 1)
+MERGE_TILE = Tile(64, 32, 0, 8, 1)
 """Parts that a program adds up at once, by columns."""
 PART_ROWS = 256
 """Rows whose sums one program of the backward writes."""
@@ -37,7 +37,10 @@ def _batch_norm_merge_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / deviation of every column over all B rows, out of the moments of tiles of TILE_ROWS rows; running
-    statistics move by ``factor + rest``."""
+    statistics move by ``factor + rest``.
+
+    Moments ``(tiles, 2, WIDTH)``, Mean, Rstd, RunningMean, RunningVar ``(WIDTH,)``.
+    """
     wide: tl.constexpr = Moments.dtype.element_ty
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH
@@ -76,7 +79,11 @@ def _batch_norm_sums_kernel(
     LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Per part of the rows: column sums of the gradient of the norm's output, and of it times the normalised input."""
+    """Per part of the rows: column sums of the gradient of the norm's output, and of it times the normalised input.
+
+    D, Z ``(B, n, UNITS)``, Mean, Spread, NormW, NormBias ``(n, UNITS)``, Seed: one int64, Parts
+    ``(parts, 2, n UNITS)``.
+    """
     wide: tl.constexpr = Parts.dtype.element_ty
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = UNITS * MEMBERS
@@ -115,7 +122,11 @@ def _norm_sums_merge_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums over all parts, in order: gradients of weight and bias, and, divided by B, what the input's reads; without
-    PRODUCTS the parts are those of a bias alone."""
+    PRODUCTS the parts are those of a bias alone.
+
+    Parts ``(parts, 2, WIDTH)``, without PRODUCTS ``(parts, 1, WIDTH)``, DWeight, DBias ``(WIDTH,)``, Means
+    ``(2, WIDTH)``.
+    """
     wide: tl.constexpr = Parts.dtype.element_ty
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < WIDTH

@@ -104,6 +104,11 @@ def _fused_level_fwd_kernel(
     """``Y[:, o] = sum_e weight_oe f(A[:, SLOT[e]] @ W[e].T + Bias[e])``; the weights out of logits, or of X and GateW.
 
     A program is a tile of rows by a tile of units, for all experts and all mixtures.
+
+    A ``(B, S, DEPTH)``, W ``(E, UNITS, DEPTH)``, Bias, Mean, Var, NormW, NormBias ``(E, UNITS)``; X
+    ``(B, S, GATE_DEPTH)``, GateW ``(LOGITS, GATE_DEPTH)``, GateBias, GateMean, GateVar, GateNormW, GateNormBias
+    ``(LOGITS,)``, Logits ``(B, LOGITS)``; Offset: the tables' scalars; H, Z ``(B, E, UNITS)``, P ``(B, WEIGHTS)``, Y
+    ``(B, O, UNITS)``.
     """
     wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     EXPERTS: tl.constexpr = len(SLOT)
@@ -166,6 +171,10 @@ def _fused_two_layers_fwd_kernel(
     """Experts of two layers, gates and mixtures: a program is a tile of rows with all units, ``BLOCK_N >= UNITS``.
 
     Hidden units come in chunks of BLOCK_C, and a chunk goes into the second product as soon as it is there.
+
+    A ``(B, S, DEPTH)``, W1 ``(E, HIDDEN, DEPTH)``, Bias1, Mean1, Var1, NormW1, NormBias1 ``(E, HIDDEN)``, W2
+    ``(E, UNITS, HIDDEN)``, Bias2, Mean2, Var2, NormW2, NormBias2 ``(E, UNITS)``; X, GateW, GateBias, GateMean, GateVar,
+    GateNormW, GateNormBias, Offset, P, Y: as in ``_fused_level_fwd_kernel``.
     """
     wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     EXPERTS: tl.constexpr = len(SLOT)

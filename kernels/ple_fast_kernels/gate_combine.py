@@ -41,7 +41,11 @@ def _gate_combine_fwd_kernel(
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``P[:, o] = softmax(Logits[:, o] / T)``, ``Y[:, o] = sum_e (P_oe + Offset_oe) H[:, e]``; H is read once."""
+    """``P[:, o] = softmax(Logits[:, o] / T)``, ``Y[:, o] = sum_e (P_oe + Offset_oe) H[:, e]``; H is read once.
+
+    Logits ``(B, LOGITS)``, H ``(B, E, UNITS)``, Mean, Spread, NormW, NormBias ``(E, UNITS)``, Seed: one int64, Offset:
+    the tables' scalars, P ``(B, WEIGHTS)``, Y ``(B, O, UNITS)``.
+    """
     wide: tl.constexpr = tl.float64 if H.dtype.element_ty == tl.float64 else tl.float32
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,7 +104,11 @@ def _gate_combine_bwd_kernel(
     SAVE_DP: tl.constexpr, SAVE_DL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]``, ``DP_oe = <DY[:, o], H[:, e]>``, and the softmax's
-    backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with ``dP = DP + DListed``."""
+    backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with ``dP = DP + DListed``.
+
+    DY ``(B, O, UNITS)``, H, Kept, DH ``(B, E, UNITS)``, Mean, Spread, NormW, NormBias ``(E, UNITS)``, Seed, KeptSeed:
+    one int64 each, Offset: the tables' scalars, P, DListed, DP ``(B, WEIGHTS)``, DL ``(B, LOGITS)``.
+    """
     wide: tl.constexpr = tl.float64 if P.dtype.element_ty == tl.float64 else tl.float32
     CHUNKS: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -26,7 +26,7 @@ from ._layer_end import (
     to_norm,
 )
 from ._matmul import accumulate, pick, pick_wide, swizzle, tiles_of
-from ._tiles import NARROW, Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .library import library_linear_fwd, linear_in_library
 from .tables import NO_GATES, GateRuns
@@ -50,6 +50,10 @@ def _grouped_linear_fwd_kernel(
 
     A program is one tile of rows by one tile of a member's units, or by one run of gate rows. The tiles of columns of
     all members follow each other, so that a tile of rows of A stays in L2 for every one of them.
+
+    A ``(B, S, DEPTH)``, W ``(n, UNITS, DEPTH)``, Bias, NormW, NormBias ``(n, UNITS)``, Y, Z ``(B, n, UNITS)``; GateW
+    ``(LOGITS, DEPTH)``, GateBias, GateNormW, GateNormBias ``(LOGITS,)``, Logits ``(B, LOGITS)``; Seed: one int64;
+    First, Second, GateFirst, GateSecond: as ``Norm`` has them, the gates' with LOGITS columns.
     """
     wide: tl.constexpr = tl.float64 if A.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -151,6 +155,9 @@ def _grouped_data_grad_kernel(
     """``Out[:, m] = (D[:, m] @ W[m]) f'(Kept[:, m])``: W ``(n, DEPTH, UNITS)``, UNITS the width of the layer below.
 
     With batch norm there: the gradient of the norm's output, and its sums over a tile's rows; so with SUMS.
+
+    D ``(B, n, DEPTH)``, Kept, Out ``(B, n, UNITS)``, Mean, Spread, NormW, NormBias ``(n, UNITS)``, Seed: one int64,
+    Parts ``(row tiles, 2, n UNITS)``, with SUMS ``(row tiles, 1, n UNITS)``.
     """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
@@ -217,7 +224,7 @@ def linear_tile(
 
     ``activation``, ``has_norm``, ``has_dropout``: what follows; ``by_row``: layer norm.
     """
-    tile = matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision)
+    tile = cut_depth(matmul_tile("linear", a, a.shape[0], max(units, 1), max(members, 1), precision), a.shape[2])
     if has_dropout and not has_norm:
         tile = tile._replace(columns=min(tile.columns, NARROW))
     elif has_norm or activation in HEAVY:
@@ -374,7 +381,7 @@ def grouped_data_grad(
     rows, (members, depth, units) = d.shape[0], weight.shape
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
-        tile = matmul_tile("data_grad", d, rows, units, members, precision)
+        tile = cut_depth(matmul_tile("data_grad", d, rows, units, members, precision), depth)
         if end.mean is not None or end.dropout is not None or end.activation[0] in HEAVY:
             tile = tile._replace(columns=min(tile.columns, NARROW))
     parts = None

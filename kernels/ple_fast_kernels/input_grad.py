@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare
 from ._matmul import accumulate, pick, swizzle, tiles_of
-from ._tiles import NARROW, Tile, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile
 from .library import input_grad_in_library, library_input_grad
 from .tables import NO_GATES, GateRuns, Readers
 
@@ -124,6 +124,8 @@ def grouped_input_grad(
         readers = Readers((0,) * slots, (0,) * slots, ())
     if tile is None:
         tile = matmul_tile("input_grad", some, rows, units, slots, precision)
+        if weight is not None:
+            tile = cut_depth(tile, depth)
         if readers.order or adds or depth % tile.depth:  # products of more columns would wait for each other (C7515)
             tile = tile._replace(columns=min(tile.columns, NARROW))
     run = _prepared(

@@ -96,7 +96,11 @@ def _layer_end_fwd_kernel(
     IS_VARIANCE: tl.constexpr, NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``Y = dropout(norm and activation (Z))``; BY_ROW: layer norm, whose statistics are merged here and written."""
+    """``Y = dropout(norm and activation (Z))``; BY_ROW: layer norm, whose statistics are merged here and written.
+
+    Z, Y ``(B, n, UNITS)``, NormW, NormBias ``(n, UNITS)``, Seed: one int64; Mean, Spread ``(n, UNITS)``, BY_ROW
+    ``(B, n)`` out of Moments ``(B, n, PARTS, 2)``.
+    """
     wide: tl.constexpr = tl.float64 if Z.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     e = tl.program_id(1) // TILES
@@ -141,7 +145,11 @@ def _layer_end_grad_kernel(
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the product, of D, that of the layer's output, for batch norm or no norm."""
+    """Gradient of the product, of D, that of the layer's output, for batch norm or no norm.
+
+    D, Z, Out ``(B, n, UNITS)``, Mean, Spread, NormW, NormBias ``(n, UNITS)``, Seed: one int64, Means
+    ``(2, n UNITS)``.
+    """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = UNITS * MEMBERS

@@ -51,7 +51,11 @@ def _layer_norm_grad_kernel(
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the product, of D, that of the layer's output; and per part of the rows the sums of
-    ``batch_norm_sums``. A program has all units of its rows, in chunks of BLOCK_N."""
+    ``batch_norm_sums``. A program has all units of its rows, in chunks of BLOCK_N.
+
+    D, Z, Out ``(B, n, UNITS)``, Mean, Rstd ``(B, n)``, NormW, NormBias ``(n, UNITS)``, Seed: one int64, Parts
+    ``(parts, 2, n UNITS)``.
+    """
     wide: tl.constexpr = tl.float64 if D.dtype.element_ty == tl.float64 else tl.float32
     CHUNKS: tl.constexpr = (UNITS + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = UNITS * MEMBERS

@@ -161,8 +161,8 @@ def _reduce_parts_kernel(
 ):  # fmt: skip
     """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions.
 
-    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Out: region r ``(SIZE[r],)``
-    at ``OUT_AT[r]``; START counts programs.
+    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Splits ``(regions STEP,)``; Out: region r
+    ``(SIZE[r],)`` at ``OUT_AT[r]``; START counts programs.
     """
     pid = tl.program_id(0)
     for r in tl.static_range(len(SIZE)):
@@ -327,6 +327,12 @@ def _in_library(layer: WeightGrad, dtype: torch.dtype, precision: str) -> bool:
     return layer.weight and d is not None and d.dtype == dtype and weight_grad_in_library(layer.a, d, precision)
 
 
+def _without_weight(layer: WeightGrad) -> WeightGrad:
+    """What is left of a layer whose weight the library takes: it has D only where its sums are asked for."""
+    left = layer._replace(weight=False)
+    return left if layer.bias else left._replace(d=None, slots=())
+
+
 def _beside_library(layers: Sequence[WeightGrad], dtype: torch.dtype, precision: str) -> list[WeightGradResult]:
     """``grouped_weight_grads`` where the library takes some of the weights."""
     weights: list[Tensor | None] = []
@@ -334,7 +340,7 @@ def _beside_library(layers: Sequence[WeightGrad], dtype: torch.dtype, precision:
     for layer in layers:
         takes = _in_library(layer, dtype, precision)
         weights.append(library_weight_grad(layer.a, layer.d) if takes and layer.d is not None else None)
-        rest.append(layer._replace(weight=False) if takes else layer)
+        rest.append(_without_weight(layer) if takes else layer)
     left = [any((layer.weight, layer.bias, layer.gate_weight, layer.gate_bias)) for layer in rest]
     found = iter(
         grouped_weight_grads([r for r, is_left in zip(rest, left, strict=True) if is_left], dtype, precision=precision)
