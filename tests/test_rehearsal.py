@@ -22,7 +22,8 @@ from tests.test_first_gpu_run import ROOT, Machine
 
 pytest.importorskip("triton")
 
-TRAVELS = ("benchmarks", "kernels", "ple_fast", "tests", "pyproject.toml")
+STAYS = {"out", "dist", "build"}
+"""Of the tree; and all that begins with a dot."""
 THERE = {"pytest", "hypothesis", "triton"}
 """Of the packages that our extras ask for: what the suite and the kernels cannot do without."""
 GUARD = """
@@ -70,11 +71,13 @@ class GpuMachine(Machine):
         super().__init__(folder)
         shutil.rmtree(self.tree)
         self.tree.mkdir()
-        for name in TRAVELS:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, self.tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        for path in ROOT.iterdir():
+            if path.name.startswith(".") or path.name in STAYS:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, self.tree / path.name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                shutil.copy(ROOT / name, self.tree)
+                shutil.copy(path, self.tree)
         guard, programs = folder / "guard", Path(self.environment["PATH"])
         guard.mkdir()
         (guard / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
@@ -146,6 +149,20 @@ def test_test(machine: GpuMachine) -> None:
     found = machine.result("test", "tests.json")
     assert found["passed"] > 0 and found["failed"] == [] and found["deaths"] == [] and found["not_run"] == []
     assert "torchjd is not installed" in found["skipped"]
+
+
+@pytest.mark.slow
+def test_the_whole_suite_is_collected(machine: GpuMachine) -> None:
+    """A file that cannot be imported there would end every process of the stage."""
+    command = [
+        f"{machine.environment['PATH']}/python3", "-m", "pytest", "-p", "no:cacheprovider", "-q", "--collect-only",
+        "--only-device", "--skip-missing",
+    ]  # fmt: skip
+    path = f"{machine.tree}:{machine.tree / 'kernels'}:{machine.environment['PYTHONPATH']}"
+    environment = machine.environment | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=machine.tree, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "torchjd is not installed" in done.stdout
 
 
 @pytest.mark.slow
