@@ -161,6 +161,8 @@ case $stage in
     ;;
 esac
 
+# Programs that keep to their minutes end well, and say what they left.
+! grep -q '^time is over' "$out/$stage.log" || late+=("what the log names after 'time is over'")
 for name in "${failed[@]}"; do echo "FAILED: $name"; done
 for name in "${late[@]}"; do echo "NOT THROUGH: $name"; done
 [ ${#failed[@]} -eq 0 ] || exit 1
