@@ -30,7 +30,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("modules", "losses", "synthetic", "tune_library", "tune_calls"),
+    ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits"),
     ("model", "convert", "viz", "tune_measure", "warmup"),
     ("tune_results",),
     ("tune",),
