@@ -37,11 +37,14 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """Bytes of shared memory that one block may ask for."""
 KERNEL_MODULES = (
     "grouped_linear", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
-    "layer_end", "layer_norm",
+    "layer_end", "layer_norm", "persistent",
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
-FIGURES = ("multiplies", "registers", "spills", "shared", "mma", "warp_group_mma", "serialised", "loop_shuffles")
+FIGURES = (
+    "multiplies", "registers", "spills", "shared", "mma", "warp_group_mma", "engine_loads", "serialised",
+    "loop_shuffles",
+)  # fmt: skip
 POINTER = {
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
@@ -83,6 +86,9 @@ def request_of(prepared: Any, arguments: Sequence[Any]) -> Request:
             constants.append((parameter.name, value))
         elif isinstance(value, torch.Tensor):
             signature.append((parameter.name, POINTER[value.dtype]))
+        elif hasattr(value, "block_shape"):  # a descriptor
+            kind = POINTER[value.base.dtype].removeprefix("*")
+            signature.append((parameter.name, f"tensordesc<{kind}[{', '.join(map(str, value.block_shape))}]>"))
         else:
             signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
     return Request(kernel.fn.__name__, tuple(signature), tuple(constants), tile.warps, tile.stages)
@@ -132,7 +138,8 @@ def recording(
 ) -> Iterator[None]:
     """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture.
 
-    ``library`` gets the operands of products that the library takes; None: it takes none.
+    ``library`` gets the operands of products that the library takes; None: it takes none, and no kernel the place of
+    those that load by pointers.
     """
     from ple_fast import backend, use_backend
     from ple_fast.triton_backend import fusion, run
@@ -150,6 +157,8 @@ def recording(
         module = importlib.import_module("ple_fast_kernels.library")
         if library is None:
             stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
+            loaded = importlib.import_module("ple_fast_kernels.persistent")
+            stack.enter_context(mock.patch.object(loaded, "persistent_tile", return_value=None))
         else:
             stack.enter_context(mock.patch.object(module, "_product", library))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
@@ -160,7 +169,8 @@ def recording(
 
 
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
-    """What training steps and inference of a trunk would launch on an architecture, without the library and with it."""
+    """What training steps and inference of a trunk would launch on an architecture: in kernels that load by pointers
+    alone, and as the tables route them."""
     recorder = _Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
@@ -234,6 +244,8 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
     row["spills"] = _number(r"(\d+) bytes spill stores", said)
     row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
     row["mma"] = _count(r"\bmma\.sync\b", ptx)
+    if "tensordesc" in "".join(kind for _, kind in request.signature):
+        row["engine_loads"] = _count(r"\bcp\.async\.bulk\.tensor\b", ptx)
     row["warp_group_mma"] = _count(r"\bwgmma\.mma_async\b", ptx) + _count(r"\btcgen05\.mma\b", ptx)
     return row
 
@@ -330,7 +342,7 @@ def table(
 
 MATRIX_KERNELS = (
     "grouped_linear_fwd", "grouped_data_grad", "input_grad", "grouped_weight_grad", "fused_level_fwd",
-    "fused_two_layers_fwd",
+    "fused_two_layers_fwd", "grouped_linear_fwd_persistent", "grouped_data_grad_persistent",
 )  # fmt: skip
 WARP_GROUP_ROWS = 64
 """Rows of a tile from which a warp group multiplies on sm_90."""
@@ -353,6 +365,8 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(f"no tensor cores: {_line(row)}")
         if row["kernel"] == "grouped_weight_grad" and row.get("loop_shuffles"):
             found.append(f"{row['loop_shuffles']} shuffles in loops: {_line(row)}")
+        if row.get("engine_loads") == 0:
+            found.append(f"no loads by the tensor memory engine: {_line(row)}")
         if row.get("serialised"):
             found.append(f"products wait for each other ({', '.join(row['serialised'])}): {_line(row)}")
         needs_warp_group = is_half and row["architecture"] == "sm_90" and row["tile"][0] >= WARP_GROUP_ROWS

@@ -37,6 +37,8 @@ from benchmarks.kernel_schedule import (
 ARCHITECTURE = "sm_90"
 TABLE = aot.RESULTS / "triton-3.6.0.json"
 """Of the version of Triton on the GPU machine."""
+PERSISTENT = "_persistent"
+"""How the name of a kernel ends whose programs stay."""
 MODEL_SIZES = ("small", "medium", "large")
 MODEL_DTYPES = ("bfloat16", "float32/tf32")
 
@@ -57,6 +59,16 @@ class Launch:
     @property
     def kernel(self) -> str:
         return str(self.request.described()["kernel"])
+
+    @property
+    def role(self) -> str:
+        """The kernel, whether its programs stay or not."""
+        return self.kernel.removesuffix(PERSISTENT)
+
+    @property
+    def depth(self) -> int:
+        """Of its product."""
+        return int(dict(self.request.constants).get("DEPTH", self.numbers.get("depth", 0)))
 
     @property
     def operands(self) -> str:
@@ -129,10 +141,10 @@ def _layer(launch: Launch) -> list[Role]:
     c = dict(launch.request.constants)
     tile = (c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
     size = launch.size["A" if "A" in launch.size else "D"]
-    steps = _cdiv(c["DEPTH"], tile[2])
-    members = c["MEMBERS"] if "MEMBERS" in c else len(c["SLOT"]) if c["HAS_MEMBERS"] else 0
+    steps = _cdiv(launch.depth, tile[2])
+    members = c["MEMBERS"] if "MEMBERS" in c else len(c["SLOT"]) if c.get("HAS_MEMBERS", True) else 0
     runs = len(c["GATE_SLOT"]) if c.get("HAS_GATES") else 0
-    narrow = launch.operands == "tf32" and launch.kernel != "grouped_linear_fwd"  # its weight is as products want it
+    narrow = launch.operands == "tf32" and launch.role != "grouped_linear_fwd"  # its weight is as products want it
     roles, left = [], _cdiv(_rows(launch), tile[0])
     while left:
         group = min(left, c["GROUP"])
@@ -239,8 +251,8 @@ def prediction(launch: Launch, rows: Sequence[Mapping[str, Any]]) -> Prediction:
     if kernel in BY_BYTES:
         time = _memory_bytes(launch) / MEMORY * 1e6
         return Prediction(max(LAUNCH, time), "bytes" if time > LAUNCH else "launch", programs, programs)
-    persistent = "_persistent" in kernel
-    roles = ROLES[kernel.replace("_persistent", "")](launch)
+    persistent = kernel != launch.role
+    roles = ROLES[launch.role](launch)
     counted = sum(role.programs for role in roles)
     if counted != programs and not persistent:
         raise ValueError(f"{kernel}: the model counts {counted} programs, the launch has {programs}: change the model")
@@ -251,18 +263,19 @@ def prediction(launch: Launch, rows: Sequence[Mapping[str, Any]]) -> Prediction:
 def in_library(launch: Launch) -> float | None:
     """What the library would take for it, where it is one plain product of all members; the gates' part apart."""
     c = dict(launch.request.constants)
-    is_product = launch.kernel in ROLES and launch.kernel != "grouped_data_grad"
+    is_product = launch.role in ROLES and launch.role != "grouped_data_grad"
     slots = c["SLOTS"] if "SLOTS" in c else len(set(c.get("SLOT", ())))
     members = c["LAST"][0] if "LAST" in c else len(c.get("SLOT", ()))
     if not is_product or slots != 1 or members < 2:
         return None
     gates = sum(launch.bytes.get(name, 0) for name in ("DL", "Logits", "GateW"))
-    flops = 2.0 * _rows(launch) * c["DEPTH"] * c["UNITS"] * members
+    flops = 2.0 * _rows(launch) * launch.depth * c["UNITS"] * members
     return predict_library(flops, sum(launch.bytes.values()) - gates, launch.operands)
 
 
 def step(size: str, dtype: str, rows: Sequence[Mapping[str, Any]], *, with_library: bool) -> list[dict[str, Any]]:
-    """A row per launch of a training step of the first level of a trunk, in order; ``with_library`` as routed."""
+    """A row per launch of a training step of the first level of a trunk, in order; ``with_library``: as the tables
+    route it, to the library and to programs that stay."""
     name, _, precision = dtype.partition("/")
     found = []
     for launch in recorded(SIZES[size].with_dtype(name), precision or "ieee", with_library=with_library):
@@ -279,7 +292,7 @@ def step(size: str, dtype: str, rows: Sequence[Mapping[str, Any]], *, with_libra
 
 
 def steps() -> list[dict[str, Any]]:
-    """Those of all sizes and dtypes, in kernels alone and as the tables route them."""
+    """Those of all sizes and dtypes, with nothing routed and as the tables route them."""
     rows = aot.read(TABLE)
     routes = [(size, dtype, takes) for size in MODEL_SIZES for dtype in MODEL_DTYPES for takes in (False, True)]
     return [row for size, dtype, takes in routes for row in step(size, dtype, rows, with_library=takes)]
@@ -304,7 +317,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     routed, alone = totals(rows), totals(rows, routed=False)
     order = sorted(routed, key=routed.__getitem__, reverse=True)
     lines = [
-        "| size | dtype | predicted, µs (no GPU has measured this) | in kernels alone |",
+        "| size | dtype | predicted, µs (no GPU has measured this) | with nothing routed |",
         "| --- | --- | ---: | ---: |",
     ]
     lines += [f"| {s} | {d} | {_time(routed[s, d])} | {_time(alone[s, d])} |" for s, d in order]
@@ -321,7 +334,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             made = [" x ".join(map(str, row[key])) or "-" for key in ("widths", "tile")]
             bound = row["bound"] + (f", {row['last']} last" if row["idle"] > 0.05 and row["last"] != "tiles" else "")
             shares = [f"{row[key]:.0%}" for key in ("idle", "extra")]
-            waves = f"{row['waves']:.2f}" if row["kernel"] in ROLES else "-"
+            waves = f"{row['waves']:.2f}" if row["kernel"].removesuffix(PERSISTENT) in ROLES else "-"
             library = "-" if row["library"] is None else _time(row["library"])
             cells = [f"`{row['kernel']}`", *made, _time(row["total"]), bound, waves, *shares, library]
             lines.append("| " + " | ".join(cells) + " |")

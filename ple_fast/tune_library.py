@@ -1,20 +1,27 @@
-"""Part of ``ple_fast.tune``: from which amount of work on the library (cuBLAS) takes a plain product, measured."""
+"""Part of ``ple_fast.tune``: from which amount of work on others than the kernels that load by pointers take a product,
+measured: the library (cuBLAS) plain ones, programs that stay those that the tensor memory engine can load."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from ple_fast_kernels import Library, Table
+    from ple_fast_kernels import Class, Table
+    from ple_fast_kernels._tile_files import Row
 
-ROWS = ("library/half", "library/tf32")
+LIBRARY = ("library/half", "library/tf32")
+STAYING = ("persistent_linear/half", "persistent_data_grad/half")
+ROWS = LIBRARY + STAYING
 
 
 class Compared(NamedTuple):
-    """One launcher on one product: the row of the table and its field, billions of floating-point operations as the
-    table counts them, seconds in the kernels, with their fastest tile, and with the library, and which it was."""
+    """One launcher on one product: the row of the table and its field, the work as the row counts it, seconds in the
+    kernels that load by pointers, with their fastest tile, and with the library, and which it was.
+
+    In programs that stay: no field, and their seconds in the place of the library's.
+    """
 
     kind: str
     product: str
@@ -25,10 +32,21 @@ class Compared(NamedTuple):
 
 
 def rows_from(least: int | None) -> Table:
-    """Rows by which the library takes all plain products from so much work on; None: none."""
+    """Rows by which the library takes all plain products from so much work on; None: none. No programs stay."""
     from ple_fast_kernels import Library
 
-    return {kind: Library(least, least, least) for kind in ROWS}
+    return {**{kind: Library(least, least, least) for kind in LIBRARY}, **dict.fromkeys(STAYING, ())}
+
+
+def staying_rows(shipped: Mapping[str, Row]) -> Table:
+    """Rows by which programs stay whatever the work, with the tiles of those that are shipped."""
+    from ple_fast_kernels import Class
+
+    return {kind: (Class(0, _classes(shipped[kind])[-1].tile),) for kind in STAYING if shipped.get(kind)}
+
+
+def _classes(row: Row) -> tuple[Class, ...]:
+    return cast("tuple[Class, ...]", row)
 
 
 def plain_of(call: Callable[[], object]) -> Any:
@@ -46,14 +64,21 @@ def plain_of(call: Callable[[], object]) -> Any:
     return found[0] if len(found) == 1 and found[0].kind in ROWS else None
 
 
-def library_rows(compared: Sequence[Compared], shipped: Mapping[str, Library], gain: float) -> Table:
-    """Rows of a table: the library from the work on from which it was faster, by the share ``gain``, at all that was
-    measured. What was not measured stays as shipped: a product, and works between two that were won and lost."""
-    from ple_fast_kernels import Library
+def library_rows(compared: Sequence[Compared], shipped: Mapping[str, Row], gain: float) -> Table:
+    """Rows of a table: the library, or programs that stay, from the work on from which they were faster, by the share
+    ``gain``, at all that was measured. What was not measured stays as shipped: a product, and works between two that
+    were won and lost."""
+    from ple_fast_kernels import Class, Library
 
     table: Table = {}
     for kind in dict.fromkeys(entry.kind for entry in compared):
         row = shipped.get(kind, Library())
+        if kind in STAYING:
+            (first, *_) = _classes(row)
+            least = _least([entry for entry in compared if entry.kind == kind], first.tiles, gain)
+            table[kind] = () if least is None else (Class(least, first.tile),)
+            continue
+        assert isinstance(row, Library)
         for product in row._fields:
             mine = [entry for entry in compared if (entry.kind, entry.product) == (kind, product)]
             if mine:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .scalars import check_count, check_number
 from .tune_calls import Call, recorded
 from .tune_candidates import candidates, has_lost
-from .tune_library import ROWS, Compared, library_rows, plain_of, rows_from
+from .tune_library import ROWS, STAYING, Compared, library_rows, plain_of, rows_from, staying_rows
 from .tune_splits import Split, in_parts, of_parts, split_candidates
 
 if TYPE_CHECKING:
@@ -146,13 +146,40 @@ class Tuner:
             return None
         return Measured(shipped.kind, shipped.results, self.medians(samplers), call.launch)
 
+    def stay(self, call: Call, fastest: Tile | None) -> Compared | None:
+        """The kernel with its ``fastest`` tile (None: the shipped one), and in programs that stay where these may take
+        the product; otherwise None."""
+        rows = staying_rows(self.tiles.TABLES[self.architecture])
+        if not rows or call.name not in ("grouped_linear_fwd", "grouped_data_grad"):
+            return None
+        tile = self.asked(call).tile if fastest is None else fastest
+        expected = call.result(tile)
+        self.set_table(rows)
+        self.tiles.asked = []
+        try:
+            found = call.result()
+            staying = [entry for entry in self.tiles.asked if entry.kind in STAYING]
+        finally:
+            self.tiles.asked = None
+        if not staying:
+            return None
+        (taken,) = staying
+        if not _agree(found, expected):
+            self.wrong.append(f"{call.name} in programs that stay differs from {tile}")
+            self.say(f"  {self.wrong[-1]}: please report it")
+            return None
+        samplers = {"pointers": self.prepare(lambda: call.run(tile)), "staying": self.prepare(call.run)}
+        medians = self.medians(samplers)
+        work = taken.results * 128 / self.processors
+        return Compared(taken.kind, "", work, medians["pointers"], medians["staying"], call.launch)
+
     def compare(self, call: Call, fastest: Tile | None) -> Compared | None:
         """The kernel with its ``fastest`` tile (None: the shipped one) and the library, where the product is a plain
-        one; otherwise None."""
+        one, or programs that stay, where the engine can load it; otherwise None."""
         self.set_table({})
         plain = plain_of(call.run)
         if plain is None:
-            return None
+            return self.stay(call, fastest)
         tile = self.asked(call).tile if fastest is None else fastest
         expected = call.result(tile)
         samplers = {"kernels": self.prepare(lambda: call.run(tile))}
@@ -338,7 +365,8 @@ def default_choice(tuner: Tuner, x: Tensor) -> Callable[[str], Sequence[Tile]]:
 
 def _outcome(entry: Entry) -> str:
     if isinstance(entry, Compared):
-        return f"kernels {entry.kernels * 1e6:.1f} us, library {entry.library * 1e6:.1f} us"
+        other = "library" if entry.product else "programs that stay"
+        return f"kernels {entry.kernels * 1e6:.1f} us, {other} {entry.library * 1e6:.1f} us"
     if isinstance(entry, Split):
         (model, first), *_ = entry.seconds.items()
         parts, least = min(entry.seconds.items(), key=lambda item: item[1])

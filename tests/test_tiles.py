@@ -158,6 +158,16 @@ BROKEN = {
     "an amount of work that is a float": ({"tiles": {"library/half": {**NEVER, "linear": 2.0}}}, "an int"),
     "a library for ieee": ({"tiles": {"library/ieee": NEVER}}, "no kernel reads the rows library/ieee"),
     "tiles that are a library's row": ({"tiles": {"half": NEVER}}, r"half: expected \[\[tiles"),
+    "programs that stay in float32": ({"tiles": {"persistent_linear/tf32": []}}, "no kernel reads the rows"),
+    "programs that stay at a work below 0": ({"tiles": {"persistent_linear/half": [[-1, [64, 64, 64]]]}}, "0 or more"),
+    "programs that stay, falling": (
+        {"tiles": {"persistent_linear/half": [[9, [64, 64, 64]], [5, [64, 64, 64]]]}},
+        "that rise",
+    ),
+    "a block that the engine does not load": (
+        {"tiles": {"persistent_data_grad/half": [[0, [16, 512, 16]]]}},
+        "sizes of 256 or less",
+    ),
     "mixtures of 2": ({"tiles": {"combine_grad": [[0, [8, 2]]]}}, "sizes of 4 or more"),
 }
 
@@ -284,10 +294,10 @@ def test_a_gpu_gets_the_table_that_its_shared_memory_holds(
 def test_shipped_tables_have_only_rows_that_a_kernel_reads() -> None:
     for table in TABLES.values():
         assert set(table) <= tiles.KINDS
-        for classes in table.values():
+        for kind, classes in table.items():
             if isinstance(classes, Library):
                 continue
-            assert classes[0].tiles == 0
+            assert classes[0].tiles == 0 or kind.startswith(files.PERSISTENT)
             assert [c.tiles for c in classes] == sorted(c.tiles for c in classes)
 
 
@@ -339,6 +349,55 @@ def test_deterministic_algorithms_keep_the_kernels() -> None:
         assert not takes()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+LOADED = Tile(128, 256, 64, 8, 3)
+
+
+def staying(kernel: str = "linear", like: Any = HALF, rows: int = 65536, columns: int = 512) -> Tile | None:
+    """The tile of a product of 20 members whose programs stay."""
+    found: Tile | None = tiles.persistent_tile(kernel, like, rows, columns, 20)
+    return found
+
+
+def test_programs_stay_for_large_products_in_half_alone() -> None:
+    for kernel in ("linear", "data_grad"):
+        assert staying(kernel) == LOADED
+        assert staying(kernel, FLOAT) is None and staying(kernel, DOUBLE) is None
+        assert staying(kernel, rows=512) is None, "320 results"
+        assert staying(kernel, columns=128) is None, "half of a tile would be empty"
+    assert staying("input_grad") is None
+
+
+def test_a_row_says_from_which_work_on_programs_stay() -> None:
+    results = 65536 // 128 * 4 * 20  # at 132 of 128 multiprocessors
+    for least, taken in ((results * 128 // 132, True), (results * 128 // 132 + 1, False)):
+        set_table("sm_90", {"persistent_linear/half": (Class(least, LOADED),)})
+        assert (staying() == LOADED) is taken
+    set_table("sm_90", {"persistent_linear/half": (Class(0, MINE), Class(99, LOADED))})
+    assert (staying(rows=32), staying(), staying(columns=64)) == (MINE, LOADED, MINE)
+    set_table("sm_90", {"persistent_linear/half": ()})
+    assert staying() is None
+
+
+def test_a_file_may_say_that_no_programs_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    rows = {"persistent_linear/half": (), "persistent_data_grad/half": (Class(7, LOADED),)}
+    files.write_table(path, rows, "sm_90", {})
+    assert files.read_table(path, "sm_90", tiles.KINDS) == rows
+    monkeypatch.setenv("PLE_FAST_TILES", str(path))
+    assert staying() is None and staying("data_grad", rows=128) == LOADED
+    files.write_table(path, rows, "sm_80", {})
+    with pytest.raises(ValueError, match="only sm_90 and sm_100 have a tensor memory engine"):
+        files.read_table(path, "sm_80", tiles.KINDS)
+
+
+def test_as_many_programs_stay_as_run_at_a_time() -> None:
+    like = torch.empty(1, dtype=torch.bfloat16)
+    fake = SimpleNamespace(device=DEVICE, dtype=torch.bfloat16, element_size=like.element_size)
+    assert tiles.persistent_programs(fake, LOADED, 10_000) == 132
+    assert tiles.persistent_programs(fake, LOADED, 7) == 7
+    assert tiles.persistent_programs(fake, Tile(64, 64, 64, 4, 3), 10_000) == 132 * 4
 
 
 def test_more_work_gets_larger_tiles() -> None:

@@ -67,6 +67,13 @@ Row = tuple[Class, ...] | Library
 Table = dict[str, Row]
 """Rows by name: tiles of kernels, and ``library/OPERANDS``."""
 LIBRARY = "library/"
+PERSISTENT = "persistent_"
+"""Of rows of kernels that load by the tensor memory engine: ``persistent_KERNEL/OPERANDS``. They begin at any amount of
+work: below it, and where a row is empty or missing, the kernel that loads by pointers is taken."""
+MOST_LOADED = 256
+"""Of each side of a block that the engine loads."""
+HAS_ENGINE = ("sm_90", "sm_100")
+"""Architectures with a tensor memory engine."""
 
 
 def tiles_path(gpu: str) -> Path:
@@ -167,7 +174,10 @@ def _classes(path: Path, kind: str, row: Any, architecture: str) -> tuple[Class,
     starts = [entry.tiles for entry in classes]
     # Of fused kernels several may begin at the same work: the first that fits is taken.
     rising = sorted(starts) if kind.startswith(("fused/", "two_layers/")) else sorted(set(starts))
-    if not starts or starts[0] != 0 or starts != rising:
+    if kind.startswith(PERSISTENT):
+        if starts != rising or any(start < 0 for start in starts):
+            raise ValueError(f"{path}: {kind}: expected entries of 0 or more that rise, got {row!r:.200}")
+    elif not starts or starts[0] != 0 or starts != rising:
         raise ValueError(f"{path}: {kind}: expected entries that begin with 0 and rise, got {row!r:.200}")
     for _, tile in classes:
         if wrong := _what_is_wrong(kind, tile, architecture):
@@ -196,6 +206,10 @@ def _what_is_wrong(kind: str, tile: Tile, architecture: str) -> str | None:
         return f"sizes of {least} or more"
     if any(a * b > MOST_ELEMENTS for i, a in enumerate(sizes) for b in sizes[:i]):
         return f"blocks of at most {MOST_ELEMENTS} elements"
+    if kind.startswith(PERSISTENT) and architecture not in HAS_ENGINE:
+        return f"no such row: only {' and '.join(HAS_ENGINE)} have a tensor memory engine"
+    if kind.startswith(PERSISTENT) and max(sizes) > MOST_LOADED:
+        return f"sizes of {MOST_LOADED} or less, for the tensor memory engine"
     if tile.warps * threads > MOST_THREADS:
         return f"at most {MOST_THREADS // threads} warps"
     if not 1 <= tile.group <= MOST_GROUP:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._tile_files import LIBRARY, Library, read_for
+from ._tile_files import LIBRARY, PERSISTENT, Library, read_for
 from ._tile_files import Class as Class
 from ._tile_files import Table as Table
 from ._tile_files import Tile as Tile
@@ -110,10 +110,18 @@ _LIBRARY: Table = {
 """As ``benchmarks/kernel_model.py`` predicts them for sm_90 (no GPU has measured it); on sm_100 the library is further
 ahead of what waits for L2. Architectures without a model keep the kernels."""
 
+_PERSISTENT: Table = {
+    "persistent_linear/half": (Class(512, Tile(128, 256, 64, 8, 3)),),
+    "persistent_data_grad/half": (Class(512, Tile(128, 256, 64, 8, 3)),),
+}
+"""As the model predicts for sm_90: a program hides the first loads of its next tile."""
+_PERSISTENT_SM100 = {"persistent_linear/half": _PERSISTENT["persistent_linear/half"]}
+"""Without the data gradient: there it spills."""
+
 TABLES: dict[str, Table] = {
     "sm_80": {**_SM80},
-    "sm_90": {**_SM90, **_LIBRARY},
-    "sm_100": {**_SM100, **_LIBRARY},
+    "sm_90": {**_SM90, **_LIBRARY, **_PERSISTENT},
+    "sm_100": {**_SM100, **_LIBRARY, **_PERSISTENT_SM100},
     "amd": {**_AMD},
     "interpreter": {**_INTERPRETER},
 }
@@ -126,6 +134,7 @@ KINDS = frozenset(
         *MIXTURES,
         *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS),
         *(LIBRARY + operands for operands in OPERANDS[:2]),
+        *(f"{PERSISTENT}{kernel}/half" for kernel in PRODUCTS[:2]),
     }
 )
 """Names that a row of a table may have."""
@@ -163,7 +172,7 @@ def set_table(architecture: str, table: Table | None) -> None:
 def _forget_choices() -> None:
     global _generation
     _generation += 1
-    for chooser in (_matmul, _weight_grad, _splits, _combine, _fused):
+    for chooser in (_matmul, _persistent, _weight_grad, _splits, _combine, _fused):
         chooser.cache_clear()
 
 
@@ -283,6 +292,48 @@ def matmul_tile(kernel: str, like: Tensor, rows: int, columns: int, members: int
     return tile
 
 
+@lru_cache(maxsize=4096)
+def _persistent(key: str, processors: int, kind: str, row_tiles: int, columns: int, members: int) -> Tile | None:
+    classes = _rows(key).get(kind, ())
+    assert not isinstance(classes, Library), kind
+    results = _results(row_tiles, columns, members)
+    fitting = [entry for entry in classes if _cut(entry.tile.columns, columns) == entry.tile.columns]
+    if not fitting or results * 128 < fitting[0].tiles * processors:
+        return None
+    return _choose(tuple(fitting), results, processors)
+
+
+def persistent_tile(kernel: str, like: Tensor, rows: int, columns: int, members: int) -> Tile | None:
+    """Tile of a product with ``members`` results ``(rows, columns)`` in programs that stay (``persistent.py``).
+
+    None: too little work, by the table, or too few columns to fill a tile.
+    """
+    if kind_of(like.dtype, "ieee") != "half":
+        return None
+    (key, processors), row_tiles = table_of(like.device), -(-rows // 128)
+    kind = f"{PERSISTENT}{kernel}/half"
+    tile = _persistent(key, processors, kind, row_tiles, columns, members)
+    if tile is not None and asked is not None:
+        asked.append(Asked(kind, _results(row_tiles, columns, members), tile, _any))
+    return tile
+
+
+def persistent_programs(like: Tensor, tile: Tile, tiles: int) -> int:
+    """Programs that share ``tiles`` tiles: as many as run at a time."""
+    key, processors = table_of(like.device)
+    return min(tiles, processors * _blocks(key, tile, like.element_size()))
+
+
+def _blocks(key: str, tile: Tile, operand_bytes: int) -> int:
+    """Programs of a product that a multiprocessor runs at a time."""
+    if key == "interpreter":
+        return 1
+    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * operand_bytes
+    registers = tile.rows * tile.columns // (32 * tile.warps) + OTHER_REGISTERS
+    shared = SHARED_MEMORY[key.partition("/")[0]]
+    return max(1, min(shared // (stages + RESERVED), REGISTERS // (32 * tile.warps * registers)))
+
+
 def _results(row_tiles: int, columns: int, members: int) -> int:
     return row_tiles * -(-columns // 128) * members
 
@@ -334,10 +385,7 @@ WORKSPACE_SPEED = 3.6e12
 @lru_cache(maxsize=4096)
 def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile: Tile, operand_bytes: int) -> int:
     """The number of parts that takes least: waves of programs, and the time of the workspace's bytes."""
-    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * operand_bytes
-    registers = tile.rows * tile.columns // (32 * tile.warps) + OTHER_REGISTERS
-    shared = SHARED_MEMORY[key.partition("/")[0]]
-    blocks = max(1, min(shared // (stages + RESERVED), REGISTERS // (32 * tile.warps * registers)))
+    blocks = _blocks(key, tile, operand_bytes)
     slots = processors * blocks
 
     def seconds(parts: int) -> float:

@@ -29,6 +29,7 @@ from ._matmul import accumulate, pick, pick_wide, swizzle, tiles_of
 from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile
 from .layer_end import NO_END, EndConstants, LayerEnd
 from .library import library_linear_fwd, linear_in_library
+from .persistent import data_grad_tile, forward_tile, persistent_data_grad, persistent_linear_fwd
 from .tables import NO_GATES, GateRuns
 
 
@@ -297,21 +298,26 @@ def grouped_linear_fwd(
         dropout: after all of that.
         gate_weight, gate_bias: ``(G, K)`` and ``(G,)``, contiguous; ``gates``: which rows read which slot.
         logits_norm: ``"batch"`` or ``"moments"`` of the logits, ``(G,)``.
-        tile: default from the tables, by which also the library may take the product (``library.py``).
+        tile: default from the tables, by which also the library may take the product (``library.py``), or programs that
+            stay (``persistent.py``).
 
     Returns:
         ``(B, n, H)``, the product ``(B, n, H)``, the logits ``(B, G)`` in float32 (float64); None where not
         asked for.
     """
-    is_plain = activation[0] == "identity" and norm is None and dropout is None and not keep_input and tile is None
-    if weight is not None and is_plain and linear_in_library(a, weight, precision):
-        beside = None
-        if gate_weight is not None:
-            _, _, beside = grouped_linear_fwd(
-                a, None, None, (), gate_weight=gate_weight, gate_bias=gate_bias, gates=gates, logits_norm=logits_norm,
-                precision=precision,
-            )  # fmt: skip
-        return library_linear_fwd(a, weight, bias, out), None, beside
+    if weight is not None and norm is None and dropout is None and not keep_input and tile is None:
+        in_library = activation[0] == "identity" and linear_in_library(a, weight, precision)
+        wide = None if in_library or logits_norm is not None else forward_tile(a, weight, activation[0])
+        if in_library or wide is not None:
+            beside = None
+            if gate_weight is not None:
+                _, _, beside = grouped_linear_fwd(
+                    a, None, None, (), gate_weight=gate_weight, gate_bias=gate_bias, gates=gates,
+                    logits_norm=logits_norm, precision=precision,
+                )  # fmt: skip
+            if wide is None:
+                return library_linear_fwd(a, weight, bias, out), None, beside
+            return persistent_linear_fwd(a, weight, bias, slots, activation, out, wide), None, beside
     rows, depth = a.shape[0], a.shape[2]
     y = z = logits = None
     units = members = 0
@@ -373,12 +379,17 @@ def grouped_data_grad(
             None for identity; with a norm the product of the layer below.
         end: what the layer below ends in: no norm, or batch norm.
         sums: without a norm, also leave what ``column_sums_merge`` adds up to the gradient of the bias below.
+        tile: default from the tables, by which also programs that stay may take the product (``persistent.py``).
 
     Returns:
         ``(B, n, K)``; with a norm it is the gradient of the norm's output, and ``(parts, 2, n K)`` as in
         ``batch_norm_sums``; with ``sums`` ``(parts, 1, n K)``.
     """
     rows, (members, depth, units) = d.shape[0], weight.shape
+    if tile is None and end.mean is None and end.dropout is None:
+        wide = data_grad_tile(d, weight, end.activation[0])
+        if wide is not None:
+            return persistent_data_grad(d, weight, kept, end.activation, wide, sums=sums)
     out = torch.empty((rows, members, units), dtype=d.dtype, device=d.device)
     if tile is None:
         tile = cut_depth(matmul_tile("data_grad", d, rows, units, members, precision), depth)

@@ -25,10 +25,15 @@ DTYPES_OF = {
 }
 """Dtypes that a row serves, by its operands; mixtures name none."""
 
+LOADED = ("multiples", "tails")
+"""Widths that the tensor memory engine loads."""
+
 KERNELS: dict[str, Kernel] = {
     "grouped_linear_fwd": Kernel("linear", products.linear),
     "grouped_linear_fwd-dropout": Kernel("linear", products.linear_with_dropout, ("tails",)),
     "grouped_linear_fwd-moments": Kernel("linear", products.linear_before_batch_norm, ("tails",)),
+    "grouped_linear_fwd-persistent": Kernel("persistent_linear", products.persistent_linear, LOADED),
+    "grouped_data_grad-persistent": Kernel("persistent_data_grad", products.persistent_data_grad, LOADED),
     "grouped_data_grad": Kernel("data_grad", products.data_grad),
     "grouped_data_grad-dropout": Kernel("data_grad", products.data_grad_with_dropout, ("tails",)),
     "grouped_data_grad-norm": Kernel("data_grad", products.data_grad_before_batch_norm, ("tails",)),

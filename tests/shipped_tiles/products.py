@@ -15,6 +15,7 @@ from ple_fast_kernels import (
     Readers,
     WeightGrad,
     batch_norm_merge,
+    column_sums_merge,
     grouped_data_grad,
     grouped_input_grad,
     grouped_linear_fwd,
@@ -79,6 +80,17 @@ def linear(case: Case, device: torch.device, tiles: int) -> Work:
     return Work(run, truths)
 
 
+def persistent_linear(case: Case, device: torch.device, tiles: int) -> Work:
+    """Without the product itself, which such a kernel does not keep."""
+    a, w, b = _product(case, device, tiles)
+
+    def run() -> dict[str, Tensor | None]:
+        y, _, _ = grouped_linear_fwd(a, w, b, SLOTS, activation=RELU, precision=case.precision)
+        return {"y": y}
+
+    return Work(run, {"y": (linears, a, w, b, SLOTS, RELU)})
+
+
 def linear_with_dropout(case: Case, device: torch.device, tiles: int) -> Work:
     a, w, b = _product(case, device, tiles)
     dropout = _dropout(device)
@@ -135,6 +147,22 @@ def data_grad(case: Case, device: torch.device, tiles: int) -> Work:
         return {"out": out}
 
     return Work(run, {"out": (lambda d, w, kept: chain(_through(d, w), kept, RELU), d, w, kept)})
+
+
+def persistent_data_grad(case: Case, device: torch.device, tiles: int) -> Work:
+    """The gradient of the bias below too."""
+    d, w, z = _backward(case, device, tiles)
+    kept = guarded(z.relu())
+
+    def run() -> dict[str, Tensor | None]:
+        out, parts = grouped_data_grad(d, w, kept=kept, end=LayerEnd(RELU), sums=True, precision=case.precision)
+        assert parts is not None
+        return {"out": out, "bias": column_sums_merge(parts, w[:, 0])}
+
+    def expected(d: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+        return chain(_through(d, w), kept, RELU)
+
+    return Work(run, {"out": (expected, d, w, kept), "bias": (lambda *o: expected(*o).sum(0), d, w, kept)})
 
 
 def data_grad_with_dropout(case: Case, device: torch.device, tiles: int) -> Work:
