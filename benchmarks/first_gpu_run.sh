@@ -143,7 +143,7 @@ case $stage in
     [ ${#extra[@]} -gt 0 ] || extra=(tests/test_shipped_tiles.py)
     run ceilings "$python" benchmarks/device_checks.py ceilings --out "$work" "${common[@]}"
     run first-step "$python" benchmarks/device_checks.py first_step --out "$work" "${common[@]}"
-    suite shipped-tiles 70 "${extra[@]}"
+    suite shipped-tiles 60 "${extra[@]}"
     run sanitizer "$python" benchmarks/device_checks.py sanitizer --out "$work" "${common[@]}"
     ;;
   test)

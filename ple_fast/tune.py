@@ -28,8 +28,9 @@ from .modules import PLE
 from .scalars import check_count, shown
 from .tune_calls import recorded
 from .tune_candidates import candidates, has_lost
-from .tune_measure import Measured, tune
+from .tune_measure import tune
 from .tune_results import Results, gpu_name, save
+from .tune_table import Measured
 
 __all__ = ["Measured", "candidates", "main", "save", "tune"]
 

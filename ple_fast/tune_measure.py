@@ -10,7 +10,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .scalars import check_count, check_number
 from .tune_calls import Call, recorded
 from .tune_candidates import candidates, has_lost
-from .tune_library import ROWS, STAYING, Compared, library_rows, plain_of, rows_from, staying_rows
+from .tune_library import STAYING, Compared, plain_of, rows_from, staying_rows
 from .tune_splits import Split, in_parts, of_parts, split_candidates
+from .tune_table import Entry, Measured, table_of
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table, Tile
@@ -33,24 +34,8 @@ _Name = TypeVar("_Name")
 ROUNDS = 15
 REPEATS = 10
 """Launches of a sample: they make up for the clock's resolution."""
-GAIN = 0.02
-"""A candidate must beat the shipped tile by so much: less is noise."""
 TOLERANCE = 2e-2
 """Relative distance of a candidate's result from that of the shipped tile: sums in another order, in low precision."""
-
-
-class Measured(NamedTuple):
-    """One launch: the row of the table, the amount of work, seconds per tile, the shipped tile first, and which it was
-    (``Call.launch``)."""
-
-    kind: str
-    results: int
-    seconds: dict[Tile, float]
-    launch: str = ""
-
-
-Entry = Measured | Compared | Split
-"""What is measured of a launch."""
 
 
 def cuda_graph_sampler(call: Callable[[], object]) -> Sampler:
@@ -107,6 +92,10 @@ class Tuner:
     def set_table(self, table: Table, least: int | None = None) -> None:
         """Rows of the table while measuring; ``least``: from how much work on plain products are the library's."""
         self.tiles.set_table(self.architecture, {**rows_from(least), **table})
+
+    def table_of(self, measured: Sequence[Entry]) -> Table:
+        """The rows that follow from all that was measured."""
+        return table_of(measured, self.tiles.TABLES[self.architecture], self.processors)
 
     def asked(self, call: Call) -> Any:
         """The request for a tile that a call makes, at the tables of the moment; the call is run."""
@@ -261,42 +250,6 @@ class Tuner:
         return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def best_table(measured: Sequence[Measured], processors: int) -> Table:
-    """The fastest tiles as a table: per row and amount of work the tile with the least time in sum, from that amount
-    on. The shipped tile stays unless another is faster by ``GAIN``."""
-    from ple_fast_kernels import Class
-
-    groups: dict[str, dict[int, list[Measured]]] = {}
-    for entry in measured:
-        # By the work that a table tells apart, in which an entry begins.
-        groups.setdefault(entry.kind, {}).setdefault(entry.results * 128 // processors, []).append(entry)
-    table: Table = {}
-    for kind, by_work in groups.items():
-        classes: list[Class] = []
-        for work, entries in sorted(by_work.items()):
-            common = [t for t in entries[0].seconds if all(t in entry.seconds for entry in entries)]
-            if not common:  # each was cut to another size
-                continue
-            total = {t: sum(entry.seconds[t] for entry in entries) for t in common}
-            shipped = next(iter(entries[0].seconds))
-            tile = min(total, key=lambda t: total[t])
-            if shipped in total and total[tile] > (1 - GAIN) * total[shipped]:
-                tile = shipped
-            if not classes or classes[-1].tile != tile:
-                classes.append(Class(work if classes else 0, tile))
-        if classes:
-            table[kind] = tuple(classes)
-    return table
-
-
-def table_of(measured: Sequence[Entry], tuner: Tuner) -> Table:
-    """The rows that follow from all that was measured."""
-    shipped = {k: r for k, r in tuner.tiles.TABLES[tuner.architecture].items() if k in ROWS}
-    tiled = [entry for entry in measured if isinstance(entry, Measured)]
-    compared = [entry for entry in measured if isinstance(entry, Compared)]
-    return {**best_table(tiled, tuner.processors), **library_rows(compared, shipped, GAIN)}
-
-
 def tune(
     trunk: nn.Module,
     x: Tensor,
@@ -354,7 +307,7 @@ def tune(
         tuner.tiles.set_table(tuner.architecture, None)
     if tuner.wrong:
         raise RuntimeError("; ".join(tuner.wrong) + ": please report it")
-    return table_of(measured, tuner), measured
+    return tuner.table_of(measured), measured
 
 
 def default_choice(tuner: Tuner, x: Tensor) -> Callable[[str], Sequence[Tile]]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .tune_library import Compared
-from .tune_measure import Entry, Measured, Tuner, table_of
+from .tune_measure import Tuner
 from .tune_splits import Split
+from .tune_table import Entry, Measured
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table
@@ -146,6 +147,6 @@ class Results:
 
     def write(self) -> Table:
         """The table of all that is known, into the file."""
-        table = table_of(self.measured, self.tuner)
+        table = self.tuner.table_of(self.measured)
         save(self.path, table, self.measured, self.tuner.device, {"trunks": self.trunks})
         return table

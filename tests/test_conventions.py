@@ -31,6 +31,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits"),
+    ("tune_table",),
     ("model", "convert", "viz", "tune_measure", "warmup"),
     ("tune_results",),
     ("tune",),
