@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.configs import Mode, TrunkConfig
 from benchmarks.contestants import build
-from benchmarks.gradients import Places
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places
 from benchmarks.steps import inputs
 
 SELF_GRAPHED = "loop_max_autotune"
 """Has CUDA graphs of its own."""
-OUTPUTS, INPUT, PARAMETER = "outputs", "the gradient of the input", "the gradient of "
-"""What is compared; the last one with the name of a parameter of the loop behind it."""
 
 
 @dataclass

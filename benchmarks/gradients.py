@@ -6,6 +6,7 @@ once more from a loop whose every weight is a number of its own, and the numbers
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -14,8 +15,27 @@ from torch import Tensor, nn
 from benchmarks.configs import TrunkConfig
 from benchmarks.contestants import CONTESTANTS, LoopPLE, baseline
 
+OUTPUTS, INPUT, PARAMETER = "outputs", "the gradient of the input", "the gradient of parameter "
+"""What is compared; the last one with the name of a parameter of the loop behind it."""
+ALL = "the gradients of all parameters together"
 FIRST = 2.0**40
 """The number of the first weight: no weight of any start is as large, and float64 holds all that follow."""
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Relative Frobenius distance in float64; NaN counts as infinite."""
+    difference = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
+    return float(torch.nan_to_num(difference, nan=torch.inf))
+
+
+def distances(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, float]:
+    """Relative distances (Frobenius) of every result, and of all gradients of parameters as one vector."""
+    apart = {key: relative(value, oracle[key]) for key, value in found.items()}
+    norms = {key: float(oracle[key].double().norm()) for key in found if key.startswith(PARAMETER)}
+    if norms:
+        squares = sum((apart[key] * norm) ** 2 for key, norm in norms.items())
+        apart[ALL] = math.sqrt(squares / max(sum(norm**2 for norm in norms.values()), 1e-60))
+    return apart
 
 
 def without_gradient(loop: LoopPLE) -> set[str]:
@@ -88,3 +108,11 @@ class Places:
                 flat.index_add_(0, numbers.to(like.device), gradient.flatten().to(dtype))
         parts = self._parts(flat[:-1])
         return {key: parts[key] for key in self.compared}
+
+    def of_loop(self, loop: nn.Module) -> dict[str, Tensor]:
+        """The same of the loop itself, as they are."""
+        found = {}
+        for key, parameter in loop.named_parameters():
+            if key in self.compared:
+                found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return found

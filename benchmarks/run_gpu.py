@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 import torch
 
-from benchmarks import configs, report
+from benchmarks import configs, rehearsal, report
 from benchmarks.configs import TrunkConfig
 from benchmarks.contestants import BASELINE, CONTESTANTS, GPU_CONTESTANTS
 from benchmarks.environment import ROOT, environment
@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None, *, capture: Capture | None = None) 
         raise SystemExit(
             f"{', '.join(missing)}: not installed; pip install 'ple-fast[bench]', choose by --only, or --skip-missing"
         )
+    rehearsal.prepare(device)
     about = {**gpu_environment(device, options.commit)}
     path = (options.results or ROOT / ("out/benchmarks" if options.tiny else "benchmarks/results")) / about["machine"]
     results = Results(path / "gpu.json", about)

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from benchmarks.configs import SEED, Mode, TrunkConfig
 from benchmarks.contestants import CONTESTANTS, FLOOR, BareGemm, baseline, build
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places, distances
 
 OUTPUT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 2e-3
 """Relative (Frobenius) in float32. A pre-activation within rounding of zero may fall on either side of ReLU's kink,
 which moves one sample's gradient by its whole size: a few such samples in a batch of thousands give about 1e-3."""
+PARAMETER_TOLERANCE = 2e-2
+"""The same of one parameter, which few units may be all of."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +78,18 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
     return Step(name, mode, wrap(step), trunk.train(mode != "inference"))
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Relative Frobenius distance in float64; NaN counts as infinite."""
-    difference = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
-    return float(torch.nan_to_num(difference, nan=torch.inf))
-
-
 def errors(
     name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True
 ) -> dict[str, float]:
-    """Relative errors of a trunk against the baseline: ``outputs`` and, unless inference, ``input gradient`` and
-    ``parameter gradients`` (the norm over all of them, which does not depend on how they are stacked).
+    """Relative errors of a trunk against the baseline: outputs and, unless inference, the gradients of the input and of
+    every parameter of the baseline, by its name there, and of all of them together.
 
     Masks of dropout differ, so trunks that drop are compared in eval mode.
     """
     contestant = CONTESTANTS[name]
     oracle = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
     results: list[dict[str, Tensor]] = []
+    places = None if mode == "inference" else Places(name, config)
     for module in (trunk, oracle):
         module.train(mode != "inference" and not contestant.dropout)
         buffers = {key: value.clone() for key, value in module.named_buffers()}  # batch norm's running statistics
@@ -99,28 +97,31 @@ def errors(
         result = {}
         if mode == "inference":
             with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
-                result["outputs"] = torch.stack(list(module(x)))
+                result[OUTPUTS] = torch.stack(list(module(x)))
         else:
             outputs = list(module(x))
-            result["outputs"] = torch.stack(outputs).detach()
+            result[OUTPUTS] = torch.stack(outputs).detach()
             torch.autograd.backward(outputs, grads)
             if input_grad:
                 assert x.grad is not None
-                result["input gradient"] = x.grad
-            norms = [p.grad.double().norm() for p in module.parameters() if p.grad is not None]
-            result["parameter gradients"] = torch.stack(norms).norm()
+                result[INPUT] = x.grad
+            assert places is not None
+            gradients = places.of_loop(module) if module is oracle else places.gradients(module)
+            result |= {f"{PARAMETER}{key}": gradient.clone() for key, gradient in gradients.items()}
             module.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for key, value in module.named_buffers():
                     value.copy_(buffers[key])
         results.append(result)
-    return {key: relative(value, results[1][key]) for key, value in results[0].items()}
+    return distances(*results)
 
 
 def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> None:
     """Refuse a contestant whose result differs from the baseline's."""
     for what, error in errors(name, trunk, config, mode, input_grad=input_grad).items():
-        tolerance = OUTPUT_TOLERANCE if what == "outputs" else GRADIENT_TOLERANCE
+        tolerance = OUTPUT_TOLERANCE if what == OUTPUTS else GRADIENT_TOLERANCE
+        if what.startswith(PARAMETER):
+            tolerance = PARAMETER_TOLERANCE
         if not error <= tolerance:
             raise WrongResultError(
                 f"{name} at {config.name}, {mode}: {what} differ by {error:.1e}, more than {tolerance:.0e}"

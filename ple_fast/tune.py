@@ -28,8 +28,10 @@ from . import tune_measure as tuning
 from .modules import PLE
 from .scalars import check_count, shown
 from .tune_calls import recorded
-from .tune_measure import Measured, candidates, tune
+from .tune_candidates import candidates, has_lost
+from .tune_measure import tune
 from .tune_results import Results, gpu_name, save
+from .tune_table import Measured
 
 __all__ = ["Measured", "candidates", "main", "save", "tune"]
 
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None, *, prepare: tuning.Prepare = tu
                 known=results.known, keep=results.add,
             )  # fmt: skip
         except RuntimeError as error:
-            if not tuning.has_lost(error) and "please report it" not in str(error):
+            if not has_lost(error) and "please report it" not in str(error):
                 raise
             wrong.append(str(error) or type(error).__name__)
     table = results.write()

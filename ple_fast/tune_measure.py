@@ -1,4 +1,5 @@
-"""Part of ``ple_fast.tune``: the kernels of one trunk with a few candidate tiles, and plain products with the library.
+"""Part of ``ple_fast.tune``: the kernels of one trunk with a few candidate tiles, weight gradients in other numbers of
+parts, and plain products with the library.
 
 Samples are CUDA graphs of several launches, interleaved; medians count.
 """
@@ -9,14 +10,17 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .scalars import check_count, check_number
 from .tune_calls import Call, recorded
-from .tune_library import ROWS, STAYING, Compared, library_rows, plain_of, rows_from, staying_rows
+from .tune_candidates import candidates, has_lost
+from .tune_library import STAYING, Compared, plain_of, rows_from, staying_rows
+from .tune_splits import Split, in_parts, of_parts, split_candidates
+from .tune_table import Entry, Measured, table_of
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table, Tile
@@ -30,47 +34,8 @@ _Name = TypeVar("_Name")
 ROUNDS = 15
 REPEATS = 10
 """Launches of a sample: they make up for the clock's resolution."""
-GAIN = 0.02
-"""A candidate must beat the shipped tile by so much: less is noise."""
 TOLERANCE = 2e-2
 """Relative distance of a candidate's result from that of the shipped tile: sums in another order, in low precision."""
-
-
-class Measured(NamedTuple):
-    """One launch: the row of the table, the amount of work, seconds per tile, the shipped tile first, and which it was
-    (``Call.launch``)."""
-
-    kind: str
-    results: int
-    seconds: dict[Tile, float]
-    launch: str = ""
-
-
-def candidates(kind: str, architecture: str, operand_bytes: int, shared_limit: int) -> list[Tile]:
-    """Tiles worth measuring for a row of the table, without those whose stages do not fit into shared memory."""
-    from ple_fast_kernels import Tile
-
-    kernel, _, operands = kind.rpartition("/")
-    if kind.startswith("combine"):
-        wide = 256 if kind == "combine_grad" else 128
-        return [Tile(n // wide, wide, 0, warps, 2) for n, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8))]
-    if operands == "double":
-        return []
-    depth = 64 if operands == "half" else 32
-    if kernel in ("fused", "two_layers"):
-        shapes = [(64, 64, 4, 3), (64, 64, 8, 3), (64, 32, 8, 3), (128, 32, 8, 3), (128, 64, 8, 3)]
-    else:
-        shapes = [
-            (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3),
-            (128, 128, 8, 3), (128, 128, 8, 4),
-        ]  # fmt: skip
-        shapes += [(128, 256, 8, 3), (128, 256, 8, 4)] if operands == "half" else [(64, 64, 8, 3)]
-    found = []
-    for rows, columns, warps, stages in shapes:
-        tile = Tile(rows, columns, depth, warps, min(stages, 2) if architecture == "amd" else stages)
-        if tile.stages * (rows + columns) * depth * operand_bytes <= shared_limit and tile not in found:
-            found.append(tile)
-    return found
 
 
 def cuda_graph_sampler(call: Callable[[], object]) -> Sampler:
@@ -127,6 +92,10 @@ class Tuner:
     def set_table(self, table: Table, least: int | None = None) -> None:
         """Rows of the table while measuring; ``least``: from how much work on plain products are the library's."""
         self.tiles.set_table(self.architecture, {**rows_from(least), **table})
+
+    def table_of(self, measured: Sequence[Entry]) -> Table:
+        """The rows that follow from all that was measured."""
+        return table_of(measured, self.tiles.TABLES[self.architecture], self.processors)
 
     def asked(self, call: Call) -> Any:
         """The request for a tile that a call makes, at the tables of the moment; the call is run."""
@@ -212,15 +181,44 @@ class Tuner:
         medians = self.medians(samplers)
         return Compared(plain.kind, plain.product, plain.work, medians["kernels"], medians["library"], call.launch)
 
-    def both(self, call: Call, choice: Callable[[str], Sequence[Tile]]) -> list[Measured | Compared]:
-        """A call with every candidate, and the fastest of them beside the library."""
-        found: list[Measured | Compared] = []
+    def split(self, call: Call, fastest: Tile | None) -> Split | None:
+        """A weight gradient with its ``fastest`` tile in the model's number of parts and in others; None: no other."""
+        self.set_table({})
+        tile = self.asked(call).tile if fastest is None else fastest
+        with of_parts(None) as asked:
+            expected = call.result(tile)
+        (model,) = asked
+        numbers = split_candidates(model)
+        samplers: dict[int, Sampler] = {}
+        for number in numbers if len(numbers) > 1 else ():
+            try:
+                with of_parts(number):
+                    is_right = _agree(call.result(tile), expected)
+                if is_right:
+                    samplers[number] = self.prepare(in_parts(lambda: call.run(tile), number))
+                else:
+                    self.wrong.append(f"{call.name} in {number} parts differs from {model.parts}")
+                    self.say(f"  {self.wrong[-1]}: please report it")
+            except Exception as error:
+                if not has_lost(error):
+                    raise
+                self.say(f"  {call.name}: {number} parts have lost: {type(error).__name__}")
+        if len(samplers) < 2:
+            return None
+        return Split(*model[:-1], self.medians(samplers), call.launch)
+
+    def all(self, call: Call, choice: Callable[[str], Sequence[Tile]]) -> list[Entry]:
+        """A call with every candidate, and the fastest of them beside the library and in other numbers of parts."""
+        found: list[Entry] = []
         try:
             tiled = self.measure(call, choice)
             found += [] if tiled is None else [tiled]
             fastest = None if tiled is None else min(tiled.seconds.items(), key=lambda item: item[1])[0]
             beside = self.compare(call, fastest)
             found += [] if beside is None else [beside]
+            if call.name == "grouped_weight_grads":
+                split = self.split(call, fastest)
+                found += [] if split is None else [split]
         except Exception as error:
             if not has_lost(error):
                 raise
@@ -252,58 +250,6 @@ class Tuner:
         return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def has_lost(error: BaseException | None) -> bool:
-    """Whether an error says that a candidate does not fit: into shared memory or the compiler's limits, or into what is
-    left of the device's memory. The end of a capture hides such an error behind its own."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            return True
-        if isinstance(error, (OutOfResources, PTXASError, CompilationError)):
-            return True
-        error = error.__context__
-    return False
-
-
-def best_table(measured: Sequence[Measured], processors: int) -> Table:
-    """The fastest tiles as a table: per row and amount of work the tile with the least time in sum, from that amount
-    on. The shipped tile stays unless another is faster by ``GAIN``."""
-    from ple_fast_kernels import Class
-
-    groups: dict[str, dict[int, list[Measured]]] = {}
-    for entry in measured:
-        # By the work that a table tells apart, in which an entry begins.
-        groups.setdefault(entry.kind, {}).setdefault(entry.results * 128 // processors, []).append(entry)
-    table: Table = {}
-    for kind, by_work in groups.items():
-        classes: list[Class] = []
-        for work, entries in sorted(by_work.items()):
-            common = [t for t in entries[0].seconds if all(t in entry.seconds for entry in entries)]
-            if not common:  # each was cut to another size
-                continue
-            total = {t: sum(entry.seconds[t] for entry in entries) for t in common}
-            shipped = next(iter(entries[0].seconds))
-            tile = min(total, key=lambda t: total[t])
-            if shipped in total and total[tile] > (1 - GAIN) * total[shipped]:
-                tile = shipped
-            if not classes or classes[-1].tile != tile:
-                classes.append(Class(work if classes else 0, tile))
-        if classes:
-            table[kind] = tuple(classes)
-    return table
-
-
-def table_of(measured: Sequence[Measured | Compared], tuner: Tuner) -> Table:
-    """The rows that follow from all that was measured."""
-    shipped = {k: r for k, r in tuner.tiles.TABLES[tuner.architecture].items() if k in ROWS}
-    tiled = [entry for entry in measured if isinstance(entry, Measured)]
-    compared = [entry for entry in measured if isinstance(entry, Compared)]
-    return {**best_table(tiled, tuner.processors), **library_rows(compared, shipped, GAIN)}
-
-
 def tune(
     trunk: nn.Module,
     x: Tensor,
@@ -314,8 +260,8 @@ def tune(
     choice: Callable[[str], Sequence[Tile]] | None = None,
     say: Callable[[str], None] = lambda text: None,
     known: Collection[str] = (),
-    keep: Callable[[list[Measured | Compared]], None] = lambda found: None,
-) -> tuple[Table, list[Measured | Compared]]:
+    keep: Callable[[list[Entry]], None] = lambda found: None,
+) -> tuple[Table, list[Entry]]:
     """Measure the tiles of a trunk at the shape, dtype and device of ``x``.
 
     Args:
@@ -340,7 +286,7 @@ def tune(
     end = float("inf") if minutes is None else time.monotonic() + 60 * check_number("minutes", minutes)
     tuner = Tuner(x.device, prepare, rounds, say)
     chosen = choice or default_choice(tuner, x)
-    measured: list[Measured | Compared] = []
+    measured: list[Entry] = []
     seen = set(known)
     try:
         tuner.set_table({})  # a file of an earlier run must not decide what is launched
@@ -352,7 +298,7 @@ def tune(
                 say(f"time is over: {len(calls) - i} of {len(calls)} launches are not measured")
                 break
             seen.add(call.launch)
-            found = tuner.both(call, chosen)
+            found = tuner.all(call, chosen)
             measured += found
             for entry in found:
                 say(f"{i + 1}/{len(calls)} {call.name}: {_outcome(entry)}")
@@ -361,7 +307,7 @@ def tune(
         tuner.tiles.set_table(tuner.architecture, None)
     if tuner.wrong:
         raise RuntimeError("; ".join(tuner.wrong) + ": please report it")
-    return table_of(measured, tuner), measured
+    return tuner.table_of(measured), measured
 
 
 def default_choice(tuner: Tuner, x: Tensor) -> Callable[[str], Sequence[Tile]]:
@@ -370,10 +316,14 @@ def default_choice(tuner: Tuner, x: Tensor) -> Callable[[str], Sequence[Tile]]:
     return lambda kind: candidates(kind, tuner.architecture, size, limit)
 
 
-def _outcome(entry: Measured | Compared) -> str:
+def _outcome(entry: Entry) -> str:
     if isinstance(entry, Compared):
         other = "library" if entry.product else "programs that stay"
         return f"kernels {entry.kernels * 1e6:.1f} us, {other} {entry.library * 1e6:.1f} us"
+    if isinstance(entry, Split):
+        (model, first), *_ = entry.seconds.items()
+        parts, least = min(entry.seconds.items(), key=lambda item: item[1])
+        return f"{model} parts {first * 1e6:.1f} us, best of {len(entry.seconds)} {parts} parts {least * 1e6:.1f} us"
     (shipped, before), *_ = entry.seconds.items()
     tile, after = min(entry.seconds.items(), key=lambda item: item[1])
     return f"{shipped[:-1]} {before * 1e6:.1f} us, best of {len(entry.seconds)} {tile[:-1]} {after * 1e6:.1f} us"

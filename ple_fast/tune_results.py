@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .tune_library import Compared
-from .tune_measure import Measured, Tuner, table_of
+from .tune_measure import Tuner
+from .tune_splits import Split
+from .tune_table import Entry, Measured
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table
 
 SAME = ("gpu", "architecture", "triton", "torch", "kernels")
 """What measurements of one file have in common."""
-Entry = Measured | Compared
 
 
 def kernels_digest() -> str:
@@ -65,6 +66,7 @@ def save(path: Path, table: Table, measured: Sequence[Entry], device: torch.devi
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     tiled = [m for m in measured if isinstance(m, Measured)]
     plain = [m for m in measured if isinstance(m, Compared)]
+    splits = [m for m in measured if isinstance(m, Split)]
     head = {
         **make(device),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -76,13 +78,17 @@ def save(path: Path, table: Table, measured: Sequence[Entry], device: torch.devi
         "kernels_library_us": [
             [m.kind, m.product, m.work, _microseconds(m.kernels), _microseconds(m.library), m.launch] for m in plain
         ],
+        "weight_grad_parts_us": [
+            [m.rows, m.programs, m.size, list(m.tile), [[n, _microseconds(s)] for n, s in m.seconds.items()], m.launch]
+            for m in splits
+        ],
     }
     files.write_table(path, table, tiles.architecture(device)[0], head)
     tiles.reload_tables()
 
 
 def _entries(content: dict[str, Any]) -> list[Entry]:
-    """What a file holds under ``measured_us`` and ``kernels_library_us``."""
+    """What a file holds under ``measured_us``, ``kernels_library_us`` and ``weight_grad_parts_us``."""
     from ple_fast_kernels import Tile
 
     found: list[Entry] = [
@@ -92,6 +98,10 @@ def _entries(content: dict[str, Any]) -> list[Entry]:
     found += [
         Compared(kind, product, work, kernels / 1e6, library / 1e6, launch)
         for kind, product, work, kernels, library, launch in content["kernels_library_us"]
+    ]
+    found += [
+        Split(rows, programs, size, Tile(*tile), {parts: us / 1e6 for parts, us in seconds}, launch)
+        for rows, programs, size, tile, seconds, launch in content["weight_grad_parts_us"]
     ]
     return found
 
@@ -137,6 +147,6 @@ class Results:
 
     def write(self) -> Table:
         """The table of all that is known, into the file."""
-        table = table_of(self.measured, self.tuner)
+        table = self.tuner.table_of(self.measured)
         save(self.path, table, self.measured, self.tuner.device, {"trunks": self.trunks})
         return table

@@ -27,11 +27,14 @@ def _bits(values: Any) -> Any:
 
 
 def install() -> None:
-    """Patch the interpreter of this process."""
+    """Patch the interpreter of this process, once."""
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
     builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "is_right", False):
+        return
+    builder.is_right = True
     handle: Any = interpreter.TensorHandle
     bfloat16 = tl.bfloat16
     patch, dot, binary, cast, convert = (

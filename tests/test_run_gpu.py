@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks import configs, environment, gpu_cases, gpu_steps, report, run_gpu
 from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, baseline, build
-from benchmarks.gradients import Places
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places
 from benchmarks.oracles import Oracles
 from benchmarks.steps import WrongResultError
 from ple_fast import use_backend
@@ -224,13 +224,25 @@ def test_the_gradient_of_every_parameter_is_compared_by_name(name: str) -> None:
     runner = gpu_steps.Runner.of(name, config, "train", CPU)
     found = runner.results(runner.step())
     oracles.check(name, "eager", found)
-    keys = [key for key in found if key.startswith(gpu_steps.PARAMETER)]
+    keys = [key for key in found if key.startswith(PARAMETER)]
     loop = baseline(config, norm=CONTESTANTS[name].norm, gate_bias=CONTESTANTS[name].gate_bias)
-    without = {key for key, _ in loop.named_parameters()} - {key.removeprefix(gpu_steps.PARAMETER) for key in keys}
+    without = {key for key, _ in loop.named_parameters()} - {key.removeprefix(PARAMETER) for key in keys}
     assert all(key.endswith(".bias") and CONTESTANTS[name].norm == "batch" for key in without)
     for key in keys:
         with pytest.raises(WrongResultError, match=f"{name}, eager, at tiny in float32, train, differs: {key} by"):
             oracles.check(name, "eager", {**found, key: 0.5 * found[key]})
+
+
+def test_a_gradient_may_differ_by_a_sample_at_the_kink_and_no_further() -> None:
+    config = run_gpu.TINY
+    oracles = Oracles(config, "train", CPU)
+    runner = gpu_steps.Runner.of("loop", config, "train", CPU)
+    found = runner.results(runner.step())
+    one = config.batch**-0.5
+    for key, room in ((f"{PARAMETER}levels.1.experts.0.0.bias", one), (INPUT, 0.1 * one), (OUTPUTS, 0.0)):
+        oracles.check("fast", "eager", {**found, key: found[key] * (1 + 0.9 * room)})
+        with pytest.raises(WrongResultError, match=f"{key} by"):
+            oracles.check("fast", "eager", {**found, key: found[key] * (1 + 1.1 * room + 2e-4)})
 
 
 def test_a_contestant_without_a_parameter_of_the_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

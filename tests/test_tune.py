@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ple_fast import PLE, tune, tune_calls, tune_measure
+from ple_fast import PLE, tune, tune_calls, tune_measure, tune_table
 from tests.fake_cuda import FakeCuda
 
 pytest.importorskip("triton")
@@ -112,7 +112,7 @@ def test_amounts_of_work_become_classes() -> None:
         tune.Measured("half", 800, {A: 9.0, B: 1.0}),
         tune.Measured("combine", 0, {A: 3.0, C: 1.0}),
     ]
-    table = tune_measure.best_table(measured, processors=100)
+    table = tune_table.best_table(measured, processors=100)
     assert table == {"half": (Class(0, A), Class(512, B)), "combine": (Class(0, C),)}
     assert tiles._choose(table["half"], 399, 100) == A
     assert tiles._choose(table["half"], 400, 100) == B
@@ -120,15 +120,15 @@ def test_amounts_of_work_become_classes() -> None:
 
 def test_equal_amounts_are_added_and_the_shipped_tile_stays_within_noise() -> None:
     both = [tune.Measured("half", 10, {A: 1.0, B: 0.9}), tune.Measured("half", 10, {A: 1.0, B: 1.5})]
-    assert tune_measure.best_table(both, 100)["half"] == (Class(0, A),)
-    assert tune_measure.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.99})], 100)["half"] == (Class(0, A),)
-    assert tune_measure.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.97})], 100)["half"] == (Class(0, B),)
+    assert tune_table.best_table(both, 100)["half"] == (Class(0, A),)
+    assert tune_table.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.99})], 100)["half"] == (Class(0, A),)
+    assert tune_table.best_table([tune.Measured("half", 10, {A: 1.0, B: 0.97})], 100)["half"] == (Class(0, B),)
 
 
 def test_amounts_that_a_table_does_not_tell_apart_are_one_entry() -> None:
     few = [tune.Measured("half", 1, {A: 1.0, B: 2.0}), tune.Measured("half", 2, {A: 9.0, B: 1.0})]
-    assert tune_measure.best_table(few, 1000)["half"] == (Class(0, B),), "and not two that begin at 0"
-    assert tune_measure.best_table([tune.Measured("half", 1, {A: 1.0}), tune.Measured("half", 2, {B: 1.0})], 1000) == {}
+    assert tune_table.best_table(few, 1000)["half"] == (Class(0, B),), "and not two that begin at 0"
+    assert tune_table.best_table([tune.Measured("half", 1, {A: 1.0}), tune.Measured("half", 2, {B: 1.0})], 1000) == {}
 
 
 @pytest.mark.parametrize("operands", ["half", "tf32", "ieee"])
