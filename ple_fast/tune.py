@@ -1,7 +1,8 @@
 """Measure tiles for one GPU and some trunks, and keep the fastest where the library finds them.
 
 ``python -m ple_fast.tune --trunk small --trunk medium`` runs a training step and an inference call of each trunk, and
-times every kernel of them with a few candidate tiles, and plain products with the library. ``--trunk`` names a trunk,
+times every kernel of them with a few candidate tiles, plain products with the library, and what the tensor memory
+engine can load in programs that stay. ``--trunk`` names a trunk,
 ``small``, ``medium`` or ``large``, or a JSON file of one or several: objects with the keywords of ``ple_fast.PLE`` and
 ``batch``. All go into one table, in one file per GPU: the one that ``PLE_FAST_TILES`` names, or
 ``ple_fast/tiles-GPU.json`` in the cache folder. It is written after every launch; a second run goes on where the first

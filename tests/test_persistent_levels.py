@@ -76,3 +76,26 @@ def test_repeated_calls_load_what_they_are_given(
             theirs = step(module, x.clone())
         assert all(map(same, ours, theirs))
         assert count == len(repeats) == 2 * seed and made == (sum(repeats[-2:]) or made)
+
+
+def test_a_captured_graph_loads_what_its_memory_holds(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("captures CUDA graphs: make test-gpu")
+    module = network(device).bfloat16()
+    x = torch.randn(300, 24, device=device, dtype=torch.bfloat16, requires_grad=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            module(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), launched() as found:
+        y = module(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert {name for name, _ in found} >= set(KERNELS.values())
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    expected = module(x)
+    assert same(y.detach(), expected.detach()) and same(dx, torch.autograd.grad(expected.sum(), x)[0])

@@ -32,7 +32,7 @@ class _Utilities:
 
         real = CudaUtils()
         self.architecture = architecture
-        for name in ("launch", "build_signature_metadata", "fill_tma_descriptor"):
+        for name in ("launch", "build_signature_metadata", "fill_tma_descriptor", "fill_tma_descriptor_tiled"):
             if hasattr(real, name):
                 setattr(self, name, getattr(real, name))
 

@@ -7,7 +7,17 @@ typedef unsigned long long pointer;
 
 static unsigned long long launched = 0;
 
-int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launched++; return 0; }
+/* Of the last launch: the first 8 bytes of so many parameters. */
+static pointer words[32];
+static int watched = 0;
+void stub_watch(int count) { watched = count; }
+pointer stub_word(int i) { return words[i]; }
+
+int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) {
+  launched++;
+  for (int i = 0; i < watched; i++) words[i] = *(pointer *)parameters[i];
+  return 0;
+}
 unsigned long long stub_launches(void) { return launched; }
 
 int cuPointerGetAttribute(void *out, int attribute, pointer p) { *(pointer *)out = p; return 0; }
@@ -36,6 +46,15 @@ int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = 0; 
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuOccupancyMaxActiveClusters(int *count, void *function, void *config) { *count = 1; return 0; }
-int cuTensorMapEncodeTiled(void) { return 0; }
+/* A descriptor that begins with the address it is of; the innermost axis of a tensor and of a box comes first. */
+static pointer sizes[2][5];
+pointer stub_size(int i) { return sizes[0][i]; }
+pointer stub_step(int i) { return sizes[1][i]; }
+int cuTensorMapEncodeTiled(void *map, int kind, uint32_t rank, void *address, const uint64_t *shape, const uint64_t *steps) {
+  *(pointer *)map = (pointer)address;
+  for (uint32_t i = 0; i < rank; i++) sizes[0][i] = shape[i];
+  for (uint32_t i = 0; i + 1 < rank; i++) sizes[1][i] = steps[i];
+  return 0;
+}
 int cuTensorMapEncodeIm2col(void) { return 0; }
 int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
