@@ -105,7 +105,10 @@ def _grouped_data_grad_persistent_kernel(
             tl.store(Parts + i_m.to(tl.int64) * WIDTH + o_c, total, mask=m_n)
 
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
+ACTIVATIONS = {
+    "linear": ("identity", "relu", "leaky_relu", "tanh"),
+    "data_grad": ("identity", "relu", "leaky_relu"),
+}
 """Those whose formulas leave enough registers beside the accumulator of a large tile."""
 MOST_STRIDE = 1 << 40
 """Bytes; the engine takes less."""
@@ -125,7 +128,7 @@ def can_load(tensor: Tensor) -> bool:
 
 def _tile(kernel: str, a: Tensor, weight: Tensor, columns: int, activation: str) -> Tile | None:
     rows, members = a.shape[0], weight.shape[0]
-    if activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS[kernel]:
         return None
     tile = persistent_tile(kernel, a, rows, columns, members)
     if tile is None or rows < tile.rows or cut_depth(tile, a.shape[2]) != tile:  # too little to fill a tile
