@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ple_fast_kernels import Tile
+    from ple_fast_kernels import Table, Tile
+
+
+ROW = "weight_grad_parts"
 
 
 class Split(NamedTuple):
@@ -62,6 +65,20 @@ def in_parts(call: Callable[[], object], number: int) -> Callable[[], object]:
             return call()
 
     return run
+
+
+def parts_row(splits: Sequence[Split], gain: float) -> Table:
+    """The row of the table: launches that were faster in another number of parts than the model's, by the share
+    ``gain``. No row where none was."""
+    from ple_fast_kernels import Parts
+
+    entries = {}
+    for split in splits:
+        (_, before), *_ = split.seconds.items()
+        parts, after = min(split.seconds.items(), key=lambda item: item[1])
+        if after <= (1 - gain) * before:
+            entries[split[:4]] = Parts(*split[:4], parts)
+    return {ROW: tuple(entries.values())} if entries else {}
 
 
 def split_candidates(asked: Asked) -> list[int]:

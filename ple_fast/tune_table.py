@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .tune_library import ROWS, Compared, library_rows
-from .tune_splits import Split
+from .tune_splits import Split, parts_row
 
 if TYPE_CHECKING:
     from ple_fast_kernels import Table, Tile
@@ -62,4 +62,5 @@ def table_of(measured: Sequence[Entry], shipped: Table, processors: int) -> Tabl
     rows = {kind: row for kind, row in shipped.items() if kind in ROWS}
     tiled = [entry for entry in measured if isinstance(entry, Measured)]
     compared = [entry for entry in measured if isinstance(entry, Compared)]
-    return {**best_table(tiled, processors), **library_rows(compared, rows, GAIN)}
+    splits = [entry for entry in measured if isinstance(entry, Split)]
+    return {**best_table(tiled, processors), **library_rows(compared, rows, GAIN), **parts_row(splits, GAIN)}

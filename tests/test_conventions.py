@@ -143,7 +143,7 @@ def kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield file.name, node
 
 
-@pytest.mark.parametrize(("file", "kernel"), kernels(), ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("file", "kernel"), list(kernels()), ids=lambda value: getattr(value, "name", value))
 def test_the_shape_of_every_tensor_stands_in_the_docstring_of_its_kernel(file: str, kernel: ast.FunctionDef) -> None:
     tensors = {a.arg for a in kernel.args.args if a.annotation is None and a.arg[0].isupper()} - {"B", "CHUNK"}
     assert tensors

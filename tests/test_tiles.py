@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ple_fast_kernels import TABLES, Class, Library, Tile, architecture, reload_tables, set_table
+from ple_fast_kernels import TABLES, Class, Library, Parts, Tile, architecture, reload_tables, set_table
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
 files: Any = importlib.import_module("ple_fast_kernels._tile_files")
@@ -168,6 +168,11 @@ BROKEN = {
         {"tiles": {"persistent_data_grad/half": [[0, [16, 512, 16]]]}},
         "sizes of 256 or less",
     ),
+    "parts of no tile": ({"tiles": {"weight_grad_parts": [[64, 8, 100, 4, 2]]}}, "weight_grad_parts: expected"),
+    "parts that are text": ({"tiles": {"weight_grad_parts": [[64, 8, 100, [64, 64, 64], "2"]]}}, "of ints"),
+    "no part": ({"tiles": {"weight_grad_parts": [[64, 8, 100, [64, 64, 64], 0]]}}, "1 or more"),
+    "more parts than rows": ({"tiles": {"weight_grad_parts": [[4, 8, 100, [64, 64, 64], 5]]}}, "no more than rows"),
+    "parts of tiles": ({"tiles": {"weight_grad_parts": [[0, [64, 64, 64]]]}}, "weight_grad_parts: expected"),
     "mixtures of 2": ({"tiles": {"combine_grad": [[0, [8, 2]]]}}, "sizes of 4 or more"),
 }
 
@@ -297,8 +302,10 @@ def test_shipped_tables_have_only_rows_that_a_kernel_reads() -> None:
         for kind, classes in table.items():
             if isinstance(classes, Library):
                 continue
-            assert classes[0].tiles == 0 or kind.startswith(files.PERSISTENT)
-            assert [c.tiles for c in classes] == sorted(c.tiles for c in classes)
+            begins = [c.tiles for c in classes if isinstance(c, Class)]
+            assert len(begins) == len(classes), "how a launch is cut follows from a GPU, not from an architecture"
+            assert begins[0] == 0 or kind.startswith(files.PERSISTENT)
+            assert begins == sorted(begins)
 
 
 HALF, FLOAT, DOUBLE = (
@@ -340,6 +347,25 @@ def test_a_file_may_route_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("PLE_FAST_TILES", str(tmp_path / "mine.json"))
     assert not takes() and takes(product="weight_grad", rows=1)
     assert takes(FLOAT, "tf32"), "rows that the file lacks stay as shipped"
+
+
+def test_a_file_may_say_into_how_many_parts_a_weight_gradient_is_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    like = SimpleNamespace(device=DEVICE, element_size=lambda: 2)
+    block = Tile(128, 128, 64, 8, 4)
+    model = tiles.row_splits(like, 16384, 40, 1 << 20, block)
+    row = (Parts(16384, 40, 1 << 20, block, model + 30),)
+    files.write_table(tmp_path / "mine.json", {"weight_grad_parts": row}, "sm_90", {})
+    assert files.read_table(tmp_path / "mine.json", "sm_90", tiles.KINDS) == {"weight_grad_parts": row}
+    monkeypatch.setenv("PLE_FAST_TILES", str(tmp_path / "mine.json"))
+    reload_tables()
+    assert tiles.row_splits(like, 16384, 40, 1 << 20, block) == model + 30
+    for rows, programs, size, other in (
+        (16385, 40, 1 << 20, block), (16384, 41, 1 << 20, block), (16384, 40, 1 << 21, block),
+        (16384, 40, 1 << 20, block._replace(depth=32)),
+    ):  # fmt: skip
+        assert tiles.row_splits(like, rows, programs, size, other) < model + 30, "the model chooses"
 
 
 def test_deterministic_algorithms_keep_the_kernels() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ple_fast import PLE, tune, tune_calls, tune_measure, tune_results
+from ple_fast import PLE, tune, tune_calls, tune_measure, tune_results, tune_table
 from ple_fast.tune_splits import Asked, Split, of_parts, split_candidates
 from tests.test_tune import where
 
@@ -19,9 +19,10 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from ple_fast_kernels import Tile, reload_tables
+from ple_fast_kernels import Parts, Tile, reload_tables, set_table
 
 __all__ = ["where"]
+tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
 weight_grad: Any = importlib.import_module("ple_fast_kernels.weight_grad")
 MODEL = weight_grad.row_splits
 ROWS = 40
@@ -73,10 +74,33 @@ def test_other_numbers_of_parts_are_measured_beside_the_models(where: torch.devi
         assert split.seconds == {2: 2e-6, 1: 1e-6}, "the model's comes first"
         assert split.rows == ROWS and split.programs > 0 and split.size > 0
         assert split.launch.startswith("grouped_weight_grads ")
-    tune.save(tmp_path / "mine.json", {}, found, where, {"trunks": []})
+    table = tune_table.table_of(found, {}, 1)
+    assert table == {"weight_grad_parts": tuple(Parts(*split[:4], 1) for split in found)}
+    tune.save(tmp_path / "mine.json", table, found, where, {"trunks": []})
     tuner = tune_measure.Tuner(where, tune_measure.cuda_graph_sampler, 1, print)
     assert tune_results.Results(tmp_path / "mine.json", tuner, print).measured == found
     assert "2 parts 2.0 us, best of 2 1 parts 1.0 us" in tune_measure._outcome(found[0])
+
+
+def test_a_table_holds_the_parts_that_were_faster_and_launches_take_them(where: torch.device) -> None:
+    block = Tile(32, 32, 32)
+    faster = Split(ROWS, 3, 7, block, {2: 2e-6, 5: 1e-6, 1: 1.5e-6}, "a")
+    again = faster._replace(seconds={2: 2e-6, 5: 1e-6, 1: 0.5e-6})
+    noise = Split(ROWS, 4, 7, block, {2: 2e-6, 1: 1.97e-6}, "b")
+    table = tune_table.table_of([faster, noise], {}, 1)
+    assert table == {"weight_grad_parts": (Parts(ROWS, 3, 7, block, 5),)}
+    assert tune_table.table_of([faster, again], {}, 1)["weight_grad_parts"] == (Parts(ROWS, 3, 7, block, 1),)
+    assert tune_table.table_of([noise], {}, 1) == {}
+    name = tiles.architecture(where)[0]
+    x = torch.zeros(1, device=where)
+    before = weight_grad.row_splits(x, ROWS, 3, 7, block), weight_grad.row_splits(x, ROWS, 4, 7, block)
+    set_table(name, table)
+    try:
+        assert weight_grad.row_splits(x, ROWS, 3, 7, block) == 5
+        assert weight_grad.row_splits(x, ROWS, 4, 7, block) == before[1]
+    finally:
+        set_table(name, None)
+    assert weight_grad.row_splits(x, ROWS, 3, 7, block) == before[0]
 
 
 def test_a_number_of_parts_that_does_not_fit_has_lost(where: torch.device) -> None:

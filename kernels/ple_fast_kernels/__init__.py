@@ -8,7 +8,7 @@ from ._dropout import Dropout
 from ._launch import launches, wide_of
 from ._layer_end import Norm
 from ._replay import replayed, without_replay
-from ._tile_files import Class, Library, Table, Tile
+from ._tile_files import Class, Library, Parts, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
 from .batch_norm import batch_norm_merge, batch_norm_sums, column_sums_merge, norm_sums_merge
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
@@ -34,6 +34,7 @@ __all__ = [
     "Library",
     "Mixtures",
     "Norm",
+    "Parts",
     "Readers",
     "Table",
     "Tile",

@@ -63,9 +63,22 @@ class Library(NamedTuple):
     weight_grad: int | None = None
 
 
-Row = tuple[Class, ...] | Library
+class Parts(NamedTuple):
+    """Into how many parts a weight gradient is cut: ``parts``, where there are so many rows, programs and sums to a
+    part, with this tile."""
+
+    rows: int
+    programs: int
+    size: int
+    tile: Tile
+    parts: int
+
+
+Row = tuple[Class, ...] | Library | tuple[Parts, ...]
 Table = dict[str, Row]
-"""Rows by name: tiles of kernels, and ``library/OPERANDS``."""
+"""Rows by name: tiles of kernels, ``library/OPERANDS``, and ``weight_grad_parts``."""
+PARTS = "weight_grad_parts"
+MOST_PARTS = 1024
 LIBRARY = "library/"
 PERSISTENT = "persistent_"
 """Of rows of kernels that load by the tensor memory engine: ``persistent_KERNEL/OPERANDS``. They begin at any amount of
@@ -140,10 +153,29 @@ def read_table(path: Path, architecture: str, kinds: Collection[str]) -> Table:
         raise ValueError(f"{path}: expected an object of rows under 'tiles'")
     if unknown := sorted(set(rows) - set(kinds)):
         raise ValueError(f"{path}: no kernel reads the rows {', '.join(unknown)}")
-    return {
-        kind: _library(path, kind, row) if kind.startswith(LIBRARY) else _classes(path, kind, row, architecture)
-        for kind, row in rows.items()
-    }
+    return {kind: _row(path, kind, row, architecture) for kind, row in rows.items()}
+
+
+def _row(path: Path, kind: str, row: Any, architecture: str) -> Row:
+    if kind == PARTS:
+        return _parts(path, row)
+    return _library(path, kind, row) if kind.startswith(LIBRARY) else _classes(path, kind, row, architecture)
+
+
+def _parts(path: Path, row: Any) -> tuple[Parts, ...]:
+    if not isinstance(row, list) or not all(map(_is_parts, row)):
+        raise ValueError(
+            f"{path}: {PARTS}: expected [[rows, programs, size, [rows, columns, depth, warps, stages, group], parts]] "
+            f"of ints, 1 or more, with at most {MOST_PARTS} parts, no more than rows; got {row!r:.200}"
+        )
+    return tuple(Parts(rows, programs, size, Tile(*tile), parts) for rows, programs, size, tile, parts in row)
+
+
+def _is_parts(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != len(Parts._fields) or not _is_entry([0, entry[3]]):
+        return False
+    numbers = [*entry[:3], entry[4]]
+    return all(type(number) is int and number > 0 for number in numbers) and entry[4] <= min(MOST_PARTS, entry[0])
 
 
 def _refuse_constant(text: str) -> None:
@@ -221,7 +253,9 @@ def _what_is_wrong(kind: str, tile: Tile, architecture: str) -> str | None:
 
 
 def _as_json(row: Row) -> Any:
-    return row._asdict() if isinstance(row, Library) else [[tiles, list(tile)] for tiles, tile in row]
+    if isinstance(row, Library):
+        return row._asdict()
+    return [[list(value) if isinstance(value, Tile) else value for value in entry] for entry in row]
 
 
 def write_table(path: Path, table: Table, architecture: str, about: dict[str, Any]) -> None:

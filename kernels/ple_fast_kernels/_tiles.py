@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ._tile_files import LIBRARY, PERSISTENT, Library, read_for
+from ._tile_files import LIBRARY, PARTS, PERSISTENT, Library, Parts, Row, read_for
 from ._tile_files import Class as Class
 from ._tile_files import Table as Table
 from ._tile_files import Tile as Tile
@@ -132,6 +132,7 @@ KINDS = frozenset(
     {
         *OPERANDS,
         *MIXTURES,
+        PARTS,
         *(f"{kernel}/{operands}" for kernel in PRODUCTS for operands in OPERANDS),
         *(LIBRARY + operands for operands in OPERANDS[:2]),
         *(f"{PERSISTENT}{kernel}/half" for kernel in PRODUCTS[:2]),
@@ -244,9 +245,12 @@ def library_of(key: str, operands: str) -> Library:
 
 def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
     table = _rows(key)
-    found = table.get(f"{kernel}/{operands}", table[operands])
-    assert not isinstance(found, Library), kernel
-    return found
+    return _entries(table.get(f"{kernel}/{operands}", table[operands]))
+
+
+def _entries(row: Row) -> tuple[Class, ...]:
+    """Of a row of tiles; which rows are, their names say."""
+    return cast("tuple[Class, ...]", row)
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -294,8 +298,7 @@ def matmul_tile(kernel: str, like: Tensor, rows: int, columns: int, members: int
 
 @lru_cache(maxsize=4096)
 def _persistent(key: str, processors: int, kind: str, row_tiles: int, columns: int, members: int) -> Tile | None:
-    classes = _rows(key).get(kind, ())
-    assert not isinstance(classes, Library), kind
+    classes = _entries(_rows(key).get(kind, ()))
     results = _results(row_tiles, columns, members)
     fitting = [entry for entry in classes if _cut(entry.tile.columns, columns) == entry.tile.columns]
     if not fitting or results * 128 < fitting[0].tiles * processors:
@@ -384,7 +387,13 @@ WORKSPACE_SPEED = 3.6e12
 
 @lru_cache(maxsize=4096)
 def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile: Tile, operand_bytes: int) -> int:
-    """The number of parts that takes least: waves of programs, and the time of the workspace's bytes."""
+    """The number of parts that was measured to take least, or that takes least by waves of programs and the time of the
+    workspace's bytes."""
+    for entry in cast("tuple[Parts, ...]", _rows(key).get(PARTS, ())):
+        if entry[:-1] == (rows, programs, size, tile):
+            return entry.parts
+    if key == "interpreter":
+        return 2 if rows > 32 else 1
     blocks = _blocks(key, tile, operand_bytes)
     slots = processors * blocks
 
@@ -400,8 +409,6 @@ def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile
 def row_splits(like: Tensor, rows: int, programs: int, size: int, tile: Tile) -> int:
     """Parts that the rows of a weight gradient are cut into; each has ``programs`` and ``size`` sums."""
     key, processors = table_of(like.device)
-    if key == "interpreter":
-        return 2 if rows > 32 else 1
     return _splits(key, processors, rows, programs, size, tile, like.element_size())
 
 
@@ -420,9 +427,7 @@ MIXED_ELEMENTS = 96
 
 @lru_cache(maxsize=4096)
 def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
-    row = _rows(key)["combine_grad" if backward else "combine"]
-    assert not isinstance(row, Library)
-    tile = row[0].tile
+    tile = _entries(_rows(key)["combine_grad" if backward else "combine"])[0].tile
     columns = min(max(4, 1 << (units - 1).bit_length()), tile.columns)
     if key == "interpreter":
         return tile._replace(columns=columns)

@@ -64,7 +64,8 @@ def readers_of(architecture: str, row: str) -> tuple[str, ...]:
 
 def rows_of(architecture: str) -> dict[str, tuple[Class, ...]]:
     """Rows of a table that hold tiles."""
-    return {row: classes for row, classes in TABLES[architecture].items() if not isinstance(classes, Library)}
+    rows = {row: classes for row, classes in TABLES[architecture].items() if not isinstance(classes, Library)}
+    return {row: tuple(entry for entry in classes if isinstance(entry, Class)) for row, classes in rows.items()}
 
 
 def cases_of(architecture: str) -> Iterator[Case]:
