@@ -120,9 +120,10 @@ if compgen -G "$wheels/*.whl" > /dev/null; then
   run "install $wheels" "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$state/site" "$wheels"/*.whl
 fi
 [ ! -d "$state/site" ] || export PYTHONPATH=$PYTHONPATH:$state/site
-if [ -z "${PLE_FAST_TILES+set}" ] && [ -s "$state/tune/tiles.json" ] && [ "$stage" != tune ]; then
-  export PLE_FAST_TILES=$state/tune/tiles.json
-fi
+# What measures takes the tiles of this GPU; what tests takes those that ship.
+case $stage in bench|profile)
+  [ -n "${PLE_FAST_TILES+set}" ] || [ ! -s "$state/tune/tiles.json" ] || export PLE_FAST_TILES=$state/tune/tiles.json ;;
+esac
 echo "stage $stage of ${commit:-the commit of git}, on $device, tiles ${PLE_FAST_TILES:-as shipped}, $("$python" --version)"
 
 common=(--device "$device" "${tiny[@]}")
