@@ -20,8 +20,7 @@ KERNELS = {"linear": "_grouped_linear_fwd_persistent_kernel", "data_grad": "_gro
 
 def route(device: torch.device, least: int | None = 0, kernels: tuple[str, ...] = tuple(KERNELS)) -> None:
     """These kernels are taken from so much work on; None: never."""
-    tile = Tile(64, 64, 64, 4, 3) if device.type == "cuda" else Tile(32, 32, 32, 4, 2)
-    row = () if least is None else (Class(least, tile),)
+    row = () if least is None else (Class(least, Tile(32, 32, 32, 4, 2)),)
     set_table(tiles.architecture(device)[0], {f"persistent_{kernel}/half": row for kernel in kernels})
 
 

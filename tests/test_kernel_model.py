@@ -196,6 +196,17 @@ def test_the_library_is_taken_where_the_model_says_that_it_wins(steps: list[dict
             assert len(taken) == 2 and routed[size, dtype] < alone[size, dtype]
 
 
+def test_programs_stay_where_a_launch_has_large_tiles_of_halves(steps: list[dict[str, Any]]) -> None:
+    staying = {
+        (row["size"], row["dtype"], row["kernel"].removesuffix(kernel_model.PERSISTENT))
+        for row in steps
+        if row["kernel"].endswith(kernel_model.PERSISTENT)
+    }
+    kernels = ("grouped_linear_fwd", "grouped_data_grad")
+    assert staying == {(size, "bfloat16", kernel) for size in ("medium", "large") for kernel in kernels}
+    assert all(row["routed"] for row in steps if row["kernel"].endswith(kernel_model.PERSISTENT))
+
+
 @pytest.mark.parametrize("size", IDLE)
 def test_programs_of_weight_gradients_fill_their_waves(size: str, steps: list[dict[str, Any]]) -> None:
     mine = [
