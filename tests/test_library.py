@@ -29,6 +29,7 @@ from ple_fast_kernels import (
     set_table,
 )
 
+OPERANDS = importlib.import_module("ple_fast_kernels._tile_tables").OPERANDS
 library: Any = importlib.import_module("ple_fast_kernels.library")
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
 ONE = ("1-layer", "2-layers", "3-layers", "identity", "prelu", "dice", "no-last-activation", "no-bias", "batch-norm")
@@ -44,7 +45,7 @@ def route(device: torch.device, least: int | None) -> None:
     """The library takes all that it may from so many billions of operations on, float64 too, which no shipped table
     and no file can say; None: nothing."""
     row = Library(least, least, least)
-    set_table(tiles.architecture(device)[0], {f"library/{operands}": row for operands in tiles.OPERANDS})
+    set_table(tiles.architecture(device)[0], {f"library/{operands}": row for operands in OPERANDS})
 
 
 @pytest.fixture

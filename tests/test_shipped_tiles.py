@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from ple_fast_kernels import TABLES, Class, Tile, architecture, set_table
 from ple_fast_kernels._launch import CACHED_VERSIONS
 from ple_fast_kernels._tile_files import PERSISTENT
+from ple_fast_kernels._tile_tables import MIXTURES
 from tests.kernel_helpers import hold, tf32
 from tests.shipped_tiles import KERNELS, cases_of, readers_of, rows_of
 from tests.shipped_tiles.cases import Case, Kernel
@@ -136,8 +137,8 @@ def test_a_kernel_reads_the_row_that_its_case_is_of(name: str) -> None:
     """By the library's own look-up."""
     for row, classes in rows_of(name).items():
         for reader in readers_of(name, row):
-            if row not in tiles.MIXTURES:
-                assert tiles._classes(name, reader, row.rpartition("/")[2]) is classes
+            if row not in MIXTURES:
+                assert tiles._classes(name, reader, row.rpartition("/")[2]) == classes
 
 
 def test_depths_are_two_steps_beyond_the_stages_and_rows_are_ragged() -> None:

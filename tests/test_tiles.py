@@ -26,7 +26,7 @@ library: Any = importlib.import_module("ple_fast_kernels.library")
 DEVICE = torch.device("cuda", 0)
 LIKE = SimpleNamespace(device=DEVICE, dtype=torch.bfloat16)
 MINE = Tile(32, 32, 32, 2, 2)
-WIDEST: Tile = tiles._SM90["half"][-1].tile
+WIDEST: Tile = importlib.import_module("ple_fast_kernels._tile_tables")._SM90["half"][-1].tile
 """What the shipped table has for the largest products."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ple_fast_kernels import TABLES, Class, Library
-from ple_fast_kernels._tiles import MIXTURES, PRODUCTS
+from ple_fast_kernels._tile_tables import MIXTURES, PRODUCTS
 from tests.shipped_tiles import levels, products
 from tests.shipped_tiles.cases import Case, Kernel
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ple_fast_kernels import Tile
-from ple_fast_kernels._tiles import MIXTURES
+from ple_fast_kernels._tile_tables import MIXTURES
 
 WIDTHS = {"multiples": 0, "tails": 24, "odd": 13}
 """Columns beyond a multiple of a tile: none; some, and rows that begin at multiples of 16 bytes; rows that do not."""
