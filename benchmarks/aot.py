@@ -36,7 +36,7 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that one block may ask for."""
 KERNEL_MODULES = (
-    "grouped_linear", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
+    "grouped_linear", "data_grad", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
     "layer_end", "layer_norm", "persistent",
 )  # fmt: skip
 TABLE_OF = {"gfx942": "amd"}

@@ -11,9 +11,10 @@ from ._replay import replayed, without_replay
 from ._tile_files import Class, Library, Parts, Table, Tile
 from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
 from .batch_norm import batch_norm_merge, batch_norm_sums, column_sums_merge, norm_sums_merge
+from .data_grad import grouped_data_grad
 from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
-from .grouped_linear import grouped_data_grad, grouped_linear_fwd, has_whole_rows, linear_tile
+from .grouped_linear import grouped_linear_fwd, has_whole_rows, linear_tile
 from .input_grad import grouped_input_grad
 from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad

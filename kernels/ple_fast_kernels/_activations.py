@@ -5,6 +5,8 @@ import triton.language as tl
 
 FUSED = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 """What an epilogue can apply. The others have learned parameters."""
+HEAVY = ("gelu", "gelu_tanh", "silu")
+"""Those whose formulas need registers of their own: beside them a tile has fewer columns."""
 
 
 @triton.jit

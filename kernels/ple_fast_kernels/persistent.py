@@ -1,8 +1,9 @@
 """Products of large tiles in half precision: programs that stay, and loads by the tensor memory engine (TMA).
 
 A program goes from tile to tile, in an order that follows from its number alone, and the engine loads the first
-operands of the next tile while the last one is finished. The launchers of ``grouped_linear.py`` take these kernels
-where the table has a row for them (``_tiles.py``) and the engine can load the operands; all else takes theirs.
+operands of the next tile while the last one is finished. The launchers of ``grouped_linear.py`` and ``data_grad.py``
+take these kernels where the table has a row for them (``_tile_tables.py``) and the engine can load the operands; all
+else takes theirs.
 
 The engine reads boxes of a tensor that a descriptor of the host bounds: rows, columns and depth beyond the tensor are 0
 in both operands, so no box reaches into the next slot or member. Triton encodes a descriptor at each launch, and passes
