@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("scalars", "references"),
     ("topology", "specs"),
-    ("reference", "checks", "backend", "autocast", "plan"),
+    ("reference", "checks", "backend", "autocast", "plan", "grads"),
     ("torch_backend",),
     ("triton_backend",),
     ("autograd",),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..grads import LevelGrads, plus
 from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
 from . import gate_combine as gates
 from .barriers import Steps, run_blocks, run_steps, together
@@ -24,7 +25,6 @@ from .mlp import (
     LayerKept,
     LayerNeeds,
     Replayed,
-    accumulate,
     is_replayed,
     mlp_backward,
     mlp_forward,
@@ -296,11 +296,11 @@ class Run:
         kept: BlockKept,
         dy: Tensor | None,
         dlisted: Tensor | None,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         dx: SlotGrads,
         dgate_x: SlotGrads,
     ) -> Steps[None]:
-        """Accumulate every gradient of these rows into ``grads`` (per layer, then the gates' end), dx and dgate_x."""
+        """Accumulate every gradient of these rows into ``grads``, dx and dgate_x."""
         needs, plan = self.needs, self.inputs.plan
         dweights, last = self._weights_grad(rows, kept, dy, dlisted)
         steps: list[Steps[None]] = []
@@ -310,7 +310,7 @@ class Run:
         if dweights is not None and needs.gate.offset:
             assert self.inputs.gate.offset is not None
             doffset = gates.offset_grad(plan, dweights, self.inputs.gate.offset.dtype)
-            accumulate(grads[-1], 4, doffset)
+            grads.gate.offset = plus(grads.gate.offset, doffset)
         if dweights is not None and needs.logits:
             assert kept.gated is not None
             dlogits = gates.gate_softmax_backward(plan, gates.gated_part(plan, dweights), kept.gated)
@@ -348,7 +348,7 @@ class Run:
         kept: BlockKept,
         last: Sequence[Replayed | None],
         dy: Tensor,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         dx: SlotGrads,
     ) -> list[Steps[None]]:
         inputs, blocks = self.inputs, self.inputs.plan.blocks
@@ -378,14 +378,14 @@ class Run:
         kept: list[LayerKept],
         last: Replayed | None,
         d: Tensor,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         dx: SlotGrads,
         shared: Shared | None,
     ) -> Steps[None]:
         part, inputs = layers_of(self.inputs, mlp), self.inputs
         return mlp_backward(
             mlp, inputs.layers[part], inputs.state.layers[part], x, groups, rows, needs, inputs.state.seed, kept, last,
-            d, grads[part], dx, shared,
+            d, grads.layers[part], dx, shared,
         )  # fmt: skip
 
     def _gate_backward(
@@ -394,11 +394,11 @@ class Run:
         shared: Shared | None,
         kept: BlockKept,
         d: Tensor,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         dgate_x: SlotGrads,
     ) -> Steps[None]:
         inputs, needs, plan = self.inputs, self.needs, self.inputs.plan
-        gate, own = inputs.gate, grads[-1]
+        gate, own = inputs.gate, grads.gate
         assert gate.weight is not None
         if inputs.state.gate_norm is not None:
             assert kept.logits is not None
@@ -408,17 +408,17 @@ class Run:
                 affine=bool(needs.gate.norm_weight or needs.gate.norm_bias),
             )  # fmt: skip
             d = normed.squeeze(1)
-            accumulate(own, 2, dw)
-            accumulate(own, 3, db)
+            own.norm_weight = plus(own.norm_weight, dw)
+            own.norm_bias = plus(own.norm_bias, db)
         if gate.bias is not None and needs.gate.bias:
-            accumulate(own, 1, d.sum(0))
+            own.bias = plus(own.bias, d.sum(0))
         wanted = bool(needs.gate.weight)
         if not plan.gate.layers:
             dweight = slots_linear_backward(
                 inputs.gate_x, rows, self.gate_groups, d.unsqueeze(2), gate.weight.unsqueeze(1), dgate_x,
                 weight_grad=wanted,
             )  # fmt: skip
-            accumulate(own, 0, None if dweight is None else dweight.squeeze(1))
+            own.weight = plus(own.weight, None if dweight is None else dweight.squeeze(1))
             return
         below = needs.mlps[-1][-1].output
         hidden, last = kept.hidden, None
@@ -433,7 +433,7 @@ class Run:
                 torch.mm(d[:, start:stop].t(), hidden[:, i], out=dweight[start:stop])
             if below:
                 torch.mm(d[:, start:stop], gate.weight[start:stop], out=dhidden[:, i])
-        accumulate(own, 0, dweight)
+        own.weight = plus(own.weight, dweight)
         if below:
             yield from self._mlp_backward(
                 plan.gate, inputs.gate_x, self.groups[-1], rows, needs.mlps[-1], kept.mlps[-1], last, dhidden, grads,
@@ -507,7 +507,7 @@ def level_backward(
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
     run = Run(inputs, needs)
     blocks = run.blocks
-    grads: list[list[Tensor | None]] = [[None] * 5 for _ in range(inputs.plan.num_layers + 1)]
+    grads = LevelGrads.none(inputs.plan.num_layers)
     dx = SlotGrads(inputs.x, needs.x)
     dgate_x = dx if inputs.gate_x is inputs.x else SlotGrads(inputs.gate_x, needs.gate_x)
     if run.waits and not kept:
@@ -524,7 +524,7 @@ def level_backward(
     run_blocks(steps)
     dgate = [] if dgate_x is dx else dgate_x.finish(blocks)
     # A product may leave its result transposed.
-    flat = [None if grad is None else grad.contiguous() for row in grads for grad in row]
+    flat = [None if grad is None else grad.contiguous() for grad in grads.flat()]
     return dx.finish(blocks), dgate, flat
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..grads import LayerGrads, plus
 from ..plan import LayerState, LayerTensors, MLPPlan
 from ..specs import LayerSpec
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward, from_output
@@ -231,7 +232,7 @@ def _norm_backward(
     state: LayerState,
     need: LayerNeeds,
     keep: LayerKept,
-    grads: list[Tensor | None],
+    own: LayerGrads,
     shared: Shared | None,
     number: int,
 ) -> Steps[Tensor]:
@@ -248,16 +249,9 @@ def _norm_backward(
         d, dw, db = layer_norm_backward(
             d, keep.normed, normed, tensor.norm_weight, keep.mean, keep.var, affine=affine
         )  # fmt: skip
-    accumulate(grads, 2, dw)
-    accumulate(grads, 3, db)
+    own.norm_weight = plus(own.norm_weight, dw)
+    own.norm_bias = plus(own.norm_bias, db)
     return d
-
-
-def accumulate(grads: list[Tensor | None], index: int, value: Tensor | None) -> None:
-    """``grads[index]`` += ``value``; None stands for 0."""
-    if value is not None:
-        before = grads[index]
-        grads[index] = value if before is None else before.add_(value.view(before.shape))
 
 
 def after_linear_backward(
@@ -267,7 +261,7 @@ def after_linear_backward(
     state: LayerState,
     need: LayerNeeds,
     keep: LayerKept,
-    own: list[Tensor | None],
+    own: LayerGrads,
     seed: int | Tensor | None,
     position: int,
     start: int,
@@ -276,7 +270,7 @@ def after_linear_backward(
 ) -> Steps[Tensor]:
     """Backward of ``after_linear``, activation included: ``d``, ``(rows, n, H)``, may be overwritten.
 
-    ``own``: the layer's gradients in the order of ``LayerTensors``, those of norm and slope are accumulated.
+    ``own``: the layer's gradients, those of norm and slope are accumulated.
     ``replayed``: the layer, if it is one to be replayed, or up to its dropout.
     """
     _, act, normed = replayed or (None, keep.act, None)
@@ -294,12 +288,12 @@ def after_linear_backward(
         saved = BatchNormSaved(keep.dice_mean, keep.dice_var)
         wanted = bool(need.tensors.slope)
         d, ds = dice_backward(d, keep.act, tensor.slope, state.dice, saved, alpha_grad=wanted)
-        accumulate(own, 4, ds)
+        own.slope = plus(own.slope, ds)
     elif spec.activation.name != "identity":
         assert act is not None
         wanted = bool(need.tensors.slope)
         ds = activation_backward(d, act, spec.activation, tensor.slope, slope_grad=wanted)
-        accumulate(own, 4, ds)
+        own.slope = plus(own.slope, ds)
     act = None
     if state.norm is not None and spec.norm_position == "before":
         d = yield from _norm_backward(d, normed, tensor, state, need, keep, own, shared, position)
@@ -344,14 +338,13 @@ def mlp_backward(
     kept: Sequence[LayerKept],
     last: Replayed | None,
     d: Tensor,
-    grads: Sequence[list[Tensor | None]],
+    grads: Sequence[LayerGrads],
     dslots: SlotGrads,
     shared: Shared | None,
 ) -> Steps[None]:
     """Backward of ``mlp_forward``: ``d``, ``(rows, n, H)``, is overwritten.
 
-    ``last``: the last layer, where it has been replayed already. ``grads``: per layer a list in the order of
-    ``LayerTensors``, filled in and accumulated over row blocks.
+    ``last``: the last layer, where it has been replayed already. ``grads``: per layer, accumulated over row blocks.
     """
     for i in range(len(plan.layers) - 1, -1, -1):
         spec, tensor, state, need, keep = plan.layers[i], tensors[i], states[i], needs[i], kept[i]
@@ -368,18 +361,18 @@ def mlp_backward(
         last = None
         d = yield from steps
         if tensor.bias is not None and need.tensors.bias:
-            accumulate(own, 1, d.view(d.shape[0], -1).sum(0).view(tensor.bias.shape))
+            own.bias = plus(own.bias, d.view(d.shape[0], -1).sum(0).view(tensor.bias.shape))
         wanted = bool(need.tensors.weight)
         if i == 0:
             dweight = slots_linear_backward(slots, rows, groups, d, tensor.weight, dslots, weight_grad=wanted)
-            accumulate(own, 0, dweight)
+            own.weight = plus(own.weight, dweight)
             return
         a = keep.a
         if wanted and a is None:
             last = replay(plan.layers[i - 1], tensors[i - 1], states[i - 1], kept[i - 1])
             a = last.output
         da, dweight = stacked_linear_backward(a, d, tensor.weight, weight_grad=wanted, below=need.below)
-        accumulate(own, 0, dweight)
+        own.weight = plus(own.weight, dweight)
         if da is None:
             return
         d = da

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ple_fast_kernels import NO_END, LayerEnd, gate_combine_bwd, grouped_data_grad, grouped_input_grad
 
+from ..grads import GateGrads, LevelGrads
 from ..plan import MLPPlan
 from ..torch_backend.barriers import run_steps
 from ..torch_backend.gate_combine import index_of
@@ -28,7 +29,7 @@ class BackwardRun(Run):
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
         """Gradients of the two sources (the second one None where it is the first) and of the flat tuple."""
         inputs, needs, plan, gate = self.inputs, self.needs, self.plan, self.inputs.gate
-        grads: list[list[Tensor | None]] = [[None] * 5 for _ in range(plan.num_layers + 1)]
+        grads = LevelGrads.none(plan.num_layers)
         out = InputGrads(self)
         weights = WeightGrads(self, grads)
         last = plan.blocks[0].layers[-1]
@@ -61,11 +62,11 @@ class BackwardRun(Run):
                 total = dlisted if dp is None else dp if dlisted is None else dp + dlisted
                 assert total is not None
                 index = index_of(offset_columns(plan), total.device)
-                grads[-1][4] = total.index_select(1, index).sum(0).to(gate.offset.dtype)
+                grads.gate.offset = total.index_select(1, index).sum(0).to(gate.offset.dtype)
         elif needs.gate.offset and gate.offset is not None:  # nothing else is asked for
-            grads[-1][4] = self._offset_grad_alone(kept, dy, dlisted)
+            grads.gate.offset = self._offset_grad_alone(kept, dy, dlisted)
         if dl is not None:
-            dl = self._logits_backward(kept, dl, grads[-1])
+            dl = self._logits_backward(kept, dl, grads.gate)
         if dh is not None:
             for j, block in enumerate(plan.blocks):
                 d = dh if len(plan.blocks) == 1 else dh[:, self.block_rows(block)]
@@ -86,7 +87,7 @@ class BackwardRun(Run):
             self._gate_backward(kept, dl, grads, out, weights)
         weights.finish()
         dx, dgate_x = out.finish()
-        return dx, dgate_x, [grad for row in grads for grad in row]
+        return dx, dgate_x, grads.flat()
 
     def _deferred_end(self, kept: BlockKept) -> LayerEnd:
         """What the mixtures did of the experts' last layer."""
@@ -129,7 +130,7 @@ class BackwardRun(Run):
         index = index_of(offset_columns(self.plan), total.device)
         return total.index_select(1, index).sum(0).to(self.inputs.gate.offset.dtype)
 
-    def _logits_backward(self, kept: BlockKept, dl: Tensor, own: list[Tensor | None]) -> Tensor:
+    def _logits_backward(self, kept: BlockKept, dl: Tensor, own: GateGrads) -> Tensor:
         """Backward of the norm of the logits."""
         norm, needs = logits_norm_of(self.inputs.gate, self.inputs.state.gate_norm), self.needs
         if norm is None:
@@ -145,7 +146,7 @@ class BackwardRun(Run):
         self,
         kept: BlockKept,
         dl: Tensor,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         out: InputGrads,
         weights: WeightGrads,
     ) -> None:
@@ -188,7 +189,7 @@ class BackwardRun(Run):
         needs: Sequence[LayerNeeds],
         kept: Sequence[LayerKept],
         d: Tensor,
-        grads: list[list[Tensor | None]],
+        grads: LevelGrads,
         out: InputGrads,
         weights: WeightGrads,
         *,
@@ -207,7 +208,7 @@ class BackwardRun(Run):
             spec, tensor, state, need, keep = mlp.layers[i], tensors[i], states[i], needs[i], kept[i]
             if not need.output:
                 return
-            own = grads[mlp.position + i]
+            own = grads.layers[mlp.position + i]
             affine = bool(need.tensors.norm_weight or need.tensors.norm_bias)
             bias_parts: Tensor | None = None
             if parts is not None and state.norm is None:

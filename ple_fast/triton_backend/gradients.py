@@ -16,6 +16,7 @@ from ple_fast_kernels import (
     weight_grad_by_width,
 )
 
+from ..grads import LevelGrads, plus
 from ..plan import LayerTensors
 from ..torch_backend.mlp import LayerNeeds
 from .run import Run, dense
@@ -92,10 +93,10 @@ class InputGrads:
 class WeightGrads:
     """Weight and bias gradients of all layers, gathered for one call of the kernels."""
 
-    def __init__(self, owner: Run, grads: list[list[Tensor | None]]) -> None:
+    def __init__(self, owner: Run, grads: LevelGrads) -> None:
         self.owner, self.grads = owner, grads
         self.entries: list[WeightGrad] = []
-        self.positions: list[int] = []
+        self.positions: list[int | None] = []
         self.has_gates = False
 
     def add(
@@ -113,7 +114,7 @@ class WeightGrads:
         weight, bias = bool(need.tensors.weight), tensor.bias is not None and bool(need.tensors.bias)
         if bias_parts is not None:
             assert tensor.bias is not None
-            self.grads[position][1] = column_sums_merge(bias_parts, tensor.bias)
+            self.grads.layers[position].bias = column_sums_merge(bias_parts, tensor.bias)
             bias = False
         gate_weight, gate_bias = self._gates_wanted() if dl is not None else (False, False)
         if dl is not None:
@@ -147,7 +148,7 @@ class WeightGrads:
                     dl.unsqueeze(1) if a is None else a, None, (), False, False, dl, self.owner.runs, weight, bias
                 )
             )
-            self.positions.append(-1)
+            self.positions.append(None)
 
     def _gates_wanted(self) -> tuple[bool, bool]:
         gate, needs = self.owner.inputs.gate, self.owner.needs.gate
@@ -158,11 +159,10 @@ class WeightGrads:
         dtype = self.owner.inputs.layers[0].weight.dtype
         results: list[WeightGradResult] = grouped_weight_grads(self.entries, dtype, precision=self.owner.precision)
         for position, result in zip(self.positions, results, strict=True):
-            for row, index, grad in (
-                (position, 0, result.weight),
-                (position, 1, result.bias),
-                (-1, 0, result.gate_weight),
-                (-1, 1, result.gate_bias),
-            ):
-                if grad is not None:
-                    self.grads[row][index] = grad
+            if position is not None:
+                own = self.grads.layers[position]
+                own.weight = plus(own.weight, result.weight)
+                own.bias = plus(own.bias, result.bias)
+            gate = self.grads.gate
+            gate.weight = plus(gate.weight, result.gate_weight)
+            gate.bias = plus(gate.bias, result.gate_bias)

@@ -22,9 +22,9 @@ from ple_fast_kernels import (
     norm_sums_merge,
 )
 
+from ..grads import GateGrads, LayerGrads, plus
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
-from ..torch_backend.mlp import accumulate
 from .run import IDENTITY, dense
 
 
@@ -166,7 +166,7 @@ def end_of(
 
 
 def end_backward(
-    d: Tensor, read: Tensor | None, norm: NormOf | None, end: LayerEnd, own: list[Tensor | None], *, affine: bool
+    d: Tensor, read: Tensor | None, norm: NormOf | None, end: LayerEnd, own: LayerGrads | GateGrads, *, affine: bool
 ) -> Tensor:
     """Gradient of a layer's product, of ``d``, that of its output.
 
@@ -179,8 +179,8 @@ def end_backward(
     assert read is not None
     if norm.state.kind == "layer":
         d, dweight, dbias = layer_norm_grad(d, read, end, affine_grad=affine)
-        accumulate(own, 2, dweight)
-        accumulate(own, 3, dbias)
+        own.norm_weight = plus(own.norm_weight, dweight)
+        own.norm_bias = plus(own.norm_bias, dbias)
         return d
     parts = batch_norm_sums(d, read, end) if affine or norm.state.batch else None
     return from_sums(d, read, parts, norm, end, own, affine=affine)
@@ -197,7 +197,7 @@ def from_sums(
     parts: Tensor | None,
     norm: NormOf,
     end: LayerEnd,
-    own: list[Tensor | None],
+    own: LayerGrads | GateGrads,
     *,
     affine: bool,
 ) -> Tensor:
@@ -206,6 +206,6 @@ def from_sums(
     if parts is not None and (affine or norm.state.batch):
         like = end.weight if affine else None
         dweight, dbias, means = norm_sums_merge(parts, z.shape[0], like, means=norm.state.batch)
-        accumulate(own, 2, dweight)
-        accumulate(own, 3, dbias)
+        own.norm_weight = plus(own.norm_weight, dweight)
+        own.norm_bias = plus(own.norm_bias, dbias)
     return layer_end_grad(d, z, end, means)

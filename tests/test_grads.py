@@ -1,0 +1,32 @@
+"""Gradients by name: their order is that of the tensors, and sums stand in the memory of the first summand."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from ple_fast.grads import GateGrads, LayerGrads, LevelGrads, plus
+from ple_fast.plan import GateTensors, LayerTensors, flatten
+
+
+def test_gradients_have_the_names_and_the_order_of_the_tensors() -> None:
+    assert tuple(f.name for f in fields(LayerGrads)) == LayerTensors._fields
+    assert tuple(f.name for f in fields(GateGrads)) == GateTensors._fields
+    grads = LevelGrads.none(3)
+    assert grads.flat() == [None] * 20
+    numbers = [torch.tensor(float(i)) for i in range(20)]
+    for i, row in enumerate([*grads.layers, grads.gate]):
+        for j, field in enumerate(fields(row)):
+            setattr(row, field.name, numbers[5 * i + j])
+    assert grads.flat() == numbers
+    rows = [tuple(numbers[i : i + 5]) for i in (0, 5, 10, 15)]
+    assert [*flatten([LayerTensors(*row) for row in rows[:3]], GateTensors(*rows[3]))] == numbers
+
+
+def test_nothing_is_zero_and_a_sum_stands_in_the_memory_of_the_first_summand() -> None:
+    one, row = torch.ones(3), torch.tensor([[1.0, 2.0, 3.0]])
+    assert plus(None, None) is None
+    assert plus(one, None) is one and plus(None, one) is one
+    total = plus(one, row)
+    assert total is one and total.tolist() == [2.0, 3.0, 4.0], "of any shape of as many elements"
