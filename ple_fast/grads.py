@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 
-@dataclass(slots=True)
 class LayerGrads:
     """Of the tensors of one layer, ``LayerTensors`` in ``plan.py``; None: 0, or not wanted."""
 
+    # Attributes of the class: a call of few rows makes several of these, and an initialiser would take most of it.
     weight: Tensor | None = None
     bias: Tensor | None = None
     norm_weight: Tensor | None = None
@@ -18,7 +16,6 @@ class LayerGrads:
     slope: Tensor | None = None
 
 
-@dataclass(slots=True)
 class GateGrads:
     """Of the tensors that end the gates, ``GateTensors`` in ``plan.py``; None: 0, or not wanted."""
 
@@ -29,17 +26,12 @@ class GateGrads:
     offset: Tensor | None = None
 
 
-@dataclass(slots=True)
 class LevelGrads:
-    """Of all layers, those of hidden gates last, and of the gates' end."""
+    """Of ``num_layers`` layers, those of hidden gates last, and of the gates' end; nothing so far."""
 
-    layers: list[LayerGrads]
-    gate: GateGrads = field(default_factory=GateGrads)
-
-    @classmethod
-    def none(cls, num_layers: int) -> LevelGrads:
-        """Nothing so far."""
-        return cls([LayerGrads() for _ in range(num_layers)])
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerGrads() for _ in range(num_layers)]
+        self.gate = GateGrads()
 
     def flat(self) -> list[Tensor | None]:
         """In the order of ``plan.flatten``."""

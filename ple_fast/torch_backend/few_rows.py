@@ -152,7 +152,7 @@ def few_rows_train_backward(
     """Gradients of ``x`` and, in the order of ``flatten``, of the level's tensors, each if wanted."""
     specs, gate_weight = plan.blocks[0].layers, gate.weight
     rows, at = x.shape[0], len(kept)
-    grads = LevelGrads.none(len(specs))
+    grads = LevelGrads(len(specs))
     first = grads.layers[0]
     assert gate_weight is not None
     d = mix(plan, kept[0], dy, backward=True).transpose(0, 1)

@@ -507,7 +507,7 @@ def level_backward(
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
     run = Run(inputs, needs)
     blocks = run.blocks
-    grads = LevelGrads.none(inputs.plan.num_layers)
+    grads = LevelGrads(inputs.plan.num_layers)
     dx = SlotGrads(inputs.x, needs.x)
     dgate_x = dx if inputs.gate_x is inputs.x else SlotGrads(inputs.gate_x, needs.gate_x)
     if run.waits and not kept:

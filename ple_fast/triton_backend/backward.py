@@ -29,7 +29,7 @@ class BackwardRun(Run):
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
         """Gradients of the two sources (the second one None where it is the first) and of the flat tuple."""
         inputs, needs, plan, gate = self.inputs, self.needs, self.plan, self.inputs.gate
-        grads = LevelGrads.none(plan.num_layers)
+        grads = LevelGrads(plan.num_layers)
         out = InputGrads(self)
         weights = WeightGrads(self, grads)
         last = plan.blocks[0].layers[-1]
