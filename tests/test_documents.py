@@ -22,6 +22,7 @@ ON_RANKS = {SCALE, "docs/torchrec.md"}  # run below, and by tests/test_torchrec.
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in DOCUMENTS if name not in ON_RANKS],
 )
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # docs/serving.md says that there may be some
 def test_the_snippets_of_a_document_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_document(name)

@@ -213,7 +213,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_exactly(tmp_p
     resumed = torchrun(2, program, *SETTINGS, *out)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumed after {SAVED} batches." in resumed.stdout
-    assert f"{BATCHES}/{BATCHES}" in resumed.stdout
+    assert curve(tmp_path / "killed").isfinite().all(), "of all batches"
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
     scores = [line for line in straight.stdout.splitlines() if line.startswith("AUC on the test data, ")]
     assert len(scores) == 2
