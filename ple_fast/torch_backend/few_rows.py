@@ -12,8 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..grads import LevelGrads
-from ..plan import GateTensors, LayerTensors, LevelPlan, LevelState, NormState, check_shapes
+from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState, check_shapes
 from .activations import activation_backward, activation_forward, from_output
 from .gate_combine import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
@@ -152,8 +151,7 @@ def few_rows_train_backward(
     """Gradients of ``x`` and, in the order of ``flatten``, of the level's tensors, each if wanted."""
     specs, gate_weight = plan.blocks[0].layers, gate.weight
     rows, at = x.shape[0], len(kept)
-    grads = LevelGrads(len(specs))
-    first = grads.layers[0]
+    grads: list[Tensor | None] = [None] * (WIDTH * (len(specs) + 1))
     assert gate_weight is not None
     d = mix(plan, kept[0], dy, backward=True).transpose(0, 1)
     dlogits = None
@@ -169,9 +167,9 @@ def few_rows_train_backward(
         if i > 0:
             if want_tensors:
                 below = kept[at - 1 if from_output(specs[i - 1].activation) else at - 2]
-                grads.layers[i].weight = torch.bmm(d.transpose(1, 2), below)
+                grads[WIDTH * i] = torch.bmm(d.transpose(1, 2), below)
                 if layers[i].bias is not None:
-                    grads.layers[i].bias = d.sum(1)
+                    grads[WIDTH * i + 1] = d.sum(1)
             d = torch.bmm(d, layers[i].weight)
     assert dlogits is not None
     weight = layers[0].weight
@@ -180,9 +178,9 @@ def few_rows_train_backward(
     if want_tensors:
         # Of one row the sum is the row itself.
         if layers[0].bias is not None:
-            first.bias = (d if rows == 1 else d.sum(0)).view(count, units)
+            grads[1] = (d if rows == 1 else d.sum(0)).view(count, units)
         if gate.bias is not None:
-            grads.gate.bias = dlogits.view(-1) if rows == 1 else dlogits.sum(0)
+            grads[1 - WIDTH] = dlogits.view(-1) if rows == 1 else dlogits.sum(0)
     dx = None
     if x.dim() == 2:
         if want_tensors:
@@ -190,25 +188,25 @@ def few_rows_train_backward(
                 dweight = linear(d.t().contiguous(), x.t())
             else:
                 dweight = torch.mm(d.t(), x)
-            first.weight = dweight.view(count, units, width)
-            grads.gate.weight = torch.mm(dlogits.t(), x)
+            grads[0] = dweight.view(count, units, width)
+            grads[-WIDTH] = torch.mm(dlogits.t(), x)
         if want_x:
             dx = linear(d, weight.reshape(-1, width).t())
             torch.addmm(dx, dlogits, gate_weight, out=dx)
-        return dx, grads.flat()
+        return dx, grads
     slots, mixtures = x.shape[1], plan.topology.num_mixtures
     d = d.view(rows, slots, -1).transpose(0, 1)
     dlogits = dlogits.view(rows, mixtures, -1).transpose(0, 1)
     if want_tensors:
         x = x.transpose(0, 1)
-        first.weight = torch.bmm(d.transpose(1, 2), x).view(count, units, width)
-        grads.gate.weight = torch.bmm(dlogits.transpose(1, 2), x[:mixtures]).view(-1, width)
+        grads[0] = torch.bmm(d.transpose(1, 2), x).view(count, units, width)
+        grads[-WIDTH] = torch.bmm(dlogits.transpose(1, 2), x[:mixtures]).view(-1, width)
     if want_x:
         dx = torch.empty((rows, slots, width), dtype=d.dtype, device=d.device)
         by_slot = torch.bmm(d, weight.reshape(slots, -1, width), out=dx.transpose(0, 1))
         by_gate = by_slot[:mixtures]
         torch.baddbmm(by_gate, dlogits, gate_weight.reshape(mixtures, -1, width), out=by_gate)
-    return dx, grads.flat()
+    return dx, grads
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
