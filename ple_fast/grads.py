@@ -5,24 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 
-class LayerGrads:
-    """Of the tensors of one layer, ``LayerTensors`` in ``plan.py``; None: 0, or not wanted."""
+class RowGrads:
+    """Of a weight and what belongs to it; None: 0, or not wanted."""
 
-    # Attributes of the class: a call of few rows makes several of these, and an initialiser would take most of it.
+    # Attributes of the class: a call makes several of these, and an initialiser would take most of it.
     weight: Tensor | None = None
     bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+
+
+class LayerGrads(RowGrads):
+    """Of the tensors of one layer, ``LayerTensors`` in ``plan.py``."""
+
     slope: Tensor | None = None
 
 
-class GateGrads:
-    """Of the tensors that end the gates, ``GateTensors`` in ``plan.py``; None: 0, or not wanted."""
+class GateGrads(RowGrads):
+    """Of the tensors that end the gates, ``GateTensors`` in ``plan.py``."""
 
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
     offset: Tensor | None = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import torch
 
 from ple_fast.grads import GateGrads, LayerGrads, LevelGrads, plus
@@ -9,13 +11,13 @@ from ple_fast.plan import GateTensors, LayerTensors, flatten
 
 
 def test_gradients_have_the_names_and_the_order_of_the_tensors() -> None:
-    assert tuple(LayerGrads.__annotations__) == LayerTensors._fields
-    assert tuple(GateGrads.__annotations__) == GateTensors._fields
+    assert tuple(get_type_hints(LayerGrads)) == LayerTensors._fields
+    assert tuple(get_type_hints(GateGrads)) == GateTensors._fields
     grads = LevelGrads(3)
     assert grads.flat() == [None] * 20
     numbers = [torch.tensor(float(i)) for i in range(20)]
     for i, row in enumerate([*grads.layers, grads.gate]):
-        for j, name in enumerate(type(row).__annotations__):
+        for j, name in enumerate(get_type_hints(type(row))):
             setattr(row, name, numbers[5 * i + j])
     assert grads.flat() == numbers
     rows = [tuple(numbers[i : i + 5]) for i in (0, 5, 10, 15)]

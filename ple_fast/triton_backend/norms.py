@@ -22,7 +22,7 @@ from ple_fast_kernels import (
     norm_sums_merge,
 )
 
-from ..grads import GateGrads, LayerGrads, plus
+from ..grads import RowGrads, plus
 from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
 from .run import IDENTITY, dense
@@ -166,7 +166,7 @@ def end_of(
 
 
 def end_backward(
-    d: Tensor, read: Tensor | None, norm: NormOf | None, end: LayerEnd, own: LayerGrads | GateGrads, *, affine: bool
+    d: Tensor, read: Tensor | None, norm: NormOf | None, end: LayerEnd, own: RowGrads, *, affine: bool
 ) -> Tensor:
     """Gradient of a layer's product, of ``d``, that of its output.
 
@@ -197,7 +197,7 @@ def from_sums(
     parts: Tensor | None,
     norm: NormOf,
     end: LayerEnd,
-    own: LayerGrads | GateGrads,
+    own: RowGrads,
     *,
     affine: bool,
 ) -> Tensor:
