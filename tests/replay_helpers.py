@@ -69,3 +69,16 @@ class Addressed:
         count = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
         return torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)
+
+
+@pytest.fixture
+def repeats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry per call that was repeated."""
+    return count_repeats(monkeypatch)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What launches are given."""
+    launch_by(request.param, monkeypatch)
+    return str(request.param)

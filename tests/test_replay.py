@@ -15,23 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.replay_helpers import KINDS, count_repeats, launch_by, launching, replay
+from tests.replay_helpers import kind, launching, repeats, replay
 
 pytest.importorskip("triton")
+__all__ = ["kind", "repeats"]  # fixtures
 batch_norm = importlib.import_module("ple_fast_kernels.batch_norm")
-
-
-@pytest.fixture
-def repeats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry per call that was repeated."""
-    return count_repeats(monkeypatch)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What launches are given."""
-    launch_by(request.param, monkeypatch)
-    return str(request.param)
 
 
 def kernel(parts: Tensor, means: Tensor) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ple_fast import PLE, MLMMoE, use_backend
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, level, randomise
-from tests.replay_helpers import KINDS, count_repeats, launch_by, replay
+from tests.replay_helpers import kind, repeats, replay
 
 pytest.importorskip("triton")
+__all__ = ["kind", "repeats"]  # fixtures
 tiles = importlib.import_module("ple_fast_kernels._tiles")
 
 
@@ -25,19 +26,6 @@ tiles = importlib.import_module("ple_fast_kernels._tiles")
 def _in_kernels() -> Iterator[None]:
     with use_backend("triton"):
         yield
-
-
-@pytest.fixture
-def repeats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry per call that was repeated."""
-    return count_repeats(monkeypatch)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What launches are given."""
-    launch_by(request.param, monkeypatch)
-    return str(request.param)
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor | None = None) -> list[Tensor | None]:
