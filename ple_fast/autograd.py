@@ -5,17 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .autocast import end_step, without_autocast
-from .plan import LevelPlan, LevelState, unflatten
-from .torch_backend import composed
+from .call import LevelCall
+from .tensors import unflatten
+from .torch_backend import differentiable
 from .torch_backend import level as by_hand
 from .torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward
-from .torch_backend.slots import Place, Slots
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[[Tensor | None, Tensor | None], Gradients]
@@ -28,79 +28,45 @@ def _in_kernels() -> Any:
     return level
 
 
-class LevelCall(NamedTuple):
-    """What one call of a level consists of besides its tensors."""
+def arithmetic_of(call: LevelCall) -> Any:
+    """The module with ``level_forward`` and ``level_backward``."""
+    return by_hand if call.backend == "torch" else _in_kernels()
 
-    plan: LevelPlan
-    state: LevelState
-    places: tuple[Place, ...]
-    """Of the slots, among the first tensors."""
-    num_x: int
-    gate_places: tuple[Place, ...] | None
-    """Of the gates' slots, among the tensors that follow; None where the gates read what the experts read."""
-    num_gate_x: int
-    listed: bool
-    """Whether the weights are an output."""
-    recompute: bool
-    backend: str = "torch"
-    """``"torch"`` or ``"triton"``; backward runs where forward ran."""
-    few_rows: bool = False
-    """The short path: one input tensor, weights not listed, and every tensor of the level requires a gradient."""
 
-    def arithmetic(self) -> Any:
-        """The module with ``level_forward`` and ``level_backward``."""
-        return by_hand if self.backend == "torch" else _in_kernels()
+def _repeated(
+    call: LevelCall,
+    arithmetic: Callable[[], Gradients],
+    what: str,
+    tensors: Sequence[Tensor | None],
+    needed: tuple[bool, ...] | None = None,
+) -> Gradients:
+    """The results of ``arithmetic``, the pass ``what`` of the call, which reads ``tensors`` and the call's state.
 
-    def inputs(self, tensors: Sequence[Tensor | None]) -> by_hand.LevelInput:
-        """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""
-        x = Slots(tensors[: self.num_x], self.places)  # type: ignore[arg-type]  # inputs are never None
-        gate_x, start = x, self.num_x + self.num_gate_x
-        if self.gate_places is not None:
-            gate_x = Slots(tensors[self.num_x : start], self.gate_places)  # type: ignore[arg-type]
-        layers, gate = unflatten(tensors[start:])
-        return by_hand.LevelInput(self.plan, layers, gate, self.state, x, gate_x)
-
-    def repeated(
-        self,
-        arithmetic: Callable[[], Gradients],
-        what: str,
-        tensors: Sequence[Tensor | None],
-        needed: tuple[bool, ...] | None = None,
-    ) -> Gradients:
-        """The results of ``arithmetic``, the pass ``what`` of this call, which reads ``tensors`` and the call's state.
-
-        On Triton what it launches is not decided anew at every call of one form.
-        """
-        if self.backend == "torch" or self.num_x > 1 or self.num_gate_x > 1:  # how slots lie in memory decides, too
-            return arithmetic()
-        decided_by = (
-            what, needed, self.plan, self.places, self.gate_places, self.num_gate_x, self.listed, self.recompute
-        )  # fmt: skip
-        repeated: Callable[..., Gradients] = self.arithmetic().repeated
-        return repeated(decided_by, self.state, tensors, arithmetic)
-
-    def needs(self, needed: tuple[bool, ...]) -> by_hand.LevelNeeds:
-        """Needs of backward, from one bool per tensor."""
-        start = self.num_x + self.num_gate_x
-        x = needed[: self.num_x]
-        gate_x = x if self.gate_places is None else needed[self.num_x : start]
-        return by_hand.level_needs(self.plan, self.places, self.gate_places or self.places, x, gate_x, needed[start:])
+    On Triton what it launches is not decided anew at every call of one form.
+    """
+    if call.backend == "torch" or call.num_x > 1 or call.num_gate_x > 1:  # how slots lie in memory decides, too
+        return arithmetic()
+    decided_by = (
+        what, needed, call.plan, call.places, call.gate_places, call.num_gate_x, call.listed, call.recompute
+    )  # fmt: skip
+    repeated: Callable[..., Gradients] = _in_kernels().repeated
+    return repeated(decided_by, call.state, tensors, arithmetic)
 
 
 def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bool = False) -> tuple[Tensor, Tensor]:
     """The level in differentiable operators; ``again``: a repeated forward, which moves no statistics."""
     i = call.inputs(tensors)
-    return composed.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
+    return differentiable.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
 
 
 def run_without_grad(call: LevelCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """The level where no backward follows."""
 
     def run() -> Gradients:
-        y, listed, _ = call.arithmetic().level_forward(call.inputs(tensors), None, listed=call.listed)
+        y, listed, _ = arithmetic_of(call).level_forward(call.inputs(tensors), None, listed=call.listed)
         return y, listed
 
-    y, listed = call.repeated(run, "inference", tensors)
+    y, listed = _repeated(call, run, "inference", tensors)
     return cast(Tensor, y), listed
 
 
@@ -120,11 +86,11 @@ class ExtractionLevelFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
 
         def run() -> Gradients:
-            needs = None if call.recompute else call.needs(needed)
-            y, listed, kept = call.arithmetic().level_forward(call.inputs(tensors), needs, listed=call.listed)
-            return y, listed, *by_hand.flatten_kept(kept)
+            wants = None if call.recompute else call.wants(needed)
+            y, listed, kept = arithmetic_of(call).level_forward(call.inputs(tensors), wants, listed=call.listed)
+            return y, listed, *kept
 
-        done = call.repeated(run, "forward", tensors, needed)
+        done = _repeated(call, run, "forward", tensors, needed)
         state: Sequence[Tensor] = ()
         if call.plan.has_state:
             state = call.state.read_by_backward()
@@ -180,12 +146,12 @@ def _by_hand_backward(
         return dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
 
     def run() -> Gradients:
-        inputs, kept = call.inputs(tensors), by_hand.unflatten_kept(call.plan, flat)
-        dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, call.needs(needed), kept, dy, dlisted)
+        inputs, wants = call.inputs(tensors), call.wants(needed)
+        dx, dgate_x, dtensors = arithmetic_of(call).level_backward(inputs, wants, flat, dy, dlisted)
         grads = (*dx, *dgate_x, *dtensors)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
-    return call.repeated(run, "backward", (*tensors, *flat, dy, dlisted), needed)
+    return _repeated(call, run, "backward", (*tensors, *flat, dy, dlisted), needed)
 
 
 class _OneByOne(torch.autograd.Function):

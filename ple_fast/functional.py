@@ -12,15 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .autocast import autocast_dtype, cast_once
-from .autograd import ExtractionLevelFunction, LevelCall, run_composed, run_without_grad
+from .autograd import ExtractionLevelFunction, run_composed, run_without_grad
 from .backend import Choice, is_exporting, note, resolve
+from .call import LevelCall
 from .checks import check_input, shape_of
 from .ops import run_op
-from .plan import NO_STATE, GateTensors, LayerTensors, LevelPlan, LevelState, check_shapes, flatten
-from .torch_backend import composed
+from .plan import LevelPlan
+from .slots import Place, Slots
+from .state import NO_STATE, LevelState
+from .tensors import GateTensors, LayerTensors, check_shapes, flatten
+from .torch_backend import differentiable
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
-from .torch_backend.gate_combine import combine_dense
-from .torch_backend.slots import Place, Slots
+from .torch_backend.mix import combine_dense
 
 Input = Tensor | Sequence[Tensor]
 _TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -247,8 +250,8 @@ def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tens
     if autocast is not None:
         tensors, weight, bias = tuple(t.to(autocast) for t in tensors), weight.to(autocast), _cast(bias, autocast)
     if len(tensors) == 1 and tensors[0].dim() == 3:
-        return composed.stacked_linear(tensors[0], weight, bias)
-    return composed.grouped_linear(Slots(tensors, places), range(count), weight, bias)
+        return differentiable.stacked_linear(tensors[0], weight, bias)
+    return differentiable.grouped_linear(Slots(tensors, places), range(count), weight, bias)
 
 
 def gate_combine(h: Tensor, weights: Tensor) -> Tensor:

@@ -36,6 +36,16 @@ class Activation(NamedTuple):
     value: float = 0.0
 
 
+LEARNED = ("prelu", "dice", "row_dice")
+"""Activations that have a learned parameter."""
+
+
+def from_output(activation: Activation) -> bool:
+    """Whether the derivative follows from the output, so that the input need not be kept."""
+    name, value = activation
+    return name in ("identity", "relu", "tanh", "sigmoid") or (name == "leaky_relu" and value > 0)
+
+
 _DEFAULT_VALUE = {"leaky_relu": 0.01, "prelu": 0.25, "dice": 1e-8, "row_dice": 1e-3}
 _ALIASES = {
     "linear": "identity",

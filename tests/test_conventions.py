@@ -24,7 +24,10 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("scalars", "references"),
     ("topology", "specs"),
-    ("reference", "checks", "backend", "autocast", "plan", "grads"),
+    ("reference", "checks", "backend", "autocast", "plan", "grads", "slots", "state"),
+    ("tensors",),
+    ("call",),
+    ("saved",),
     ("torch_backend",),
     ("triton_backend",),
     ("autograd",),

@@ -13,7 +13,7 @@ from torch_rechub.models.multi_task.ple import CGC
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology, accelerate, restore
 from ple_fast.convert import mixtures
-from ple_fast.torch_backend.slots import Place, Slots
+from ple_fast.slots import Place, Slots
 from tests import test_convert_deepctr_torch as deepctr
 from tests.peers import fuxictr, mtreclib, torcheasyrec
 from tests.swap_proof import assert_near, flat, grads, shaken

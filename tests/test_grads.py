@@ -7,7 +7,7 @@ from typing import get_type_hints
 import torch
 
 from ple_fast.grads import GateGrads, LayerGrads, LevelGrads, plus
-from ple_fast.plan import GateTensors, LayerTensors, flatten
+from ple_fast.tensors import GateTensors, LayerTensors, flatten
 
 
 def test_gradients_have_the_names_and_the_order_of_the_tensors() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ple_fast import CGC, PLE, SingleTask, use_backend
 from ple_fast.reference import PLEReference
-from ple_fast.torch_backend import few_rows, grouped_linear, products, slots
+from ple_fast.torch_backend import few_rows, grouped_linear, input_grads, products
 from soak import places
 from soak.make_ups import Trial, draw_trial
 from tests.conftest import HAS_TRITON
@@ -34,7 +34,7 @@ def test_places_in_thousands_of_random_levels_are_the_references() -> None:
 @pytest.fixture
 def products_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product of float32 goes to oneDNN, however small and on whatever processor."""
-    for module in (products, few_rows, grouped_linear, slots):
+    for module in (products, few_rows, grouped_linear, input_grads):
         monkeypatch.setattr(module, "LINEAR_WORK", 0)
     monkeypatch.setattr(products, "GROUPED_ROWS", 0)
     monkeypatch.setattr(products, "TURNED_ROWS", 0)

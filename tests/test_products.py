@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ple_fast import GateSpec, MLPSpec
-from ple_fast.torch_backend import grouped_linear, products, slots
+from ple_fast.torch_backend import grouped_linear, input_grads, products
 from tests.helpers import TOPOLOGIES, compare_low_precision, draw, level
 
 onednn_runs = pytest.mark.skipif(
@@ -24,7 +24,7 @@ def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Every product goes to oneDNN, however small it is; or none does."""
     chosen = bool(request.param)
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: chosen)
-    for module in (products, slots, grouped_linear):
+    for module in (products, input_grads, grouped_linear):
         for limit in {"LINEAR_WORK", "GROUPED_ROWS", "TURNED_ROWS"} & vars(module).keys():
             monkeypatch.setattr(module, limit, 0)
     return chosen

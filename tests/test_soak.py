@@ -17,8 +17,9 @@ from benchmarks.environment import ROOT
 from ple_fast.model import MultiTaskModel, storage
 from ple_fast.model.trunks import TRUNKS
 from ple_fast.modules import layers
-from ple_fast.plan import LevelPlan, NormState
-from ple_fast.torch_backend import gate_combine, mlp
+from ple_fast.plan import LevelPlan
+from ple_fast.state import NormState
+from ple_fast.torch_backend import layer, mix
 from ple_fast.torch_backend.dropout import keep_mask
 from soak import levels, memory
 from soak.make_ups import WAYS, draw_trial
@@ -68,12 +69,12 @@ def test_saves_that_are_killed_leave_a_whole_model() -> None:
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every gate, by a hundred-millionth."""
-    right = gate_combine.gate_softmax_backward
+    right = mix.gate_softmax_backward
 
     def wrong(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor:
         return right(plan, d, weights) * (1 + 1e-8)
 
-    for module in ("few_rows", "gate_combine"):
+    for module in ("few_rows", "mix"):
         monkeypatch.setattr(f"ple_fast.torch_backend.{module}.gate_softmax_backward", wrong)
 
 
@@ -94,7 +95,7 @@ def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(seed: int, position: int, start: int, like: Tensor, p: float) -> Tensor:
         return keep_mask(seed, position + 1, start, like, p)
 
-    monkeypatch.setattr(mlp, "keep_mask", wrong)
+    monkeypatch.setattr(layer, "keep_mask", wrong)
 
 
 @pytest.mark.parametrize("put_in", [wrong_gradient, wrong_statistics, wrong_mask])
@@ -113,12 +114,12 @@ def test_low_precision_is_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = [seed for seed in range(300) if draw_trial(seed).dtype == torch.bfloat16 and draw_trial(seed).rows > 5]
     for seed in seeds[:4]:
         levels.check(draw_trial(seed))
-    right = gate_combine.combine
+    right = mix.combine
 
     def wrong(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
         return right(plan, weights, h) * 1.05
 
-    monkeypatch.setattr(gate_combine, "combine", wrong)
+    monkeypatch.setattr(mix, "combine", wrong)
     found = next(failure for seed in seeds if (failure := next(levels.run(seed, 1, {}))) is not None)
     assert re.search(r"error .*, plain PyTorch .*, bound", found)
 

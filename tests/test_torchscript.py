@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import PLE
-from ple_fast.torch_backend.gate_combine import _cached_index
+from ple_fast.torch_backend.mix import _cached_index
 from tests.test_serving import TRUNKS, Model, assert_equal_to_pytorch, build, some
 
 # Of checks of shapes, which are no part of the program, and of what PyTorch no longer recommends.

@@ -9,7 +9,7 @@ import torch
 
 from ple_fast import GateSpec, MLPSpec, Topology
 from ple_fast.plan import LevelPlan
-from ple_fast.torch_backend.slots import Place, Slots
+from ple_fast.slots import Place, Slots
 
 pytest.importorskip("triton")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import NormState
 from ..specs import GateSpec, LayerSpec, MLPSpec
+from ..state import NormState
 from ..torch_backend.folding import fold_input, fold_output, scale_and_shift
 from .layers import (
     ExpertBlock,

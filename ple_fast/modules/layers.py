@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_more_than_one
-from ..plan import NO_STATE, GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
+from ..state import NO_STATE, LayerState, NormState
+from ..tensors import GateTensors, LayerTensors
 from .plain import row_dice
 from .uncalled import StackedModules, Uncalled, computed_tensor
 

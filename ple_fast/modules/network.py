@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..checks import check_dtype
 from ..functional import Input, extraction_level, must_compose
-from ..plan import LevelPlan, LevelState
+from ..plan import LevelPlan
 from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
+from ..state import LevelState
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference

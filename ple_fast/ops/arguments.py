@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..autograd import LevelCall
-from ..plan import LayerState, LevelPlan, LevelState, NormState
-from ..torch_backend.slots import Place
+from ..call import LevelCall
+from ..plan import LevelPlan
+from ..slots import Place
+from ..state import LayerState, LevelState, NormState
 
 NONE, LAYER, RUNNING, BATCH, MOVING = range(5)
 """Norms in a list of numbers: by running statistics, by the batch's, or by those, which running ones take up."""

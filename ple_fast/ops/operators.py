@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..autograd import LevelCall
+from ..autograd import arithmetic_of
 from ..backend import require_triton
-from ..plan import LevelState
+from ..call import LevelCall, LevelInput, Wants
+from ..saved import Saved, saved_by_kernels, saved_by_rows
+from ..slots import rows_of
+from ..state import LevelState
 from ..torch_backend import level as by_hand
 from ..torch_backend.dropout import draw_seed
 from ..torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves, serves_state
+from ..torch_backend.layer import RowBlock
 from ..torch_backend.norms import take_up
 from .arguments import Arguments, arguments_of, for_backward, numbers_of, statistics_of
-from .kernel_layout import empty, kernel_layout, pack, unpack
-from .rows_layout import Keeper, blocks_of, rows_layout
 
 _INPUTS = (
     "Tensor[] x, int[] places, Tensor[] gate_x, int[] gate_places, Tensor?[] tensors, Tensor[] statistics,"
@@ -60,9 +62,32 @@ def _forward(*arguments: Any) -> Forward:
         else:
             y, weights, _ = by_hand.level_forward(inputs, None, listed=listed)
         return y, y.new_empty(0) if weights is None else weights, [], moments
-    keeper = Keeper(rows_layout(given, needed), inputs)
-    y, weights, _ = by_hand.level_forward(inputs, call.needs(tuple(needed)), listed=listed, take=keeper.take)
-    return y, y.new_empty(0) if weights is None else weights, keeper.entries, moments
+    wants = call.wants(tuple(needed))
+    keeper = _Keeper(saved_by_rows(call.plan, wants, call.state.kind()), inputs)
+    y, weights, _ = by_hand.level_forward(inputs, wants, listed=listed, take=keeper.take)
+    return y, y.new_empty(0) if weights is None else weights, keeper.kept, moments
+
+
+class _Keeper:
+    """Takes what each row block keeps, while it is in cache, and has it as whole tensors in the end."""
+
+    def __init__(self, saved: Saved, inputs: LevelInput) -> None:
+        self._saved, self._inputs = saved, inputs
+        self.kept: list[Tensor] = []
+
+    def take(self, block: RowBlock) -> None:
+        parts = [part for part in block.kept if part is not None]
+        assert len(parts) == len(self._saved.values)
+        batch = self._inputs.x.batch
+        if block.rows == slice(0, batch):
+            # Results of an operator are contiguous, as tracers are told, and share no memory.
+            self.kept = [part.contiguous() for part in parts]
+            assert len({part.untyped_storage().data_ptr() for part in self.kept}) == len(parts)
+            return
+        if not self.kept:
+            self.kept = self._saved.empty(self._inputs, batch)
+        for value, target, part in zip(self._saved.values, self.kept, parts, strict=True):
+            (rows_of(target, block.rows) if value.by_row else target).copy_(part)
 
 
 def _with_seed_read(call: LevelCall) -> LevelCall:
@@ -88,13 +113,18 @@ def _has_few_rows(given: Arguments, call: LevelCall) -> bool:
 def _forward_in_kernels(given: Arguments, needed: Sequence[bool], listed: bool) -> Forward:
     require_triton(given.x[0].device)
     call = given.call(listed=listed)
-    needs = call.needs(tuple(needed)) if any(needed) else None
-    y, weights, kept = call.arithmetic().level_forward(call.inputs(given.all_tensors), needs, listed=listed)
+    wants = call.wants(tuple(needed)) if any(needed) else None
+    y, weights, kept = arithmetic_of(call).level_forward(call.inputs(given.all_tensors), wants, listed=listed)
     if weights is None:
         weights = y.new_empty(0)
-    elif kept and weights is kept[0].gated:
+    elif any(weights is tensor for tensor in kept):
         weights = weights.clone()  # results of an operator must not share memory
-    return y, weights, [] if needs is None else pack(kernel_layout(call, tuple(needed)), call.plan, kept[0]), []
+    return y, weights, [] if wants is None else kept, []
+
+
+def _saved_of(call: LevelCall, wants: Wants) -> Saved:
+    saved = saved_by_kernels if call.backend == "triton" else saved_by_rows
+    return saved(call.plan, wants, call.state.kind())
 
 
 def _fake_forward(*arguments: Any) -> Forward:
@@ -106,10 +136,8 @@ def _fake_forward(*arguments: Any) -> Forward:
     y = like.new_empty((batch, t.num_mixtures, call.plan.blocks[0].layers[-1].units))
     weights = like.new_empty((batch, t.num_weights), dtype=wide) if listed else like.new_empty(0)
     kept: list[Tensor] = []
-    if any(needed) and given.backend == "triton":
-        kept = empty(kernel_layout(call, tuple(needed)), like, batch)
-    elif any(needed):
-        kept = rows_layout(given, needed).empty(like, batch)
+    if any(needed):
+        kept = _saved_of(call, call.wants(tuple(needed))).empty(call.inputs(given.all_tensors), batch)
     return y, weights, kept, [torch.empty_like(t) for t in given.moving()]
 
 
@@ -120,15 +148,12 @@ def _backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
         inputs_grads, flat = _fake_backward(*arguments)
         return inputs_grads, flat.zero_()
     call = _with_seed_read(given.call())
-    inputs, needs = call.inputs(given.all_tensors), call.needs(tuple(needed))
-    blocks: list[by_hand.BlockKept] = []
+    inputs, wants = call.inputs(given.all_tensors), call.wants(tuple(needed))
     if given.backend == "triton":
         require_triton(given.x[0].device)
-        if kept:
-            blocks = [unpack(kernel_layout(call, tuple(needed)), call.plan, needs, kept)]
     elif kept:
-        blocks = blocks_of(rows_layout(given, needed), inputs, kept, given.statistics)
-    dx, dgate_x, dtensors = call.arithmetic().level_backward(inputs, needs, blocks, dy, dlisted)
+        kept = _by_block(inputs, wants, kept)
+    dx, dgate_x, dtensors = arithmetic_of(call).level_backward(inputs, wants, kept, dy, dlisted)
     if len(dx) > 1:  # views of one tensor
         dx = [None if grad is None else grad.clone(memory_format=torch.contiguous_format) for grad in dx]
     if len(dgate_x) > 1:
@@ -143,6 +168,16 @@ def _backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     parts = [grad.reshape(-1) for grad in grads[count:]]
     # Results must not share memory, and the kernels' are views of one buffer in the order of the launches.
     return grads[:count], torch.cat(parts) if parts else given.x[0].new_empty(0)
+
+
+def _by_block(inputs: LevelInput, wants: Wants, kept: Sequence[Tensor]) -> list[Tensor | None]:
+    """What each row block kept, block after block, out of whole tensors."""
+    level = by_hand.prepared(inputs, wants)
+    return [
+        rows_of(tensor, block.rows) if value.by_row else tensor
+        for block in level.blocks(inputs)
+        for value, tensor in zip(level.saved.values, kept, strict=True)
+    ]
 
 
 def _fake_backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:

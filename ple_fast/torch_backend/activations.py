@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..plan import NormState
 from ..specs import Activation
+from ..state import NormState
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward, batch_normalised
 from .row_dice import row_dice_backward, row_dice_forward
 
 aten = torch.ops.aten
-
-
-def from_output(activation: Activation) -> bool:
-    """Whether the derivative follows from the output, so that the input need not be kept."""
-    name, value = activation
-    return name in ("identity", "relu", "tanh", "sigmoid") or (name == "leaky_relu" and value > 0)
 
 
 def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, *, keep_input: bool) -> Tensor:

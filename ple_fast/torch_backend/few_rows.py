@@ -12,9 +12,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..plan import WIDTH, GateTensors, LayerTensors, LevelPlan, LevelState, NormState, check_shapes
-from .activations import activation_backward, activation_forward, from_output
-from .gate_combine import gate_softmax, gate_softmax_backward, mix
+from ..plan import LevelPlan
+from ..specs import from_output
+from ..state import LevelState, NormState
+from ..tensors import WIDTH, GateTensors, LayerTensors, check_shapes
+from .activations import activation_backward, activation_forward
+from .mix import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
 from .products import LINEAR_WORK, by_onednn, linear
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, NormState
+from ..plan import LevelPlan
+from ..state import LayerState, LevelState, NormState
+from ..tensors import GateTensors, LayerTensors
 from .finite import looks_finite
 from .norms import BatchNormSaved, batch_norm_coefficients
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..slots import Groups, Slots
+from .input_grads import InputGrads
 from .products import LINEAR_WORK, by_onednn, grouped, linear
-from .slots import Groups, SlotGrads, Slots
 
 FEW_ROWS = 256
 """Up to here a weight's gradient is larger than its inputs, and turning it round costs more than turning them."""
 
 
-def slots_linear_forward(
+def slots_linear(
     slots: Slots, rows: slice, groups: Groups, weight: Tensor, bias: Tensor | None, *, relu: bool = False
 ) -> Tensor:
     """First layer: member ``m`` reads its slot. Weight ``(n, H, D)``, bias ``(n, H)``; returns ``(rows, n, H)``.
@@ -40,14 +41,14 @@ def slots_linear_forward(
 
 
 def slots_linear_backward(
-    slots: Slots, rows: slice, groups: Groups, d: Tensor, weight: Tensor, dslots: SlotGrads, *, weight_grad: bool
+    slots: Slots, rows: slice, groups: Groups, d: Tensor, weight: Tensor, dslots: InputGrads, *, weight_grad: bool
 ) -> Tensor | None:
-    """Backward of ``slots_linear_forward`` for ``d (rows, n, H)``: adds to ``dslots`` where wanted.
+    """Backward of ``slots_linear`` for ``d (rows, n, H)``: adds to ``dslots`` where wanted.
 
     Returns the weight's gradient of these rows, if wanted; it may be a transposed view.
     """
     n, units, width = weight.shape
-    wide, flat = d.view(d.shape[0], n * units), weight.reshape(n * units, width)
+    wide, flat = d.reshape(d.shape[0], n * units), weight.reshape(n * units, width)
     stack = slots.even_stack(groups, rows)
     s = len(groups)
     if stack is not None and dslots.is_even:

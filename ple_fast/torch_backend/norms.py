@@ -7,13 +7,13 @@ PyTorch's kernel without parameters, in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plan import NormState
-from .barriers import Steps
+from ..state import NormState
 from .finite import looks_finite
 
 aten = torch.ops.aten
@@ -35,38 +35,34 @@ def take_up(norm: NormState, mean: Tensor, var: Tensor) -> None:
             running.mul_(1.0 - norm.factor).add_(new.to(running.dtype), alpha=norm.factor)
 
 
-class Shared:
-    """What the row blocks of one pass tell each other: per norm, its number in the level, the sums over all rows."""
+Moments = tuple[int, Tensor, Tensor]
+"""Of a row block: how many rows, and per feature their mean and variance or, in backward, the gradients of the norm's
+weight and bias."""
 
-    def __init__(self) -> None:
-        self._parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
-        self._moments: dict[int, BatchNormSaved] = {}
-        self._sums: dict[int, tuple[int, Tensor, Tensor]] = {}
 
-    def add(self, number: int, rows: int, first: Tensor, second: Tensor) -> None:
-        """Report one block's mean and variance or, in backward, its gradients of weight and bias."""
-        self._parts.setdefault(number, []).append((rows, first, second))
+def batch_moments(z: Tensor) -> Moments:
+    """Of ``z (rows, n, H)``, before they are merged."""
+    mean, var = torch.batch_norm_update_stats(z.flatten(1), None, None, 0.0)
+    return z.shape[0], mean, var
 
-    def moments(self, number: int, norm: NormState) -> BatchNormSaved:
-        """Statistics of the batch, merged as in Chan, Golub and LeVeque (1979); running ones move once."""
-        if number not in self._moments:
-            rows, means, variances = zip(*self._parts.pop(number), strict=True)
-            total = sum(rows)
-            every = torch.stack(means)
-            share = torch.tensor(rows, dtype=every.dtype, device=every.device).div_(total).unsqueeze(1)
-            mean = (every * share).sum(0)
-            var = (torch.stack(variances).add_((every - mean).square_()) * share).sum(0)
-            if norm.moves:
-                take_up(norm, mean, var * (total / (total - 1)))
-            self._moments[number] = BatchNormSaved(mean, var.add_(norm.eps).rsqrt_())
-        return self._moments[number]
 
-    def sums(self, number: int) -> tuple[int, Tensor, Tensor]:
-        """Rows of the batch, and the gradients of weight and bias over all of them."""
-        if number not in self._sums:
-            rows, dws, dbs = zip(*self._parts.pop(number), strict=True)
-            self._sums[number] = (sum(rows), torch.stack(dws).sum(0), torch.stack(dbs).sum(0))
-        return self._sums[number]
+def merge_moments(parts: Sequence[Moments], norm: NormState) -> BatchNormSaved:
+    """Statistics of the batch, merged as in Chan, Golub and LeVeque (1979); running ones move if the norm says so."""
+    rows, means, variances = zip(*parts, strict=True)
+    total = sum(rows)
+    every = torch.stack(means)
+    share = torch.tensor(rows, dtype=every.dtype, device=every.device).div_(total).unsqueeze(1)
+    mean = (every * share).sum(0)
+    var = (torch.stack(variances).add_((every - mean).square_()) * share).sum(0)
+    if norm.moves:
+        take_up(norm, mean, var * (total / (total - 1)))
+    return BatchNormSaved(mean, var.add_(norm.eps).rsqrt_())
+
+
+def merge_sums(parts: Sequence[Moments]) -> Moments:
+    """Rows of the batch, and the gradients of weight and bias over all of them."""
+    rows, dws, dbs = zip(*parts, strict=True)
+    return sum(rows), torch.stack(dws).sum(0), torch.stack(dbs).sum(0)
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -84,18 +80,6 @@ def batch_norm_forward(
         z.flatten(1), weight, bias, mean, var, norm.batch, norm.factor, norm.eps
     )
     return out.view(z.shape), BatchNormSaved(batch_mean, inverse) if norm.batch else BatchNormSaved(mean, var)
-
-
-def batch_norm_steps(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState, shared: Shared | None, number: int
-) -> Steps[tuple[Tensor, BatchNormSaved]]:
-    """``batch_norm_forward`` of one row block of several, which meet in ``shared``; None: of the only one."""
-    if shared is None or not norm.batch:
-        return batch_norm_forward(z, weight, bias, norm)
-    shared.add(number, z.shape[0], *torch.batch_norm_update_stats(z.flatten(1), None, None, 0.0))
-    yield
-    saved = shared.moments(number, norm)
-    return batch_norm_again(z, weight, bias, norm, saved), saved
 
 
 def batch_norm_coefficients(
@@ -142,24 +126,17 @@ def _batch_norm_backward(
     return grads
 
 
-def batch_norm_backward_steps(
-    d: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    norm: NormState,
-    saved: BatchNormSaved,
-    shared: Shared | None,
-    number: int,
-    *,
-    affine: bool,
-) -> Steps[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """``batch_norm_backward`` of one row block of several, with its own part of the gradients of weight and bias."""
-    if shared is None or not norm.batch:
-        return batch_norm_backward(d, z, weight, norm, saved, affine=affine)
+def batch_norm_sums(d: Tensor, z: Tensor, weight: Tensor | None, norm: NormState, saved: BatchNormSaved) -> Moments:
+    """What of one row block enters the gradients of the others, before it is merged."""
     _, dw, db = _batch_norm_backward(d, z, weight, norm, saved, [False, True, True])
-    shared.add(number, z.shape[0], dw, db)
-    yield
-    rows, dw_sum, db_sum = shared.sums(number)
+    return z.shape[0], dw, db
+
+
+def batch_norm_backward_by_sums(
+    d: Tensor, z: Tensor, weight: Tensor | None, saved: BatchNormSaved, sums: Moments
+) -> Tensor:
+    """Gradient of the input of one row block of several; ``sums``: those of all, merged."""
+    rows, dw_sum, db_sum = sums
     assert saved.mean is not None and saved.var is not None
     # scale (d - mean(d) - normed mean(d normed)), with normed = (z - mean) / deviation.
     shape = z.shape[1:]
@@ -168,10 +145,8 @@ def batch_norm_backward_steps(
     constant = torch.addcmul(db_sum / -rows, slope, saved.mean, value=-1)
     if looks_finite(scale):  # it may be multiplied first, which takes a pass less
         constant, slope = constant.mul_(scale), slope.mul_(scale)
-        dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).addcmul_(d, scale.view(shape))
-    else:
-        dx = torch.addcmul(constant.view(shape), z, slope.view(shape)).add_(d).mul_(scale.view(shape))
-    return dx, dw if affine else None, db if affine else None
+        return torch.addcmul(constant.view(shape), z, slope.view(shape)).addcmul_(d, scale.view(shape))
+    return torch.addcmul(constant.view(shape), z, slope.view(shape)).add_(d).mul_(scale.view(shape))
 
 
 def batch_normalised(z: Tensor, norm: NormState, saved: BatchNormSaved) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,12 +23,11 @@ from ple_fast_kernels import (
     wide_of,
 )
 
-from ..plan import LayerState, LayerTensors, LevelState, MLPPlan
-from ..torch_backend.activations import from_output
-from ..torch_backend.barriers import run_steps
-from ..torch_backend.gate_combine import index_of
-from ..torch_backend.level import BlockKept, layers_of, still
-from ..torch_backend.mlp import NOTHING_KEPT, LayerKept, LayerNeeds, after_linear
+from ..call import LevelInput, Wants
+from ..plan import MLPPlan
+from ..state import LevelState
+from ..tensors import LayerTensors
+from ..torch_backend.mix import index_of
 from .fusion import Fusion, choose_fusion
 from .norms import NormOf, after_product, dropout_of, folded, in_product, logits_norm_of, merged, norm_of
 from .run import IDENTITY, Run, dense, in_kernels
@@ -44,54 +42,54 @@ class _Product(NamedTuple):
     tile: Tile
 
 
-class _Logits(NamedTuple):
-    """Gates' logits on the way, and what backward needs of them."""
+class _Asked(NamedTuple):
+    """What the launch of a layer's product does besides it."""
 
-    value: Tensor | None
-    hidden: Tensor | None = None
-    raw: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    kept: Sequence[LayerKept] = ()
+    tensor: LayerTensors
+    columns: tuple[int, ...]
+    """Of ``a``, that each member reads."""
+    activation: tuple[str, float] = IDENTITY
+    dropout: Dropout | None = None
+    norm: Norm | None = None
+    keep_input: bool = False
+    """Of the activation, or of the norm."""
 
 
 class ForwardRun(Run):
     """The forward of one call."""
 
-    state: LevelState
-    """As this pass reads it: one that is repeated moves no statistics."""
-    end: LayerEnd = NO_END
-    """Of the experts' last layer, where the mixtures do it."""
+    def __init__(self, inputs: LevelInput, wants: Wants, *, again: bool = False) -> None:
+        super().__init__(inputs, wants)
+        self.state: LevelState = inputs.state.still() if again else inputs.state
+        """As this pass reads it: one that is repeated moves no statistics."""
+        self.end: LayerEnd = NO_END
+        """Of the experts' last layer, where the mixtures do it."""
+        self.kept: list[Tensor | None] = [None] * len(self.saved.values)
+
+    def _keep(self, number: int, tensor: Tensor | None) -> None:
+        if number >= 0:
+            self.kept[number] = tensor
 
     def _product(
-        self,
-        a: Tensor,
-        tensor: LayerTensors | None,
-        columns: tuple[int, ...],
-        activation: tuple[str, float] = IDENTITY,
-        dropout: Dropout | None = None,
-        norm: Norm | None = None,
-        tile: Tile | None = None,
-        out: Tensor | None = None,
-        *,
-        keep_input: bool = False,
-        with_gates: bool = False,
+        self, a: Tensor, asked: _Asked | None, tile: Tile | None, out: Tensor | None = None, *, with_gates: bool
     ) -> tuple[Tensor | None, Tensor | None, _Product | None]:
-        """A layer's product and what its launch does besides; without ``tensor`` the logits alone."""
-        members, units = (0, 0) if tensor is None else tensor.weight.shape[:2]
-        tile = linear_tile(a, members, units, self.precision, activation=activation[0]) if tile is None else tile
+        """A layer's product and what its launch does besides; with nothing asked the logits alone."""
+        if tile is None:
+            members, units = (0, 0) if asked is None else asked.tensor.weight.shape[:2]
+            tile = linear_tile(a, members, units, self.precision, activation=IDENTITY[0])
         gate = self.inputs.gate if with_gates else None
         logits_norm = None if gate is None else self._norm_beside(a, tile)
+        tensor, norm = (None, None) if asked is None else (asked.tensor, asked.norm)
         y, z, logits = grouped_linear_fwd(
             a,
             None if tensor is None else tensor.weight.contiguous(),
             None if tensor is None else dense(tensor.bias),
-            columns,
-            activation=activation,
-            keep_input=keep_input,
+            () if asked is None else asked.columns,
+            activation=IDENTITY if asked is None else asked.activation,
+            keep_input=asked is not None and asked.keep_input,
             out=out,
             norm=norm,
-            dropout=dropout,
+            dropout=None if asked is None else asked.dropout,
             gate_weight=None if gate is None else dense(gate.weight),
             gate_bias=None if gate is None else dense(gate.bias),
             gates=NO_GATES if gate is None else self.runs,
@@ -107,97 +105,78 @@ class ForwardRun(Run):
     def _norm_beside(self, a: Tensor, tile: Tile) -> Norm | None:
         """What the launch that computes the logits does of their norm."""
         norm = self._logits_norm()
-        if norm is None or (self.needs.logits and not norm.state.batch):
+        if norm is None or (self.wants.logits and not norm.state.batch):
             return None  # backward reads the logits as they were
         return in_product(norm, a.shape[0], tile, wide_of(a.dtype), a.device, keeps=False)
 
     def mlp_forward(
-        self,
-        mlp: MLPPlan,
-        source: Source,
-        needs: Sequence[LayerNeeds],
-        out: Tensor | None,
-        *,
-        with_gates: bool,
-        layers: int | None = None,
-    ) -> tuple[Tensor, list[LayerKept], _Product | None]:
-        """The first ``layers`` of stacked MLPs (default all), into ``out`` if given: output, kept, logits."""
-        part = layers_of(self.inputs, mlp)
-        tensors, states = self.inputs.layers[part], self.state.layers[part]
+        self, mlp: MLPPlan, source: Source, out: Tensor | None, *, with_gates: bool, layers: int | None = None
+    ) -> tuple[Tensor, _Product | None]:
+        """The first ``layers`` of stacked MLPs (default all), into ``out`` if given: output, logits."""
         count = len(mlp.layers) if layers is None else layers
         a, columns = source.tensor, columns_of(mlp.slots, source.columns)
         logits: _Product | None = None
-        kept: list[LayerKept] = []
         for i in range(count):
-            spec, tensor, state, need = mlp.layers[i], tensors[i], states[i], needs[i]
+            number = mlp.position + i
+            spec, state, tensor = mlp.layers[i], self.state.layers[number], self.inputs.layers[number]
             own_out = out if i == len(mlp.layers) - 1 else None
             with_gate = with_gates and i == 0
             if in_kernels(spec, state):
-                y, keep, found = self._layer_forward(mlp, i, a, columns, state, need, own_out, with_gates=with_gate)
+                y, found = self._layer_forward(mlp, i, a, columns, own_out, with_gates=with_gate)
             else:
-                product, _, found = self._product(a, tensor, columns, with_gates=with_gate)
+                product, _, found = self._product(a, _Asked(tensor, columns), None, with_gates=with_gate)
                 assert product is not None
-                y, keep = run_steps(
-                    after_linear(product, spec, tensor, state, need, self.inputs.state.seed, mlp.position + i, 0)
-                )
-                y = y.contiguous()
+                inputs = self.inputs._replace(state=self.state)
+                y = self.in_operators(mlp, i).after_product(inputs, self.all_rows(self.kept), product).contiguous()
+                self._keep(self.saved.layers[number].h, y)
             logits = found if logits is None else logits
-            if need.output and need.tensors.weight and i > 0:
-                keep = keep._replace(a=a)
-            kept.append(keep)
             a, columns = y, tuple(range(len(mlp.slots)))
         if out is not None and count == len(mlp.layers) and a is not out:
             out.copy_(a)
             a = out
-        return a, kept, logits
+        return a, logits
 
     def _layer_forward(
-        self,
-        mlp: MLPPlan,
-        i: int,
-        a: Tensor,
-        columns: tuple[int, ...],
-        state: LayerState,
-        need: LayerNeeds,
-        out: Tensor | None,
-        *,
-        with_gates: bool,
-    ) -> tuple[Tensor, LayerKept, _Product | None]:
-        """Layer ``i`` in kernels: output, kept, logits."""
-        spec, tensor = mlp.layers[i], self.inputs.layers[mlp.position + i]
+        self, mlp: MLPPlan, i: int, a: Tensor, columns: tuple[int, ...], out: Tensor | None, *, with_gates: bool
+    ) -> tuple[Tensor, _Product | None]:
+        """Layer ``i`` in kernels: output, logits."""
+        number = mlp.position + i
+        spec, tensor, state = mlp.layers[i], self.inputs.layers[number], self.state.layers[number]
+        want, at = self.wants.layers[number], self.saved.layers[number]
         activation = (spec.activation[0], spec.activation[1])
-        dropout = dropout_of(state, self.inputs.state.seed, mlp.position + i)
+        dropout = dropout_of(state, self.inputs.state.seed, number)
         norm = norm_of(spec, tensor, state)
-        by_output = from_output(spec.activation)
         members, units, _ = tensor.weight.shape
         tile = linear_tile(
             a, members, units, self.precision, activation=activation[0], has_norm=norm is not None,
             has_dropout=dropout is not None, by_row=norm is not None and norm.state.kind == "layer",
         )  # fmt: skip
+        asked = _Asked(tensor, columns, activation, dropout)
         if norm is None:
-            y, z, found = self._product(
-                a, tensor, columns, activation, dropout, None, tile, out, keep_input=need.output and not by_output,
-                with_gates=with_gates,
-            )  # fmt: skip
+            keeps_input = at.act >= 0 and at.act != at.h
+            asked = asked._replace(keep_input=keeps_input)
+            y, z, found = self._product(a, asked, tile, out, with_gates=with_gates)
             assert y is not None
-            keep = NOTHING_KEPT
-            if need.output and spec.activation.name != "identity":
-                keep = keep._replace(act=y if by_output else z)
-            return y, keep, found
-        met = in_product(norm, a.shape[0], tile, wide_of(a.dtype), a.device, keeps=need.output)
-        y, z, found = self._product(
-            a, tensor, columns, activation, dropout, met, tile, out, keep_input=need.output, with_gates=with_gates
-        )
-        assert y is not None
-        defers = i == len(mlp.layers) - 1 and self.defers_end(mlp)
-        done = after_product(y, z, met, norm, activation, dropout, tile, out, defers=defers)
-        if defers:
-            self.end = done.end
-        keep = NOTHING_KEPT._replace(normed=done.z, mean=done.mean, var=done.spread) if need.output else NOTHING_KEPT
-        return done.y, keep, found
+            if keeps_input:
+                self._keep(at.act, z)
+        else:
+            met = in_product(norm, a.shape[0], tile, wide_of(a.dtype), a.device, keeps=want.output)
+            asked = asked._replace(norm=met, keep_input=want.output)
+            y, z, found = self._product(a, asked, tile, out, with_gates=with_gates)
+            assert y is not None
+            defers = i == len(mlp.layers) - 1 and self.defers_end(mlp)
+            done = after_product(y, z, met, norm, activation, dropout, tile, out, defers=defers)
+            if defers:
+                self.end = done.end
+            y = done.y
+            self._keep(at.z, done.z)
+            self._keep(at.mean, done.mean)
+            self._keep(at.rstd, done.spread)
+        self._keep(at.h, y)  # of several blocks of experts a part: ``experts_forward`` keeps all of them
+        return y, found
 
-    def experts_forward(self) -> tuple[Tensor, list[list[LayerKept]], _Product | None]:
-        """Outputs of all experts ``(B, E, H)``, what is kept per block, the logits if they were computed beside."""
+    def experts_forward(self) -> tuple[Tensor, _Product | None]:
+        """Outputs of all experts ``(B, E, H)``, and the logits if they were computed beside."""
         plan, blocks = self.plan, self.plan.blocks
         h: Tensor | None = None
         logits: _Product | None = None
@@ -205,41 +184,31 @@ class ForwardRun(Run):
             like, units = self.inputs.layers[0].weight, blocks[0].layers[-1].units
             shape = (self.inputs.x.batch, plan.topology.num_experts, units)
             h = torch.empty(shape, dtype=like.dtype, device=like.device)
-        kept = []
         for j, block in enumerate(blocks):
-            done, keep, found = self.mlp_forward(
-                block,
-                self.x,
-                self.needs.mlps[j],
-                None if h is None else h[:, self.block_rows(block)],
-                with_gates=self.gates_beside_experts and j == 0,
-            )
-            kept.append(keep)
+            out = None if h is None else h[:, self.block_rows(block)]
+            done, found = self.mlp_forward(block, self.x, out, with_gates=self.gates_beside_experts and j == 0)
             logits = found if j == 0 else logits
             if len(blocks) == 1:
                 h = done
         assert h is not None
-        return h, kept, logits
+        if len(blocks) > 1:
+            self._keep(self.saved.layers[blocks[-1].position + len(blocks[-1].layers) - 1].h, h)
+        return h, logits
 
-    def logits_forward(self, found: _Product | None) -> _Logits:
+    def logits_forward(self, found: _Product | None) -> Tensor | None:
         """Logits ``(B, G)`` in float32 (float64), computed here unless ``found`` beside the experts; normed."""
-        plan, gate = self.plan, self.inputs.gate
+        plan, gate, at = self.plan, self.inputs.gate, self.saved.mix
         if gate.weight is None:
-            return _Logits(None)
-        hidden: Tensor | None = None
-        kept: list[LayerKept] = []
+            return None
         if found is None:
             a = self.gate_x.tensor
             if plan.gate.layers:
-                hidden, kept, _ = self.mlp_forward(
-                    plan.gate, self.gate_x, self.needs.mlps[-1], None, with_gates=False
-                )  # fmt: skip
-                a = hidden
-            _, _, found = self._product(a, None, (), with_gates=True)
+                a, _ = self.mlp_forward(plan.gate, self.gate_x, None, with_gates=False)
+            _, _, found = self._product(a, None, None, with_gates=True)
         assert found is not None
         norm, logits = self._logits_norm(), found.logits
         if norm is None or (found.met is not None and found.met.kind == "batch"):
-            return _Logits(logits, hidden, kept=kept)
+            return logits
         state = norm.state
         end = LayerEnd(
             weight=dense(norm.weight), bias=dense(norm.bias), mean=dense(state.running_mean),
@@ -250,57 +219,45 @@ class ForwardRun(Run):
             mean, rstd = merged(found.met.first, state, logits.shape[0], found.tile)
             end = end._replace(mean=mean, spread=rstd, is_variance=False)
         normed, _ = layer_end_fwd(logits.unsqueeze(1), end)
-        return _Logits(normed.squeeze(1), hidden, logits, end.mean, end.spread, kept)
+        self._keep(at.z, logits)
+        self._keep(at.mean, end.mean)
+        self._keep(at.rstd, end.spread)
+        return normed.squeeze(1)
 
-    def forward(self, *, keeps: bool, listed: bool, again: bool = False) -> tuple[Tensor, Tensor | None, BlockKept]:
-        """``y (B, O, H)``, the softmax weights ``(B, W)`` if anybody reads them, what backward needs."""
-        inputs, needs, plan = self.inputs, self.needs, self.plan
-        self.state = still(inputs.state) if again else inputs.state
-        weights_wanted = listed or needs.experts or needs.logits
-        fusion = choose_fusion(inputs, self.x, self.gates_beside_experts, keeps=keeps)
+    def forward(self, *, keeps: bool, listed: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """``y (B, O, H)``, the softmax weights ``(B, W)`` if anybody reads them, what backward reads."""
+        wants, plan = self.wants, self.plan
+        weights_wanted = listed or wants.experts or wants.logits
+        fusion = choose_fusion(self.inputs, self.x, self.gates_beside_experts, keeps=keeps)
         if fusion is not None:
-            return self.fused_forward(fusion, weights_wanted)
-        h, mlps, found = self.experts_forward()
-        logits = self.logits_forward(found)
-        y, p = gate_combine_fwd(
-            h,
-            logits.value,
-            self.mixtures,
-            end=self.end,
-            offset=self.offset,
-            temperature=plan.gate_spec.temperature,
-            keep_weights=weights_wanted,
-        )
-        mlps.append(list(logits.kept))
-        kept = BlockKept(
-            mlps,
-            h if needs.weights else None,
-            p if needs.experts or needs.logits else None,
-            None,
-            logits.hidden if needs.logits and needs.gate.weight else None,
-            logits.raw if needs.logits else None,
-            logits.mean if needs.logits else None,
-            logits.var if needs.logits else None,
-        )
-        return y, p, kept
+            y, p = self.fused_forward(fusion, weights_wanted)
+        else:
+            h, found = self.experts_forward()
+            y, p = gate_combine_fwd(
+                h,
+                self.logits_forward(found),
+                self.mixtures,
+                end=self.end,
+                offset=self.offset,
+                temperature=plan.gate_spec.temperature,
+                keep_weights=weights_wanted,
+            )
+        self._keep(self.saved.mix.p, p)
+        return y, p, self.kept
 
-    def fused_forward(self, fusion: Fusion, weights_wanted: bool) -> tuple[Tensor, Tensor | None, BlockKept]:
+    def fused_forward(self, fusion: Fusion, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The level in one launch, or its last layer with gates and mixtures."""
-        inputs, needs, plan, gate = self.inputs, self.needs, self.plan, self.inputs.gate
+        inputs, plan, gate = self.inputs, self.plan, self.inputs.gate
         block = plan.blocks[0]
-        tensors = inputs.layers[layers_of(inputs, block)]
-        need, spec = needs.mlps[0][-1], block.layers[-1]
-        topology = plan.topology
-        slots = tuple(self.x.columns[s] for s in topology.mixture_slot)
+        part = slice(block.position, block.position + len(block.layers))
+        tensors, spec, at = inputs.layers[part], block.layers[-1], self.saved.layers[part][-1]
+        slots = tuple(self.x.columns[s] for s in plan.topology.mixture_slot)
         weight, bias = dense(gate.weight), dense(gate.bias)
-        norms = [
-            folded(norm_of(*layer))
-            for layer in zip(block.layers, tensors, self.state.layers[layers_of(inputs, block)], strict=True)
-        ]
+        norms = [folded(norm_of(*layer)) for layer in zip(block.layers, tensors, self.state.layers[part], strict=True)]
         logits_norm = folded(self._logits_norm())
         if fusion is Fusion.TWO_LAYERS:
             first, second = tensors
-            y, p = fused_two_layers_fwd(
+            return fused_two_layers_fwd(
                 self.x.tensor,
                 (first.weight.contiguous(), second.weight.contiguous()),
                 (dense(first.bias), dense(second.bias)),
@@ -318,16 +275,13 @@ class ForwardRun(Run):
                 keep_weights=weights_wanted,
                 precision=self.precision,
             )
-            return y, p, BlockKept([[], []], None, None, None, None, None, None, None)
         a, columns = self.x.tensor, columns_of(block.slots, self.x.columns)
         logits: Tensor | None = None
         if fusion is Fusion.LAST_LAYER:
-            a, _, found = self.mlp_forward(
-                block, self.x, needs.mlps[0], None, with_gates=True, layers=len(block.layers) - 1
-            )
+            a, found = self.mlp_forward(block, self.x, None, with_gates=True, layers=len(block.layers) - 1)
             logits = None if found is None else found.logits
             columns = tuple(range(len(block.slots)))
-        by_output = from_output(spec.activation)
+        keeps_input = at.act >= 0 and at.act != at.h
         y, h, z, p = fused_level_fwd(
             a,
             tensors[-1].weight.contiguous(),
@@ -344,16 +298,15 @@ class ForwardRun(Run):
             mixture_slots=slots,
             offset=self.offset,
             temperature=plan.gate_spec.temperature,
-            keep_output=needs.weights or (need.output and by_output and spec.activation.name != "identity"),
-            keep_input=need.output and not by_output,
+            keep_output=at.h >= 0,
+            keep_input=keeps_input,
             keep_weights=weights_wanted,
             precision=self.precision,
         )
-        keep = NOTHING_KEPT
-        if need.output and spec.activation.name != "identity":
-            keep = keep._replace(act=h if by_output else z)
-        kept_p = p if needs.experts or needs.logits else None
-        return y, p, BlockKept([[keep], []], h if needs.weights else None, kept_p, None, None, None, None, None)
+        self._keep(at.h, h)
+        if keeps_input:
+            self._keep(at.act, z)
+        return y, p
 
     def listed(self, p: Tensor) -> Tensor:
         """The weights as users see them: with the learned scalars."""

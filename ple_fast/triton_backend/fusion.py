@@ -6,8 +6,8 @@ from enum import Enum
 
 from ple_fast_kernels import FUSED, fused_tile, fused_width
 
-from ..plan import NormState
-from ..torch_backend.level import LevelInput
+from ..call import LevelInput
+from ..state import NormState
 from .wiring import Source, matmul_precision, mixtures_of
 
 

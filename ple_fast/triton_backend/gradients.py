@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,9 @@ from ple_fast_kernels import (
     weight_grad_by_width,
 )
 
+from ..call import LayerWants
 from ..grads import LevelGrads, plus
-from ..plan import LayerTensors
-from ..torch_backend.mlp import LayerNeeds
+from ..tensors import LayerTensors
 from .run import Run, dense
 from .wiring import Source
 
@@ -28,16 +30,16 @@ class InputGrads:
 
     def __init__(self, owner: Run) -> None:
         self.owner = owner
-        plan, needs = owner.plan, owner.needs
+        plan, wants = owner.plan, owner.wants
         separate = (bool(plan.gate.layers) or owner.gate_x is not owner.x) and bool(plan.gate.slots)
         self.several = len(plan.blocks) > 1 or (separate and owner.gate_x is owner.x)
         self.has_gates = False
         self.dx: Tensor | None = None
         self.dgate_x: Tensor | None = None
-        self.needs_x, self.needs_gate_x = any(needs.x), any(needs.gate_x)
+        self.wants_x, self.wants_gate_x = any(wants.x), any(wants.gate_x)
 
     def wants(self, source: Source) -> bool:
-        return self.needs_x if source is self.owner.x else self.needs_gate_x
+        return self.wants_x if source is self.owner.x else self.wants_gate_x
 
     def add(
         self,
@@ -81,13 +83,24 @@ class InputGrads:
         owner = self.owner
         found = []
         for source, grad, wanted in (
-            (owner.x, self.dx, self.needs_x),
-            (owner.gate_x, self.dgate_x, self.needs_gate_x and owner.gate_x is not owner.x),
+            (owner.x, self.dx, self.wants_x),
+            (owner.gate_x, self.dgate_x, self.wants_gate_x and owner.gate_x is not owner.x),
         ):
             if wanted and grad is None:
                 grad = torch.zeros(source.tensor.shape, dtype=source.tensor.dtype, device=source.tensor.device)
             found.append(None if grad is None or not wanted else grad.to(source.tensor.dtype))
         return found[0], found[1]
+
+
+class Product(NamedTuple):
+    """A layer's product, backwards."""
+
+    a: Tensor | None
+    """What it read; None where no weight is wanted."""
+    d: Tensor
+    """The gradient of its result."""
+    columns: tuple[int, ...]
+    """Of ``a``, that each member read."""
 
 
 class WeightGrads:
@@ -100,41 +113,33 @@ class WeightGrads:
         self.has_gates = False
 
     def add(
-        self,
-        position: int,
-        tensor: LayerTensors,
-        need: LayerNeeds,
-        a: Tensor | None,
-        d: Tensor,
-        columns: tuple[int, ...],
-        dl: Tensor | None,
-        bias_parts: Tensor | None = None,
+        self, position: int, want: LayerWants, product: Product, dl: Tensor | None, bias_parts: Tensor | None
     ) -> None:
-        """A layer that read ``a``; ``dl``: the gates read it too; ``bias_parts``: the bias' gradient, in parts."""
-        weight, bias = bool(need.tensors.weight), tensor.bias is not None and bool(need.tensors.bias)
+        """A layer's; ``dl``: the gates read its input too; ``bias_parts``: the bias' gradient, in parts."""
+        bias = want.bias
         if bias_parts is not None:
-            assert tensor.bias is not None
-            self.grads.layers[position].bias = column_sums_merge(bias_parts, tensor.bias)
+            like = self.owner.inputs.layers[position].bias
+            assert like is not None
+            self.grads.layers[position].bias = column_sums_merge(bias_parts, like)
             bias = False
         gate_weight, gate_bias = self._gates_wanted() if dl is not None else (False, False)
         if dl is not None:
             self.has_gates = True
-        if not (weight or bias or gate_weight or gate_bias):
+        if not (want.weight or bias or gate_weight or gate_bias):
             return
-        if a is None:  # a bias alone: nothing reads the layer's input
-            a = d
+        # Of a bias alone nothing reads the layer's input.
+        a = product.d if product.a is None else product.a
         runs = self.owner.runs if gate_weight or gate_bias else NO_GATES
+        given = dl if gate_weight or gate_bias else None
         self.entries.append(
-            WeightGrad(
-                a, d, columns, weight, bias, dl if gate_weight or gate_bias else None, runs, gate_weight, gate_bias
-            )
+            WeightGrad(a, product.d, product.columns, want.weight, bias, given, runs, gate_weight, gate_bias)
         )
         self.positions.append(position)
 
-    def leaves_bias(self, tensor: LayerTensors, need: LayerNeeds, a: Tensor) -> bool:
+    def leaves_bias(self, tensor: LayerTensors, want: LayerWants, a: Tensor) -> bool:
         """Whether the library takes the weight of a first layer that read ``a``: then the launch that makes its ``d``
         adds up the bias' gradient, and nothing reads ``d`` a second time for it."""
-        if tensor.bias is None or not (need.tensors.weight and need.tensors.bias):
+        if tensor.bias is None or not (want.weight and want.bias):
             return False
         return weight_grad_by_width(a, tensor.bias.numel(), self.owner.precision)
 
@@ -151,8 +156,8 @@ class WeightGrads:
             self.positions.append(None)
 
     def _gates_wanted(self) -> tuple[bool, bool]:
-        gate, needs = self.owner.inputs.gate, self.owner.needs.gate
-        return bool(needs.weight), gate.bias is not None and bool(needs.bias)
+        want = self.owner.wants.gate
+        return want.weight, want.bias
 
     def finish(self) -> None:
         """Compute all of them."""

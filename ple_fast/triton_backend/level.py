@@ -6,9 +6,11 @@ A layer whose activation has learned parameters runs what follows its product in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from ..torch_backend.level import BlockKept, LevelInput, LevelNeeds, tables
+from ..call import LevelInput, Wants, nothing_wanted
 from .backward import BackwardRun
 from .forward import ForwardRun
 from .repeat import repeated as repeated
@@ -16,28 +18,29 @@ from .wiring import source_grads
 
 
 def level_forward(
-    inputs: LevelInput, needs: LevelNeeds | None, *, listed: bool
-) -> tuple[Tensor, Tensor | None, list[BlockKept]]:
-    """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward needs.
+    inputs: LevelInput, wants: Wants | None, *, listed: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """``y (B, O, H)``, the listed weights ``(B, num_weights)`` if asked for, and what backward reads.
 
-    Without ``needs`` nothing is kept.
+    That is in the order of ``saved_by_kernels``. Without ``wants`` nothing is kept.
     """
-    run = ForwardRun(inputs, tables(inputs.plan).no_needs if needs is None else needs)
-    y, p, kept = run.forward(keeps=needs is not None, listed=listed)
+    run = ForwardRun(inputs, nothing_wanted(inputs.plan) if wants is None else wants)
+    y, p, kept = run.forward(keeps=wants is not None, listed=listed)
     weights = None
     if listed:
         assert p is not None
         weights = run.listed(p)
-    return y, weights, [] if needs is None else [kept]
+    return y, weights, kept
 
 
 def level_backward(
-    inputs: LevelInput, needs: LevelNeeds, kept: list[BlockKept], dy: Tensor | None, dlisted: Tensor | None
+    inputs: LevelInput, wants: Wants, kept: Sequence[Tensor | None], dy: Tensor | None, dlisted: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
-    keep = kept[0] if kept else ForwardRun(inputs, needs).forward(keeps=True, listed=False, again=True)[2]
-    run = BackwardRun(inputs, needs)
-    dx, dgate_x, flat = run.backward(keep, dy, dlisted)
+    if not kept:
+        kept = ForwardRun(inputs, wants, again=True).forward(keeps=True, listed=False)[2]
+    run = BackwardRun(inputs, wants, kept)
+    dx, dgate_x, flat = run.backward(dy, dlisted)
     nothing: list[Tensor | None] = [None] * len(inputs.x.tensors)
     dxs = nothing if dx is None else source_grads(inputs.x, run.x, dx)
     if run.gate_x is run.x:

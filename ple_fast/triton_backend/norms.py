@@ -23,8 +23,9 @@ from ple_fast_kernels import (
 )
 
 from ..grads import RowGrads, plus
-from ..plan import GateTensors, LayerState, LayerTensors, NormState
 from ..specs import LayerSpec
+from ..state import LayerState, NormState
+from ..tensors import GateTensors, LayerTensors
 from .run import IDENTITY, dense
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ple_fast_kernels import replayed
 
-from ..plan import LevelState
+from ..state import LevelState
 from .wiring import matmul_precision
 
 Results = Sequence[Tensor | None]

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from ple_fast_kernels import FUSED, NO_GATES
 
-from ..plan import LayerState, MLPPlan
+from ..call import LevelInput, Wants
+from ..plan import MLPPlan
+from ..saved import saved_by_kernels
 from ..specs import LayerSpec
-from ..torch_backend.level import LevelInput, LevelNeeds
+from ..state import LayerState
+from ..torch_backend.layer import Layer, RowBlock
 from .wiring import columns_of, gate_runs, matmul_precision, mixtures_of, source_of
 
 IDENTITY = ("identity", 0.0)
@@ -31,8 +34,9 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 class Run:
     """What forward and backward of one call share."""
 
-    def __init__(self, inputs: LevelInput, needs: LevelNeeds) -> None:
-        self.inputs, self.needs, self.plan = inputs, needs, inputs.plan
+    def __init__(self, inputs: LevelInput, wants: Wants) -> None:
+        self.inputs, self.wants, self.plan = inputs, wants, inputs.plan
+        self.saved = saved_by_kernels(inputs.plan, wants, inputs.state.kind())
         self.x = source_of(inputs.x)
         self.gate_x = self.x if inputs.gate_x is inputs.x else source_of(inputs.gate_x)
         self.mixtures = mixtures_of(inputs.plan)
@@ -51,6 +55,16 @@ class Run:
         spec, state = mlp.layers[-1], self.inputs.state.layers[mlp.position + len(mlp.layers) - 1]
         norm = state.norm
         return in_kernels(spec, state) and norm is not None and norm.kind == "batch" and norm.batch
+
+    def in_operators(self, mlp: MLPPlan, i: int) -> Layer:
+        """Layer ``i``, which is not ``in_kernels``: all but its product runs in PyTorch's operators."""
+        number = mlp.position + i
+        kind = self.inputs.state.kind().layers[number]
+        return Layer(mlp, number, self.wants.layers[number], kind, self.saved.layers[number])
+
+    def all_rows(self, kept: list[Tensor | None]) -> RowBlock:
+        """The batch, for such a layer."""
+        return RowBlock(slice(0, self.inputs.x.batch), kept)
 
     def block_rows(self, block: MLPPlan) -> slice:
         return slice(block.start, block.start + len(block.slots))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ple_fast_kernels import MAX_RUN, GateRuns, Mixtures, Readers
 
 from ..plan import LevelPlan
-from ..torch_backend.slots import Slots
+from ..slots import Slots
 
 
 class Source(NamedTuple):

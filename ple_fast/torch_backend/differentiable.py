@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import is_exporting
-from ..plan import GateTensors, LayerState, LayerTensors, LevelPlan, LevelState, MLPPlan, NormState
+from ..plan import LevelPlan, MLPPlan
+from ..slots import Slots, groups_of
 from ..specs import LayerSpec
-from . import gate_combine as gates
+from ..state import LayerState, LevelState, NormState
+from ..tensors import GateTensors, LayerTensors
+from . import mix
 from .dropout import keep_mask
 from .row_dice import row_dice_forward
-from .slots import Slots, groups_of
 
 
 def level(
@@ -40,21 +42,21 @@ def level(
         parts.append(_mlp(block, layers, state, x, moves_statistics))
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
-    weights = gates.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
-    return _mix(plan, weights, h), gates.listed_weights(plan, weights)
+    weights = mix.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
+    return _mix(plan, weights, h), mix.listed_weights(plan, weights)
 
 
 def _mix(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
-    """``gate_combine.combine``, in the form that suits who reads the program."""
+    """``mix.combine``, in the form that suits who reads the program."""
     # A sum fuses with what stands around it. A product of small matrices does not, and the template that
     # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
     fuses = torch.compiler.is_compiling() and not is_exporting()
     if not plan.weighs_all:
         wide = h.to(weights.dtype)
-        return gates.sum_weighted(gates.mixture_sums(plan), weights, wide, multiplies=not fuses).to(h.dtype)
+        return mix.sum_weighted(mix.mixture_sums(plan), weights, wide, multiplies=not fuses).to(h.dtype)
     if fuses:
         return (weights.unsqueeze(3) * h.to(weights.dtype).unsqueeze(1)).sum(2).to(h.dtype)
-    return gates.combine_dense(weights, h)
+    return mix.combine_dense(weights, h)
 
 
 def grouped_linear(x: Slots, slots: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +111,7 @@ def _gated(
         logits = _batch_norm(logits, gate.norm_weight, gate.norm_bias, state.gate_norm, moves_statistics)
     if plan.gate_spec.temperature != 1.0:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
-    return gates.gate_softmax(plan, logits)
+    return mix.gate_softmax(plan, logits)
 
 
 def _after_linear(
