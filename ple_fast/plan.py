@@ -12,8 +12,8 @@ from .specs import Activation, GateSpec, LayerSpec, MLPSpec
 from .topology import Topology
 
 LAYOUT = 2
-"""Counts the changes of ``saved.py``. Compilers keep on disk what they made of a program, strides of saved tensors among
-it, and find it by the program's text, where the plan stands in full."""
+"""Counts the changes of ``saved.py``. Compilers keep on disk what they made of a program, strides of saved tensors
+among it, and find it by the program's text, where the plan stands in full."""
 
 
 class MLPPlan(NamedTuple):
