@@ -53,7 +53,9 @@ def _repeated(
     return repeated(decided_by, call.state, tensors, arithmetic)
 
 
-def run_composed(call: LevelCall, tensors: Sequence[Tensor | None], *, again: bool = False) -> tuple[Tensor, Tensor]:
+def run_differentiable(
+    call: LevelCall, tensors: Sequence[Tensor | None], *, again: bool = False
+) -> tuple[Tensor, Tensor]:
     """The level in differentiable operators; ``again``: a repeated forward, which moves no statistics."""
     i = call.inputs(tensors)
     return differentiable.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
@@ -120,7 +122,7 @@ def _backward(ctx: Any, dy: Tensor | None, dlisted: Tensor | None) -> tuple[Tens
     functorch = torch._C._functorch
     given = [d for d in (dy, dlisted) if d is not None]
     if torch.is_grad_enabled() or any(map(functorch.is_legacy_batchedtensor, given)):  # grad(is_grads_batched=True)
-        return None, *_composed_backward(call, tensors, needed, dy, dlisted)
+        return None, *_differentiable_backward(call, tensors, needed, dy, dlisted)
 
     backward = partial(_by_hand_backward, call, tensors, flat, needed)
     if any(map(functorch.is_batchedtensor, given)):
@@ -182,7 +184,7 @@ class _OneByOne(torch.autograd.Function):
         return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
 
 
-def _composed_backward(
+def _differentiable_backward(
     call: LevelCall,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
@@ -197,7 +199,7 @@ def _composed_backward(
             None if t is None else (t.view_as(t) if create_graph else t.detach().requires_grad_()) if wanted else t
             for t, wanted in zip(tensors, needed, strict=True)
         ]
-        y, listed = run_composed(call, own, again=True)
+        y, listed = run_differentiable(call, own, again=True)
         pairs = [(out, d) for out, d in ((y, dy), (listed, dlisted)) if d is not None and out.requires_grad]
         wanted = [t for t, flag in zip(own, needed, strict=True) if flag and t is not None]
         grads = torch.autograd.grad(

@@ -7,27 +7,24 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import Tensor
 
 from .autocast import autocast_dtype, cast_once
-from .autograd import ExtractionLevelFunction, run_composed, run_without_grad
-from .backend import Choice, is_exporting, note, resolve
+from .autograd import ExtractionLevelFunction, run_differentiable, run_without_grad
+from .backend import Choice, note, resolve
 from .call import LevelCall
 from .checks import check_input, shape_of
 from .ops import run_op
 from .plan import LevelPlan
+from .routes import Asked, must_see_operators, route_of
 from .slots import Place, Slots
 from .state import NO_STATE, LevelState
 from .tensors import GateTensors, LayerTensors, check_shapes, flatten
 from .torch_backend import differentiable
-from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, few_rows_forward, serves, serves_state
+from .torch_backend.few_rows import few_rows_forward
 from .torch_backend.mix import combine_dense
 
 Input = Tensor | Sequence[Tensor]
-_TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-"""What parameters are to a tracer."""
 
 
 @lru_cache(maxsize=256)
@@ -66,45 +63,12 @@ def _cast_layers(
     return rows, gate._replace(weight=cast(gate.weight), bias=cast(gate.bias))
 
 
-def must_compose(weight: Tensor) -> bool:
-    """Whether a tracer, a transform or a tensor subclass is at work that needs to see PyTorch's own operators."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or weight.is_meta
-        or type(weight) not in (Tensor, nn.Parameter)
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _is_compiled_alone(weight: Tensor) -> bool:
-    """Whether ``torch.compile`` or export traces, and nothing else is at work that must see through an operator."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not weight.is_meta
-        and type(weight) in _TRACED
-    )
-
-
-def _is_operator(choice: Choice, weight: Tensor, state: LevelState, backend: str | None) -> bool:
-    """Whether a compiled level is one operator: where that is faster than what compilers make of PyTorch's own.
-
-    What is exported from a CPU is PyTorch's own operators, which run without this library.
-    """
-    if choice.name == "triton":
-        return state.is_plain
-    is_plain_asked_for = backend == "torch"
-    return weight.device.type == "cpu" and not is_plain_asked_for and not is_exporting() and not state.has_foreign_norm
-
-
 def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Tensor, Tensor | None]:
-    """Output and, where the call lists them, the weights. ``way``: ``"hand"``, ``"composed"`` or ``"operator"``."""
+    """Output and, where the call lists them, the weights. ``way``: the name of a route, but that of few rows."""
     if way == "operator":
         return run_op(call, flat)
-    if way == "composed":
-        return run_composed(call, flat)
+    if way == "differentiable":
+        return run_differentiable(call, flat)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
         return run_without_grad(call, flat)
     out: Any = ExtractionLevelFunction.apply(call, *flat)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -112,12 +76,36 @@ def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Te
 
 
 @lru_cache(maxsize=1024)
+def _bare_state(num_layers: int) -> LevelState:
+    """Of a level that has neither norms nor dropout."""
+    return LevelState((NO_STATE,) * num_layers, None, None)
+
+
+@lru_cache(maxsize=1024)
 def _few_rows_call(plan: LevelPlan, stacked: bool) -> LevelCall:
-    """Every call of a plan on the short path: it has no norm and drops nothing, so its state is always the same."""
+    """Every training step of a plan on the short path: it has no norm and drops nothing."""
     slots = plan.topology.num_slots
     assert slots is not None
-    state = LevelState((NO_STATE,) * plan.num_layers, None, None)
+    state = _bare_state(plan.num_layers)
     return LevelCall(plan, state, _places(slots, stacked), 1, None, 0, listed=False, recompute=False, few_rows=True)
+
+
+def _check(
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    x: Input,
+    gate_input: Input | None,
+    gate_features: int,
+) -> None:
+    """What the checks of single inputs do not see: rows of both, and the shapes of parameters."""
+    first = x if isinstance(x, Tensor) else x[0]
+    if torch._C._get_tracing_state() is None:  # torch.jit.trace, to whom shapes are values
+        check_shapes(plan, layers, gate, first.shape[-1], gate_features)
+    if gate_input is not None:
+        other = gate_input if isinstance(gate_input, Tensor) else gate_input[0]
+        if other.shape[0] != first.shape[0]:
+            raise ValueError(f"gate_input: expected {first.shape[0]} rows like x, got {other.shape[0]}")
 
 
 def extraction_level(
@@ -158,64 +146,50 @@ def extraction_level(
     weight = layers[0].weight
     autocast = autocast_dtype(weight)
     check_input("x", x, in_features, slots, weight, autocast)
-    composes = must_compose(weight)
-    choice = resolve(weight.device, backend)
-    records = torch.is_grad_enabled()
-    now: LevelState | None = None
-    # Traced programs must not come to a comparison of the batch: it would become a condition of theirs.
-    if (
-        not composes
-        and choice.name == "torch"
-        and isinstance(x, Tensor)
-        and 0 < x.shape[0] < (MAX_TRAIN_ROWS if records else MAX_ROWS)
-        and gate_input is None
-        and gate_features == in_features
-        and not return_gates
-        and autocast is None
-        and weight.dtype in (torch.float32, torch.float64)
-        and serves(plan, x.dim() == 3, trains=records)
-    ):
-        if not records:
-            now = None if serves(plan, x.dim() == 3) else state(x.shape[0], choice.name)
-            if now is None or serves_state(now):
-                note(choice)
-                return few_rows_forward(plan, layers, gate, x, now), None
-        elif not recompute:
-            parameters = flatten(layers, gate)
-            if all(t is None or t.requires_grad for t in parameters):
-                note(choice)
-                return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), "hand")[0], None
-    if torch._C._get_tracing_state() is None:  # torch.jit.trace, to whom shapes are values
-        check_shapes(plan, layers, gate, in_features, gate_features)
-    tensors, places = _place(x, slots)
-    batch = tensors[0].shape[0]
-    gate_tensors: tuple[Tensor, ...] = ()
-    gate_places = None
     if gate_input is not None:
         check_input("gate_input", gate_input, gate_features, slots, weight, autocast)
-        gate_tensors, gate_places = _place(gate_input, slots)
-        if gate_tensors[0].shape[0] != batch:
-            raise ValueError(f"gate_input: expected {batch} rows like x, got {gate_tensors[0].shape[0]}")
     elif gate_features != in_features:
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    now = state(batch, choice.name) if now is None else now
-    way = "composed" if composes or now.has_foreign_norm or batch == 0 else "hand"
-    if way == "composed":
-        if composes and _is_compiled_alone(weight) and _is_operator(choice, weight, now, backend):
-            way = "operator"
-        elif choice.name == "triton":
-            choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
+    is_traced = must_see_operators(weight)
+    choice = resolve(weight.device, backend)
+    batch = (x if isinstance(x, Tensor) else x[0]).shape[0]
+    parameters = flatten(layers, gate)
+    is_special = gate_input is not None or return_gates or autocast is not None
+    records = torch.is_grad_enabled()
+    now = _bare_state(plan.num_layers)
+    if plan.has_state:  # what is refused must have moved no statistics
+        _check(plan, layers, gate, x, gate_input, gate_features)
+        now = state(batch, choice.name)
+    asked = Asked(
+        plan, now, x, parameters, choice.name, backend == "torch", is_traced, records, is_special, recompute
+    )  # fmt: skip
+    way = route_of(asked).name
+    if way == "few rows":  # whose products refuse what does not fit
+        note(choice)
+        if not records:
+            return few_rows_forward(plan, layers, gate, x, now if plan.has_state else None), None  # type: ignore[arg-type]  # a tensor
+        return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), way)[0], None  # type: ignore[union-attr, arg-type]
+    if not plan.has_state:
+        _check(plan, layers, gate, x, gate_input, gate_features)
+    if way == "differentiable" and choice.name == "triton":
+        choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
     note(choice)
+    tensors, places = _place(x, slots)
+    gate_tensors: tuple[Tensor, ...] = ()
+    gate_places = None
+    if gate_input is not None:
+        gate_tensors, gate_places = _place(gate_input, slots)
     if autocast is not None:
-        layers, gate = _cast_layers(layers, gate, autocast, once=way == "hand")
+        layers, gate = _cast_layers(layers, gate, autocast, once=way == "by hand")
+        parameters = flatten(layers, gate)
         tensors = tuple(t.to(autocast) for t in tensors)
         gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
     call = LevelCall(
         plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute, choice.name
     )
-    flat = (*tensors, *gate_tensors, *flatten(layers, gate))
+    flat = (*tensors, *gate_tensors, *parameters)
     if autocast is None:
         y, listed = _run(call, flat, way)
     else:

@@ -271,7 +271,7 @@ MAKE_UPS: dict[str, dict[str, Any]] = {
 }
 
 
-PYTORCHS = "create_graph", "composed"
+PYTORCHS = "create_graph", "differentiable"
 """Ways in which operators of PyTorch's own run in backward, which autocast reaches."""
 
 
@@ -307,4 +307,4 @@ def test_a_compiled_backward_within_the_region_gives_the_same_gradients(make_up:
 
 def test_a_composed_backward_within_the_region_is_that_of_pytorch() -> None:
     ple = _with_foreign_norm()
-    _assert_same_inside(ple, ple, "composed")
+    _assert_same_inside(ple, ple, "differentiable")

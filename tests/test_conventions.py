@@ -30,7 +30,7 @@ LAYERS = (
     ("saved",),
     ("torch_backend",),
     ("triton_backend",),
-    ("autograd",),
+    ("autograd", "routes"),
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits"),

@@ -181,7 +181,7 @@ def test_jacobians_at_once_are_those_one_by_one(case: str, rows: int) -> None:
 
 def test_jacobians_at_once_take_the_backward_by_hand(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The composed level would run the forward again, and then a backward of tensors with one more dimension."""
-    monkeypatch.setattr("ple_fast.autograd.run_composed", None)
+    monkeypatch.setattr("ple_fast.autograd.run_differentiable", None)
     jacobians(trunk(backend, **CASES["layer norm"]), None, features=True)
 
 

@@ -106,7 +106,7 @@ def _apart(module: nn.Module, expert: Tensor, rows: int, *, compiled: bool = Fal
     assert first == 1
 
 
-@pytest.mark.parametrize("way", ["eager", "composed", "compiled"])
+@pytest.mark.parametrize("way", ["eager", "differentiable", "compiled"])
 @pytest.mark.parametrize("rows", [1, 5, 100, 700])
 @pytest.mark.parametrize("kind", ["single task", "cgc"])
 def test_tasks_that_share_nothing_see_nothing_of_each_other(
@@ -117,8 +117,8 @@ def test_tasks_that_share_nothing_see_nothing_of_each_other(
         module: nn.Module = CGC(6, 2, task_experts=1, shared_experts=0, expert_units=(4,))
     else:
         module = SingleTask(6, 2, expert_units=(4,))
-    if way == "composed":
-        monkeypatch.setattr("ple_fast.functional.must_compose", lambda weight: True)
+    if way == "differentiable":
+        monkeypatch.setattr("ple_fast.functional.must_see_operators", lambda weight: True)
     level = module.levels[0] if hasattr(module, "levels") else module  # type: ignore[index]
     _apart(module, level.blocks[0].layers[0].weight, rows, compiled=way == "compiled")  # type: ignore[union-attr, index]
 

@@ -29,7 +29,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "prelu": {"experts": MLPSpec((6, 4), "prelu", norm="layer"), "gate": GateSpec((5,))},
     "dropout": {"experts": MLPSpec((6, 4), "silu", dropout=0.3), "gate": GateSpec((5,), dropout=0.3)},
 }
-WAYS = ["saved", "recompute", "composed", "operator"]
+WAYS = ["saved", "recompute", "differentiable", "operator"]
 DERIVATIVES = [
     (way, create_graph) for way in WAYS for create_graph in (False, True) if not (way == "operator" and create_graph)
 ]
@@ -44,7 +44,7 @@ def build(way: str, **options: Any) -> ExtractionNetwork:
 
 def going(way: str) -> AbstractContextManager[Any]:
     """Eager calls go where compiled or transformed ones go."""
-    if way not in ("composed", "operator"):
+    if way not in ("differentiable", "operator"):
         return nullcontext()
     return mock.patch("ple_fast.functional._run", lambda call, flat, _: _run(call, flat, way))
 
@@ -101,7 +101,7 @@ def test_running_statistics_that_backward_does_not_read_may_change_before(make_u
         expected = grads(level(x), leaves, create_graph=False)
         y = level(x)
         for tensor in statistics(level).values():
-            if way != "composed":  # PyTorch's own batch norm saves them in any case
+            if way != "differentiable":  # PyTorch's own batch norm saves them in any case
                 tensor.mul_(9)
         level(2 * x)
         torch.testing.assert_close(grads(y, leaves, create_graph=False), expected, rtol=0, atol=0)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dtype
-from ..functional import Input, extraction_level, must_compose
+from ..functional import Input, extraction_level
 from ..plan import LevelPlan
+from ..routes import must_see_operators
 from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
 from ..state import LevelState
@@ -190,7 +191,7 @@ class ExtractionNetwork(CheckedModule, Holder):
         seed: int | Tensor | None = None
         # The layers' mode decides, not the level's: one may be in train mode alone (Monte Carlo dropout).
         drops = self._drops and any(layer.dropout for layer in layers)
-        if drops and not must_compose(stacked[0].weight):
+        if drops and not must_see_operators(stacked[0].weight):
             on_device = backend == "triton"  # where a CUDA graph draws it anew, and nobody waits for it
             seed = self._seed(stacked[0].weight.device) if on_device else int(self._seed(torch.device("cpu")))
         return LevelState(layers, norm_state(self.gate.norm, batch), seed)

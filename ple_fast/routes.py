@@ -1,0 +1,132 @@
+"""Which way a call of a level takes through the library: one table, asked from the top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .backend import is_exporting
+from .plan import LevelPlan
+from .state import LevelState
+from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, serves, serves_state
+
+_TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""What parameters are to a tracer."""
+
+
+class Asked(NamedTuple):
+    """What a call asks for, as far as it decides the route."""
+
+    plan: LevelPlan
+    state: LevelState
+    x: Any
+    """A tensor, or one for each slot."""
+    parameters: tuple[Tensor | None, ...]
+    """The flat tuple of the level's tensors."""
+    backend: str
+    """That was chosen, ``"torch"`` or ``"triton"``."""
+    is_plain: bool
+    """``"torch"`` was asked for, for this very call."""
+    is_traced: bool
+    """``must_see_operators``."""
+    records: bool
+    """A backward may follow."""
+    is_special: bool
+    """The gates have an input of their own, the weights are an output, or autocast is at work."""
+    recompute: bool
+
+
+class Route(NamedTuple):
+    """A way through the library."""
+
+    name: str
+    condition: Callable[[Asked], bool]
+    """Whether a call takes it, if it takes none of those before it; the first line of its docstring says when."""
+    reason: str
+
+
+def must_see_operators(weight: Tensor) -> bool:
+    """Whether a tracer, a transform or a tensor subclass is at work that needs to see PyTorch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or weight.is_meta
+        or type(weight) not in (Tensor, nn.Parameter)
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _rows(asked: Asked) -> int:
+    x = asked.x if isinstance(asked.x, Tensor) else asked.x[0]
+    rows: int = x.shape[0]
+    return rows
+
+
+def _is_operator(asked: Asked) -> bool:
+    """``torch.compile`` traces a CPU level, or any program with kernels a level without norms and dropout."""
+    weight = asked.parameters[0]
+    # What else must see through an operator: function transforms, and tensors that have no memory.
+    if not (
+        asked.is_traced
+        and torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and weight is not None
+        and not weight.is_meta
+        and type(weight) in _TRACED
+    ):
+        return False
+    if asked.backend == "triton":
+        return asked.state.is_plain and not asked.state.has_foreign_norm
+    # What is exported from a CPU is PyTorch's own operators, which run without this library.
+    return (
+        weight.device.type == "cpu" and not asked.is_plain and not is_exporting() and not asked.state.has_foreign_norm
+    )
+
+
+def _is_differentiable(asked: Asked) -> bool:
+    """Another tracer, a transform or a tensor subclass is at work, a norm is not ours, or there is no row."""
+    return asked.is_traced or asked.state.has_foreign_norm or _rows(asked) == 0
+
+
+def _has_few_rows(asked: Asked) -> bool:
+    """A CPU batch below 32 rows, 96 in training, of a level of one block and plain gates."""
+    x = asked.x
+    if asked.backend != "torch" or asked.is_special or not isinstance(x, Tensor):
+        return False
+    records = asked.records
+    if not (
+        x.shape[0] < (MAX_TRAIN_ROWS if records else MAX_ROWS)
+        and x.dtype in (torch.float32, torch.float64)
+        and serves(asked.plan, x.dim() == 3, trains=records)
+    ):
+        return False
+    if records:
+        return not asked.recompute and all(t is None or t.requires_grad for t in asked.parameters)
+    return serves_state(asked.state)
+
+
+def _is_any(asked: Asked) -> bool:
+    """Everything else."""
+    return True
+
+
+ROUTES = (
+    Route("operator", _is_operator, "a compiler plans around one operator with a known result"),
+    Route("differentiable", _is_differentiable, "PyTorch's own operators can be traced, transformed and run on no row"),
+    Route("few rows", _has_few_rows, "the host's time counts beside the arithmetic: as few operators as possible"),
+    Route("by hand", _is_any, "forward and backward are written out, in row blocks or in launches"),
+)
+
+
+def route_of(asked: Asked) -> Route:
+    """The first route whose condition holds."""
+    for route in ROUTES:
+        if route.condition(asked):
+            return route
+    raise AssertionError("the last route takes every call")
