@@ -2,6 +2,7 @@
 
 from .backend import last_backend, set_backend, use_backend
 from .convert import Report, accelerate, pack, restore
+from .explain import LevelReport, explain
 from .modules import (
     CGC,
     PLE,
@@ -30,6 +31,7 @@ __all__ = [
     "ExtractionNetwork",
     "GateSpec",
     "HardSharing",
+    "LevelReport",
     "MLMMoE",
     "MLPSpec",
     "MMoE",
@@ -37,6 +39,7 @@ __all__ = [
     "SingleTask",
     "Topology",
     "accelerate",
+    "explain",
     "last_backend",
     "pack",
     "restore",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -124,9 +126,28 @@ ROUTES = (
 )
 
 
+class _Watch(threading.local):
+    watcher: Callable[[Route, Asked], None] | None = None
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def watching(watcher: Callable[[Route, Asked], None]) -> Iterator[None]:
+    """Tell ``watcher`` of every route that a call of this thread takes."""
+    before, _watch.watcher = _watch.watcher, watcher
+    try:
+        yield
+    finally:
+        _watch.watcher = before
+
+
 def route_of(asked: Asked) -> Route:
     """The first route whose condition holds."""
     for route in ROUTES:
         if route.condition(asked):
+            if not asked.is_traced and _watch.watcher is not None:
+                _watch.watcher(route, asked)
             return route
     raise AssertionError("the last route takes every call")

@@ -35,7 +35,7 @@ LAYERS = (
     ("functional",),
     ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits"),
     ("tune_table",),
-    ("model", "convert", "viz", "tune_measure", "warmup"),
+    ("model", "convert", "viz", "tune_measure", "warmup", "explain"),
     ("tune_results",),
     ("tune",),
     ("__init__",),

@@ -5,7 +5,7 @@
 
 from ._activations import FUSED
 from ._dropout import Dropout
-from ._launch import launches, wide_of
+from ._launch import launches, recording, wide_of
 from ._layer_end import Norm
 from ._replay import replayed, without_replay
 from ._tile_files import Class, Library, Parts, Table, Tile
@@ -65,6 +65,7 @@ __all__ = [
     "library_weight_grad",
     "linear_tile",
     "norm_sums_merge",
+    "recording",
     "reload_tables",
     "replayed",
     "set_table",

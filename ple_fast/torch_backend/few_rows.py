@@ -54,6 +54,11 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
     return len(counts) == 1 and len(sizes) == 1 and topology.mixture_slot == tuple(range(topology.num_mixtures))
 
 
+def uses_wide_product(x: Tensor) -> bool:
+    """Whether the first layer of experts that all read ``x (B, D)`` is one product."""
+    return x.shape[0] > WIDE_ROWS and by_onednn(x)
+
+
 def serves_state(state: LevelState) -> bool:
     """Whether it can run the plan in this state: nothing is dropped, and every norm is ours."""
     return state.seed is None and not state.has_foreign_norm
@@ -97,7 +102,7 @@ def few_rows_train_forward(
     ):
         check_shapes(plan, layers, gate, x.shape[-1], x.shape[-1])
     if x.dim() == 2:
-        if rows <= WIDE_ROWS or not by_onednn(x):
+        if not uses_wide_product(x):
             a = _products(x.expand(count, rows, width), weight, bias)
         else:
             applied = specs[0].activation.name == "relu" and (norms[0] is None or specs[0].norm_position == "after")

@@ -67,6 +67,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     return out.relu_() if relu else out
 
 
+def linear_library(x: Tensor, work: int) -> str:
+    """What computes ``linear`` of rows like ``x`` with a weight of ``work`` elements, for people to read."""
+    by_work = x.shape[0] * work >= LINEAR_WORK and by_onednn(x)
+    return "inner product of oneDNN" if by_work else "product of PyTorch"
+
+
+def grouped_library(x: Tensor, weight: Tensor) -> str:
+    """What computes ``grouped``, for people to read."""
+    return "grouped convolution of oneDNN" if convolves(x, weight) else "batched product of PyTorch"
+
+
 def convolves(x: Tensor, weight: Tensor) -> bool:
     """Whether ``grouped`` is a convolution of oneDNN's."""
     return x.shape[0] >= (GROUPED_ROWS if weight.is_contiguous() else TURNED_ROWS) and by_onednn(x)
