@@ -6,21 +6,20 @@ The table stands in README.md between two comments and says which folder it came
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
+from benchmarks.bare_gemm import FLOOR
 from benchmarks.configs import GPU_TARGETS, SAVED_TARGETS
-from benchmarks.contestants import CONTESTANTS, FLOOR, GPU_EAGER_PEERS, OURS, PEERS
+from benchmarks.contestants import CONTESTANTS, GPU_EAGER_PEERS, OURS, PEERS
 from benchmarks.environment import ROOT
+from benchmarks.result_files import Result, load
 
-Result = Mapping[str, Any]
 README = ROOT / "README.md"
 NORMS_PAGE = ROOT / "docs" / "performance.md"
 SCALING_PAGE = ROOT / "docs" / "training_at_scale.md"
@@ -30,19 +29,6 @@ BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) -->\n)(.*?)(<!-- /benchmark:\2 -->)", re.DOTALL)
 _SOURCE = re.compile(r"\(benchmarks/results/([a-z0-9.-]+)\)")
 MODE_NAMES = {"train": "forward + backward", "inference": "inference", "forward": "forward"}
-
-
-def load(folder: Path) -> dict[str, Result]:
-    """The result files of a folder by kind."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder of results; python benchmarks/run.py makes one")
-    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    if not files:
-        raise FileNotFoundError(f"{folder}: holds no result file; python benchmarks/run.py writes them")
-    for name, content in files.items():
-        if content.get("schema") != 1 or content.get("kind") != name:
-            raise ValueError(f"{folder / name}.json: expected schema 1 and kind {name!r}; measure again")
-    return files
 
 
 def _number(value: float) -> str:
