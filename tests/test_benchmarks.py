@@ -45,6 +45,7 @@ from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER
 from benchmarks.loop import LoopPLE, baseline
 from benchmarks.paired import Paired, time_paired
 from benchmarks.peers import import_deepctr
+from benchmarks.rendering import quoted, with_block
 from benchmarks.result_files import load, write
 from benchmarks.saved_bytes import cost, saved_bytes
 from benchmarks.steps import WrongResultError, check, errors, make_step
@@ -321,14 +322,14 @@ def test_the_grid_sentence_says_what_the_results_say() -> None:
 
 
 def test_a_block_is_written_between_its_comments_and_found_again() -> None:
-    before = f"# x\n{report.BEGIN}\nold\n{report.END}\nafter \\1\n"
+    before = "# x\n<!-- benchmark:cpu -->\nold\n<!-- /benchmark:cpu -->\nafter \\1\n"
     block = report.readme_block("cpu-2core-some", {"head_to_head": CONTENT})
-    after = report.with_block(before, block)
-    assert report.quoted(after) == block
+    after = with_block(before, "cpu", block)
+    assert quoted(after, "cpu") == block
     assert report.readme_source(after) == "cpu-2core-some"
     assert after.startswith("# x\n") and after.endswith("after \\1\n")
     with pytest.raises(ValueError, match="expected the lines"):
-        report.with_block("# no comments\n", block)
+        with_block("# no comments\n", "cpu", block)
 
 
 def test_result_files_are_written_small_and_read_back(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_the_readme_quotes_the_committed_results() -> None:
     text = report.README.read_text(encoding="utf-8")
     machine = report.readme_source(text)
     files = load(ROOT / "benchmarks" / "results" / machine)
-    assert report.quoted(text) == report.readme_block(machine, files), (
+    assert quoted(text, "cpu") == report.readme_block(machine, files), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
 
@@ -368,19 +369,24 @@ def test_the_table_of_norms_says_what_the_results_say() -> None:
     ]
     saved = [{"contestant": "rechub", "saved_bytes": 100 << 20}, {"contestant": "fast_rechub", "saved_bytes": 40 << 20}]
     content = {"results": cases, "saved": saved, "environment": CONTENT["environment"]}
-    block = report.norms_block("some", content)
+    block = report.block("norms", "some", content)
     assert (
         "| `rechub` / `fast_rechub` | 30.0 / 20.0: **1.51 x** | 30.0 / 20.0: **2.00 x** | 100 / 40.0: 0.40 |" in block
     )
     assert "up to 1.25" in block and "benchmarks/results/some/norms.json" in block
     page = "a\n<!-- benchmark:norms -->\nold\n<!-- /benchmark:norms -->\nb\n"
-    assert report.quoted(report.with_block(page, block)) == block
+    assert quoted(with_block(page, "norms", block), "norms") == block
+
+
+def page_block(kind: str) -> str:
+    """What the page of a result file quotes of it."""
+    return quoted(report.BLOCKS[kind].page.read_text(encoding="utf-8"), kind)
 
 
 def test_the_page_on_performance_quotes_the_committed_norms() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
     norms = load(ROOT / "benchmarks" / "results" / machine)["norms"]
-    assert report.quoted(report.NORMS_PAGE.read_text(encoding="utf-8")) == report.norms_block(machine, norms), (
+    assert page_block("norms") == report.block("norms", machine, norms), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     cases = [(peer, ours, *case) for peer, ours in NORM_PAIRS for case in HEAD_TO_HEAD]
@@ -409,20 +415,20 @@ def test_the_table_of_scaling_says_what_the_results_say() -> None:
         "results": [scaled(1, 100.0, 150.0, 1.0), scaled(2, 125.0, 200.0, 0.8)],
         "environment": CONTENT["environment"],
     }
-    block = report.scaling_block("some", content)
+    block = report.block("scaling", "some", content)
     assert "| 4,096 | 1 | 100 | 150 | 1.50 x |  |  |  |  |" in block
     assert "| 4,096 | 2 | 125 | 200 | 1.60 x | 0.80 | 0.90 | 0.80 | 0.90 |" in block
     assert "up to 1.25" in block and "2 cores, AVX2, 1 thread per rank; " in block
     page = "a\n<!-- benchmark:scaling -->\n<!-- /benchmark:scaling -->\nb\n"
-    assert report.quoted(report.with_block(page, block)) == block
+    assert quoted(with_block(page, "scaling", block), "scaling") == block
 
 
 def test_the_page_on_scale_quotes_the_committed_scaling() -> None:
     """Nothing, as long as nothing was measured."""
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
     found = load(ROOT / "benchmarks" / "results" / machine).get("scaling")
-    page = report.quoted(report.SCALING_PAGE.read_text(encoding="utf-8"))
-    assert page == ("" if found is None else report.scaling_block(machine, found)), (
+    page = page_block("scaling")
+    assert page == ("" if found is None else report.block("scaling", machine, found)), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     if found is not None:
@@ -496,8 +502,8 @@ def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
     found = load(ROOT / "benchmarks" / "results" / machine)["whole_model"]
     results = found["results"]
-    page = report.quoted(report.WHOLE_MODEL_PAGE.read_text(encoding="utf-8"))
-    assert page == report.whole_model_block(machine, {"results": results, "environment": found["environment"]}), (
+    page = page_block("whole_model")
+    assert page == report.block("whole_model", machine, {"results": results, "environment": found["environment"]}), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     assert [(entry["library"], entry["mode"], entry["batch"]) for entry in results] == [
@@ -511,8 +517,8 @@ def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
 def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
     found = load(ROOT / "benchmarks" / "results" / machine)["host_time"]
-    page = report.quoted(report.HOST_TIME_PAGE.read_text(encoding="utf-8"))
-    assert page == report.host_time_block(machine, found), (
+    page = page_block("host_time")
+    assert page == report.block("host_time", machine, found), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import configs, environment, gpu_cases, gpu_steps, report, run_gpu
+from benchmarks import configs, environment, gpu_cases, gpu_report, gpu_steps, report, run_gpu
 from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, build
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places
 from benchmarks.loop import baseline
@@ -412,7 +412,7 @@ TARGETS: dict[str, Any] = {
 
 
 def test_targets_are_printed_as_reached_or_missed() -> None:
-    assert report.gpu_targets(TARGETS) == [
+    assert gpu_report.gpu_targets(TARGETS) == [
         "small: ours eager over the best eager per-expert peer (`rechub`): 4.25, wanted at least 4: reached",
         "small: ours in a CUDA graph over the best eager per-expert peer (`rechub`): 21.00, wanted at least 10: "
         "reached",
@@ -433,14 +433,14 @@ def test_targets_are_printed_as_reached_or_missed() -> None:
 def test_a_run_that_ended_early_has_a_report_too() -> None:
     rows = {"loop": {"median_ms": 2.0, "peak_bytes": None}}
     early = {"results": [{**case("large", {}), "contestants": rows}], "ceilings": TARGETS["ceilings"], "saved": []}
-    lines = report.gpu_targets({**early, "saved": TARGETS["saved"][:1]})
+    lines = gpu_report.gpu_targets({**early, "saved": TARGETS["saved"][:1]})
     assert "large: share of what the ceilings allow: not measured, wanted at least 0.7" in lines
     assert not any("saves for backward" in line for line in lines), "there is no loop to compare with"
-    assert "| `loop` | 2.00 |" in report.gpu_table(early)
+    assert "| `loop` | 2.00 |" in gpu_report.gpu_table(early)
 
 
 def test_the_table_says_what_the_results_say() -> None:
-    lines = report.gpu_table(TARGETS).splitlines()
+    lines = gpu_report.gpu_table(TARGETS).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["`bmm`", "0.10", "1.00", ""] in rows
     assert ["**`fast/graph`**", "0.20", "1.00", ""] in rows
