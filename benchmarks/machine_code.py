@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.launches import Request
 
 KERNEL_MODULES = (
-    "grouped_linear", "data_grad", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
-    "layer_end", "layer_norm", "persistent",
+    "grouped_linear", "data_grad", "gate_combine", "input_grad", "weight_grad", "reduce_parts", "fused_level",
+    "fused_two_layers", "batch_norm", "layer_end", "layer_norm", "persistent",
 )  # fmt: skip
 
 
