@@ -27,6 +27,10 @@ class Work:
     def flops(self) -> int:
         return self.product_flops + self.mixing_flops
 
+    def counts(self) -> dict[str, int]:
+        """Of a result file."""
+        return {"flops": self.flops, "product_flops": self.product_flops, "least_bytes": self.least_bytes}
+
 
 def work(config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Work:
     """The work of one step of a PLE trunk whose last level has no shared mixture."""

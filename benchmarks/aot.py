@@ -9,20 +9,12 @@ and no GPU; not under ``TRITON_INTERPRET``.
 from __future__ import annotations
 
 import argparse
-import importlib
-import io
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
@@ -30,79 +22,20 @@ import torch
 
 from benchmarks.configs import AOT_SIZES, SIZES, TrunkConfig, aot_dtypes
 from benchmarks.environment import ROOT
+from benchmarks.launches import PROCESSORS, Launch, Recorder, Request, recording
+from benchmarks.machine_code import compile_request
+from benchmarks.rendering import table as rendered
+from benchmarks.rendering import with_block
+from benchmarks.result_files import read, write
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+ARCHITECTURES = tuple(PROCESSORS)
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that one block may ask for."""
-KERNEL_MODULES = (
-    "grouped_linear", "data_grad", "gate_combine", "input_grad", "weight_grad", "fused_level", "batch_norm",
-    "layer_end", "layer_norm", "persistent",
-)  # fmt: skip
-TABLE_OF = {"gfx942": "amd"}
 DTYPES = ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64")
 FIGURES = (
     "multiplies", "registers", "spills", "shared", "mma", "warp_group_mma", "engine_loads", "serialised",
     "loop_shuffles",
 )  # fmt: skip
-POINTER = {
-    torch.int64: "*i64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One compilation: ``signature`` has a type per argument, ``constants`` the values of those that are constant."""
-
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    warps: int
-    stages: int
-
-    def described(self) -> dict[str, Any]:
-        """Kernel, widths, tile, warps and stages, for people."""
-        c = dict(self.constants)
-        return {
-            "kernel": self.kernel.strip("_").removesuffix("_kernel"),
-            "widths": [c[n] for n in ("DEPTH", "HIDDEN", "UNITS") if n in c],
-            "tile": [c[n] for n in c if n.startswith("BLOCK")],
-            "warps": self.warps,
-            "stages": self.stages,
-        }
-
-
-def request_of(prepared: Any, arguments: Sequence[Any]) -> Request:
-    """What a launch would compile."""
-    kernel, tile = prepared.kernel, prepared.tile
-    signature, constants = [], []
-    for parameter, value in zip(kernel.params, (*arguments, *prepared.constants), strict=True):
-        if parameter.is_constexpr or value is None:
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((parameter.name, POINTER[value.dtype]))
-        elif hasattr(value, "block_shape"):  # a descriptor
-            kind = POINTER[value.base.dtype].removeprefix("*")
-            signature.append((parameter.name, f"tensordesc<{kind}[{', '.join(map(str, value.block_shape))}]>"))
-        else:
-            signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
-    return Request(kernel.fn.__name__, tuple(signature), tuple(constants), tile.warps, tile.stages)
-
-
-class _Recorder:
-    """Stands in for a launch."""
-
-    def __init__(self) -> None:
-        self.requests: dict[Request, None] = {}
-
-    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        assert all(n >= 1 for n in grid), (prepared.kernel, grid)
-        self.requests[request_of(prepared, arguments)] = None
 
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
@@ -132,46 +65,10 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
     )
 
 
-@contextmanager
-def recording(
-    architecture: str, precision: str, record: Callable[..., None], library: Callable[..., None] | None
-) -> Iterator[None]:
-    """Nothing is launched: ``record`` gets what is prepared, grid and arguments, as on an architecture.
-
-    ``library`` gets the operands of products that the library takes; None: it takes none, and no kernel the place of
-    those that load by pointers.
-    """
-    from ple_fast import backend, use_backend
-    from ple_fast.triton_backend import fusion, run
-
-    tiles = importlib.import_module("ple_fast_kernels._tiles")
-    table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
-    launch = importlib.import_module("ple_fast_kernels._launch")
-    with ExitStack() as stack:
-        # A function, not ``record`` itself: it takes the place of a method.
-        method = mock.patch.object(
-            launch.Prepared, "_launch", lambda prepared, grid, given: record(prepared, grid, given)
-        )
-        stack.enter_context(method)
-        stack.enter_context(mock.patch.object(tiles, "table_of", return_value=table))
-        module = importlib.import_module("ple_fast_kernels.library")
-        if library is None:
-            stack.enter_context(mock.patch.object(module, "takes_library", return_value=False))
-            loaded = importlib.import_module("ple_fast_kernels.persistent")
-            stack.enter_context(mock.patch.object(loaded, "persistent_tile", return_value=None))
-        else:
-            stack.enter_context(mock.patch.object(module, "_product", library))
-        stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
-        stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
-        stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
-        stack.enter_context(use_backend("triton"))
-        yield
-
-
 def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") -> list[Request]:
     """What training steps and inference of a trunk would launch on an architecture: in kernels that load by pointers
     alone, and as the tables route them."""
-    recorder = _Recorder()
+    recorder = Recorder()
     with torch.random.fork_rng(devices=[]):
         ple = _trunk(config)
     for library in (None, lambda *operands: None):
@@ -181,101 +78,7 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
             y.backward(torch.empty_like(y))
             with torch.inference_mode():
                 ple.eval()(x)
-    return list(recorder.requests)
-
-
-def _tools(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
-
-
-def _count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found.group(1)) if found else -1
-
-
-def compile_request(request: Request, architecture: str) -> dict[str, Any]:
-    """Compile one request and read its resources; raises what the compiler raises."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    homes = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
-    function = next(getattr(home, request.kernel) for home in homes if hasattr(home, request.kernel))
-    names = [name for name, _ in request.signature]
-    constants = {(names.index(name),): value for name, value in request.constants}
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(request.signature) if kind.startswith("*")
-    }
-    source = ASTSource(fn=function, signature=dict(request.signature), constexprs=constants, attrs=attributes)
-    number = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else architecture
-    is_nvidia = architecture.startswith("sm_")
-    target = GPUTarget("cuda" if is_nvidia else "hip", number, 32 if is_nvidia else 64)
-    options = {"num_warps": request.warps, "num_stages": request.stages}
-    log = io.StringIO()
-    with redirect_stdout(log), triton.knobs.nvidia.scope():
-        triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=target, options=options)
-    row: dict[str, Any] = {"shared": compiled.metadata.shared}
-    asked = dict(request.constants)
-    if request.kernel == "_grouped_weight_grad_kernel":  # of a layer whose weight the library takes, sums may be left
-        row["multiplies"] = asked["HAS_WEIGHT"] or asked["HAS_GATES"]
-    if not is_nvidia:
-        text = compiled.asm["amdgcn"]
-        row["registers"] = _number(r"\.vgpr_count:\s+(\d+)", text)
-        row["spills"] = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-        row["mma"] = _count(r"v_mfma", text)
-        return row
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        # Code out of Triton's cache was assembled before.
-        said = log.getvalue() if "registers" in log.getvalue() else _assembled(ptx, folder)
-        if request.kernel == "_grouped_weight_grad_kernel":
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            row["loop_shuffles"] = shuffles_in_loops(_tools("cuobjdump", "-sass", str(cubin)).stdout)
-    row["registers"] = _number(r"Used (\d+) registers", said)
-    row["spills"] = _number(r"(\d+) bytes spill stores", said)
-    row["serialised"] = sorted(set(re.findall(r"\bC75\d\d\b", said)))
-    row["mma"] = _count(r"\bmma\.sync\b", ptx)
-    if "tensordesc" in "".join(kind for _, kind in request.signature):
-        row["engine_loads"] = _count(r"\bcp\.async\.bulk\.tensor\b", ptx)
-    row["warp_group_mma"] = _count(r"\bwgmma\.mma_async\b", ptx) + _count(r"\btcgen05\.mma\b", ptx)
-    return row
-
-
-def shuffles_in_loops(sass: str) -> int:
-    """Butterflies in the innermost loops of a listing: sums across threads that could wait for the end."""
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    spans = []
-    for at, text in lines:
-        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if back is not None and int(back.group(1), 16) < at:
-            spans.append((int(back.group(1), 16), at))
-    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
-    return sum("SHFL.BFLY" in text and any(a <= at <= b for a, b in innermost) for at, text in lines)
-
-
-def _assembled(ptx: str, folder: str) -> str:
-    """What the assembler says of the code: spills, and products that it had to put one after the other (C75xx)."""
-    exact = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
-    assert exact is not None
-    assemblers = ("ptxas-blackwell", "ptxas") if int(exact.group(2)) >= 100 else ("ptxas", "ptxas-blackwell")
-    source = Path(folder) / "kernel.ptx"
-    source.write_text(ptx, encoding="utf-8")
-    said = []
-    for assembler in assemblers:  # the one that Triton takes; the older one does not read every code
-        done = _tools(assembler, "-v", "--gpu-name", exact.group(1), str(source), "-o", str(Path(folder) / "out"))
-        if done.returncode == 0:
-            return done.stderr + done.stdout
-        said.append(done.stderr)
-    raise RuntimeError(f"no assembler takes the code: {said}")
+    return list(dict.fromkeys(launch.request for launch in recorder.launches if isinstance(launch, Launch)))
 
 
 Job = tuple[str, str, str, str, Request]
@@ -375,15 +178,6 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a result file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("schema") != 1 or content.get("kind") != "aot":
-        raise ValueError(f"{path}: expected schema 1 and kind 'aot'; compile again")
-    rows: list[dict[str, Any]] = content["results"]
-    return rows
-
-
 def _span(values: Iterable[int]) -> str:
     low, *_, high = sorted({*values}) * 2
     return str(low) if low == high else f"{low} to {high}"
@@ -391,16 +185,9 @@ def _span(values: Iterable[int]) -> str:
 
 def summary(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Per architecture a table with a row per kernel; ``tables``: rows by Triton version."""
-    lines = []
+    parts = []
     for architecture in ARCHITECTURES:
-        name = "vector registers" if architecture.startswith("gfx") else "registers"
-        heads = [f"{name}, {version}" for version in tables]
-        lines += [
-            f"### {architecture}",
-            "",
-            "| " + " | ".join(["kernel", "configurations", *heads, "spills", "shared memory, KiB", "products"]) + " |",
-            "| " + " | ".join(["---", *["---:"] * (len(heads) + 3), "---"]) + " |",
-        ]
+        lines = []
         mine = {v: [row for row in rows if row["architecture"] == architecture] for v, rows in tables.items()}
         for kernel in dict.fromkeys(row["kernel"] for rows in mine.values() for row in rows):
             chosen = {v: [row for row in rows if row["kernel"] == kernel] for v, rows in mine.items()}
@@ -414,42 +201,34 @@ def summary(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             named = (("warp group or tcgen05", warp_group), ("tensor core", tensor), ("none, or FMA", rest))
             present = [(name, count) for name, count in named if count]
             cells.append(present[0][0] if len(present) == 1 else ", ".join(f"{name} {n}" for name, n in present))
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+            lines.append(cells)
+        registers = "vector registers" if architecture.startswith("gfx") else "registers"
+        heads = ["kernel", "configurations", *(f"{registers}, {version}" for version in tables)]
+        heads += ["spills", "shared memory, KiB", "products"]
+        parts += [f"### {architecture}\n", rendered(heads, lines, left=(0, len(heads) - 1)) + "\n"]
+    return "\n".join(parts)
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "aot"
 PAGE = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- benchmark:aot -->", "<!-- /benchmark:aot -->"
+BLOCK = "aot"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a result file."""
+    rows: list[dict[str, Any]] = read(path, "aot")["results"]
+    return rows
 
 
 def block() -> str:
     """What stands between the two comments of the page: the summary of the committed files."""
-    tables = {path.stem.removeprefix("triton-"): read(path) for path in sorted(RESULTS.glob("triton-*.json"))}
-    return summary({f"Triton {version}": rows for version, rows in tables.items()})
+    files = sorted(RESULTS.glob("triton-*.json"))
+    return summary({f"Triton {path.stem.removeprefix('triton-')}": rows_of(path) for path in files})
 
 
-def quoted(text: str, begin: str = BEGIN, end: str = END) -> str:
-    """What the page holds between two comments."""
-    return text.partition(begin + "\n")[2].partition(end)[0]
-
-
-def write_block(begin: str, content: str, end: str) -> None:
+def write_block(name: str, content: str) -> None:
     """Put ``content`` between two comments of the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin + "\n")
-    PAGE.write_text(f"{before}{begin}\n{content}{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]], version: str) -> None:
-    """One result file, a line per row."""
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps({"triton": version, "torch": torch.__version__.partition("+")[0]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'{{"schema": 1, "kind": "aot", "environment": {head}, "results": [\n  {lines}\n]}}\n', encoding="utf-8"
-    )
+    PAGE.write_text(with_block(PAGE.read_text(encoding="utf-8"), name, content), encoding="utf-8")
 
 
 def main() -> None:
@@ -464,7 +243,7 @@ def main() -> None:
     parser.add_argument("--write-page", action="store_true", help="only render the summary of the committed files")
     arguments = parser.parse_args()
     if arguments.write_page:
-        write_block(BEGIN, block(), END)
+        write_block(BLOCK, block())
         return
     asked = arguments.architectures.split(","), arguments.sizes.split(","), arguments.dtypes.split(",")
     if arguments.list:
@@ -473,7 +252,8 @@ def main() -> None:
         return
     rows = table(*asked)
     out = arguments.out or RESULTS / f"triton-{triton.__version__}.json"
-    write(out, rows, triton.__version__)
+    about = {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]}
+    write(out, "aot", {"results": rows}, about)
     found = faults(rows)
     print("\n".join([*found, f"{len(rows)} compiled, {len(found)} at fault; wrote {out}"]))
     if found:

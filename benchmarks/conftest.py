@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from benchmarks.configs import SUITE_SIZES, THREADS
-from benchmarks.contestants import CONTESTANTS
-
-SUITE_CONTESTANTS = ("loop", "bmm", "reference", "rechub", "deepctr", "fast", "fast_recompute")
-"""The compiled loops are left to the head-to-head: each size and mode would compile for half a minute."""
+from benchmarks.contestants import CONTESTANTS, SUITE_CONTESTANTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,10 +25,10 @@ import torch
 
 from benchmarks import configs, rehearsal
 from benchmarks.configs import TrunkConfig
+from benchmarks.environment import gpu_environment
 from benchmarks.gpu_cases import backend_of, ceilings
-from benchmarks.gpu_steps import cpu_clock, cuda_clock
-from benchmarks.run import say
-from benchmarks.run_gpu import gpu_environment
+from benchmarks.paired import clock_of
+from benchmarks.result_files import put, say
 
 SIZES = ("small", "medium", "large")
 TOOLS = ("memcheck", "racecheck")
@@ -45,7 +45,6 @@ class Findings:
     """``check.json``: a key per finding, written as soon as it is there."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "check.json"
         self.content: dict[str, Any] = {}
         if self.path.is_file():
@@ -53,9 +52,7 @@ class Findings:
 
     def add(self, key: str, value: Any) -> None:
         self.content[key] = value
-        part = self.path.with_suffix(".tmp")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        put(self.path, json.dumps(self.content, indent=1) + "\n")
         say(f"{key}: {json.dumps(value)}")
 
 
@@ -140,11 +137,9 @@ def check_ceilings(findings: Findings, device: torch.device, sizes: tuple[str, .
         if shutil.which(program[0]):
             shown = subprocess.run(program, capture_output=True, text=True, check=False).stdout
             findings.add(program[0], shown.splitlines())
-    clock = cuda_clock if device.type == "cuda" else cpu_clock
     copied = configs.COPY_BYTES if device.type == "cuda" else 1 << 16
     for size in sizes:
-        found = ceilings(config_of(size), device, clock, copied)
-        findings.add(f"ceilings/{size}", {key: float(f"{value:.4g}") for key, value in found.items()})
+        findings.add(f"ceilings/{size}", ceilings(config_of(size), device, clock_of(device), copied))
 
 
 def check_sanitizer(findings: Findings, device: torch.device, seconds: float) -> bool:

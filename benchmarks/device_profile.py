@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import configs, rehearsal
 from benchmarks.analytic import work
 from benchmarks.device_checks import TINY, config_of, synchronize
-from benchmarks.gpu_steps import Runner, cpu_clock, cuda_clock, cuda_graph, not_captured
-from benchmarks.result_files import write
-from benchmarks.run import say
-from benchmarks.run_gpu import gpu_environment
+from benchmarks.environment import gpu_environment
+from benchmarks.gpu_steps import Runner, capture_of
+from benchmarks.paired import clock_of
+from benchmarks.result_files import say, write
 
 SIZES = ("medium", "large", "small")
 MODES: tuple[configs.Mode, ...] = ("train", "inference")
@@ -65,12 +65,10 @@ def case(size: str, mode: configs.Mode, device: torch.device) -> dict[str, Any]:
     """Kernels and times of one step of ours."""
     config = config_of(size)
     runner = Runner.of("fast", config, mode, device)
-    is_cuda = device.type == "cuda"
-    clock, capture = (cuda_clock, cuda_graph) if is_cuda else (cpu_clock, not_captured)
-    steps = STEPS if is_cuda else 1
+    clock, steps = clock_of(device), STEPS if device.type == "cuda" else 1
     rows = kernels_of(runner.step, device, steps)
     eager = min(clock(runner.step, steps) for _ in range(steps))
-    replay, _ = capture(runner)
+    replay, _ = capture_of(device)(runner)
     graph = min(clock(replay, steps) for _ in range(steps))
     amount = work(config, mode)
     return {

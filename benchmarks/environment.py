@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -86,4 +87,40 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "commit": name,
         "uncommitted_changes": is_changed,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def tiles_in_use(device: torch.device) -> str:
+    """The tile tables that the kernels take: ``shipped``, or the digest of the file for this GPU."""
+    if device.type != "cuda":
+        return "shipped"
+    from ple_fast_kernels._tile_files import tiles_path
+
+    path = tiles_path(torch.cuda.get_device_name(device))
+    if os.environ.get("PLE_FAST_TILES") == "" or not path.is_file():
+        return "shipped"
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def gpu_environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """``environment()`` with the GPU, its driver and its tiles."""
+    about = environment(commit)
+    if device.type != "cuda":
+        return {**about, "gpu": None, "tiles": tiles_in_use(device)}
+    properties = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    name = torch.cuda.get_device_name(device)
+    return {
+        **about,
+        "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "gpu": name,
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "tiles": tiles_in_use(device),
     }

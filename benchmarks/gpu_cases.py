@@ -12,12 +12,13 @@ from torch import Tensor
 
 from benchmarks import configs
 from benchmarks.analytic import work
+from benchmarks.bare_gemm import BareGemm
 from benchmarks.configs import Mode, TrunkConfig
-from benchmarks.contestants import BASELINE, CONTESTANTS, OURS, BareGemm, build
-from benchmarks.gpu_steps import SELF_GRAPHED, Capture, Runner
+from benchmarks.contestants import BASELINE, CONTESTANTS, OURS, build
+from benchmarks.gpu_steps import Capture, Runner
 from benchmarks.oracles import Oracles
 from benchmarks.paired import Clock, time_paired
-from benchmarks.run import say
+from benchmarks.result_files import say
 from benchmarks.saved_bytes import cost
 from benchmarks.steps import WrongResultError, inputs
 
@@ -29,7 +30,7 @@ Rows = dict[str, dict[str, Any]]
 
 def ceilings(config: TrunkConfig, device: torch.device, clock: Clock, copy_bytes: int) -> dict[str, float]:
     """Bytes per second of a copy on the device, and FLOPs per second of the fastest ``torch.mm`` among the products of
-    this trunk's own training step."""
+    this trunk's own training step, to four digits."""
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = min(clock(partial(target.copy_, source), 5) for _ in range(5))
@@ -41,7 +42,7 @@ def ceilings(config: TrunkConfig, device: torch.device, clock: Clock, copy_bytes
         best = min(clock(partial(torch.mm, a, b, out=out), 5) for _ in range(5))
         flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
         found["mm_flops_per_s"] = max(found["mm_flops_per_s"], flops / best)
-    return found
+    return {key: float(f"{value:.4g}") for key, value in found.items()}
 
 
 def saved_bytes(config: TrunkConfig, name: str, device: torch.device) -> int | None:
@@ -114,12 +115,8 @@ class Group:
 
     def about(self, dtype: str) -> dict[str, Any]:
         """The head of the case in a result file."""
-        amount = work(self.config, self.mode)
-        return {
-            "size": self.config.name, "dtype": dtype, "mode": self.mode, "batch": self.config.batch,
-            "rounds": self.rounds, "flops": amount.flops, "product_flops": amount.product_flops,
-            "least_bytes": amount.least_bytes,
-        }  # fmt: skip
+        about = {"size": self.config.name, "dtype": dtype, "mode": self.mode, "batch": self.config.batch}
+        return {**about, "rounds": self.rounds, **work(self.config, self.mode).counts()}
 
     def measure(self, name: str) -> Rows:
         """The rows of a contestant, eager and in a graph: times beside ours in the same rounds, ratios, memory. Why one
@@ -135,10 +132,7 @@ class Group:
             timed = {**self.ours, **calls}
             paired = time_paired(timed, rounds=self.rounds, clock=self.clock, min_sample_s=self.min_sample_s)
             for key, row in rows.items():
-                row["median_ms"] = float(f"{paired.median(key) * 1e3:.4g}")
-                row["iqr_ms"] = float(f"{paired.iqr(key) * 1e3:.4g}")
-                for ours in self.ours:
-                    row[f"ratio_to_{ours}"] = round(paired.ratio(key, ours), 4)
+                row.update(paired.times(key, *self.ours))
                 say(f"  {key:24s} {row['median_ms']:10.4g} ms")
         del calls
         if CONTESTANTS[name].compiled:
@@ -163,7 +157,7 @@ class Group:
             return calls, rows
         for execution in ("eager", "graph"):
             key = name if execution == "eager" else f"{name}/graph"
-            if execution == "graph" and name == SELF_GRAPHED:
+            if execution == "graph" and CONTESTANTS[name].self_graphed:
                 continue
             if execution == "graph" and free_bytes(self.device) < ROOM * (rows.get(name, {}).get("peak_bytes") or 0):
                 self._fails(key, "no memory left for its graph")
@@ -179,14 +173,15 @@ class Group:
         return calls, rows
 
     def _execution(self, runner: Runner, execution: str) -> tuple[Callable[[], object], dict[str, Any]]:
-        for _ in range(3 if CONTESTANTS[runner.name].compiled else 1):
+        contestant = CONTESTANTS[runner.name]
+        for _ in range(3 if contestant.compiled else 1):
             outputs = runner.step()
         row: dict[str, Any] = {"backend": backend_of(runner.name, self.device)}
         if execution == "eager":
             self.oracles.check(runner.name, execution, runner.results(outputs))
             del outputs
-            # What max-autotune holds lies in graphs of its own, which were made above.
-            row["peak_bytes"] = peak_bytes(runner.step, self.device) if runner.name != SELF_GRAPHED else None
+            # What graphs of its own hold was taken when they were made, above.
+            row["peak_bytes"] = None if contestant.self_graphed else peak_bytes(runner.step, self.device)
             return runner.step, row
         del outputs
         captured: list[Any] = []

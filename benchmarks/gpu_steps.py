@@ -1,22 +1,19 @@
-"""One contestant in one mode on a GPU: its step, its step in a CUDA graph, and the clocks."""
+"""One contestant in one mode on a GPU: its step, and its step in a CUDA graph."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.configs import Mode, TrunkConfig
-from benchmarks.contestants import build
+from benchmarks.contestants import CONTESTANTS, build
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places
-from benchmarks.steps import inputs
-
-SELF_GRAPHED = "loop_max_autotune"
-"""Has CUDA graphs of its own."""
+from benchmarks.steps import call_of, inputs
 
 
 @dataclass
@@ -30,6 +27,10 @@ class Runner:
     grads: list[Tensor]
     places: Places | None
     """Where it keeps the loop's parameters; None where nothing is trained."""
+    call: Callable[[], Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.call = call_of(self.trunk, self.mode, self.x, self.grads, frozen=CONTESTANTS[self.name].frozen)
 
     @classmethod
     def of(
@@ -53,17 +54,9 @@ class Runner:
 
     def step(self) -> list[Tensor]:
         """One call: outputs; in training the gradients are in the leaves."""
-        if self.name == SELF_GRAPHED:
+        if CONTESTANTS[self.name].self_graphed:
             torch.compiler.cudagraph_mark_step_begin()
-        if self.mode == "inference":
-            with torch.inference_mode():
-                return list(self.trunk(self.x))
-        if self.mode == "forward":
-            return list(self.trunk(self.x))
-        self.reset()
-        outputs = list(self.trunk(self.x))
-        torch.autograd.backward(outputs, self.grads)
-        return outputs
+        return list(self.call())
 
     def results(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is compared, copied: outputs and, after a training step, every gradient."""
@@ -105,24 +98,9 @@ def not_captured(runner: Runner) -> tuple[Callable[[], object], list[Tensor]]:
     return replay, outputs
 
 
-def cuda_clock(call: Callable[[], object], repeats: int) -> float:
-    """Seconds per call between two CUDA events."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / repeats
-
-
-def cpu_clock(call: Callable[[], object], repeats: int) -> float:
-    """Seconds per call on the host, for ``--device cpu``."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+def capture_of(device: torch.device) -> Capture:
+    """A CUDA graph on a GPU, what stands in for it elsewhere."""
+    return cuda_graph if device.type == "cuda" else not_captured
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.configs import TrunkConfig
-from benchmarks.contestants import CONTESTANTS, LoopPLE, baseline
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.loop import LoopPLE, baseline
 
 OUTPUTS, INPUT, PARAMETER = "outputs", "the gradient of the input", "the gradient of parameter "
 """What is compared; the last one with the name of a parameter of the loop behind it."""
@@ -64,7 +65,7 @@ class Places:
         torch.set_default_dtype(torch.float64)  # libraries build in it, and float32 would round the numbers
         try:
             with torch.random.fork_rng(devices=[]):
-                loop = baseline(wide, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
+                loop = baseline(wide, contestant.make_up)
                 self.shapes = {key: p.shape for key, p in loop.named_parameters()}
                 ignored = without_gradient(loop)
                 start = 0

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -31,9 +32,9 @@ from torch import nn
 from benchmarks import result_files
 from benchmarks.configs import HOST, HOST_ROUNDS, Mode, TrunkConfig
 from benchmarks.contestants import build
-from benchmarks.environment import ROOT, environment, machine_name
-from benchmarks.paired import Paired, time_paired
-from benchmarks.steps import inputs
+from benchmarks.environment import ROOT, machine_name
+from benchmarks.paired import Paired, host_clock, time_paired
+from benchmarks.steps import call_of, inputs
 from tests import stub_driver
 
 ARCHITECTURE, PROCESSORS = 90, 132
@@ -54,14 +55,6 @@ TARGETS = {"train": 0.5, "inference": 0.3}
 """Of the loop's host time, at most."""
 
 
-def own_clock(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the processor per call over ``repeats`` calls."""
-    start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
-
-
 def make_call(name: str, mode: Mode) -> Callable[[], object]:
     """A training step (gradients reset, forward, backward) or an inference call of one of ``CASES``."""
     contestant, config = CASES[name]
@@ -69,18 +62,7 @@ def make_call(name: str, mode: Mode) -> Callable[[], object]:
     x, grads = inputs(config, input_grad=mode == "train")
     if name == "fast, 1,024 rows":  # read as one tensor: to stack so many gradients is arithmetic, on a CPU
         trunk, grads = cast(nn.Module, trunk.trunk), [torch.stack(grads, dim=1)]
-    parameters = [*trunk.parameters(), x]
-
-    def train() -> None:
-        for p in parameters:
-            p.grad = None
-        torch.autograd.backward(trunk(x), grads)
-
-    def infer() -> object:
-        with torch.inference_mode():
-            return trunk(x)
-
-    return train if mode == "train" else infer
+    return call_of(trunk, mode, x, grads)
 
 
 def _why_no_triton(device: torch.device) -> None:
@@ -108,13 +90,13 @@ def measure(rounds: int) -> dict[Mode, Paired]:
                 rounds=rounds,
                 warmup=5,
                 min_sample_s=SAMPLE_S,
-                clock=own_clock,
+                clock=partial(host_clock, read=time.process_time),
             )
             for mode in MODES
         }
 
 
-def _entries(found: Mapping[Mode, Paired], rounds: int) -> list[dict[str, Any]]:
+def _entries(found: Mapping[Mode, Paired]) -> list[dict[str, Any]]:
     entries = []
     for mode, paired in found.items():
         times = {
@@ -122,12 +104,11 @@ def _entries(found: Mapping[Mode, Paired], rounds: int) -> list[dict[str, Any]]:
                 "median_us": round(1e6 * paired.median(name), 1),
                 "least_us": round(1e6 * min(paired.samples[name]), 1),
                 "iqr_us": round(1e6 * paired.iqr(name), 1),
-                "ratio_to_loop": round(paired.ratio(name, LOOP), 4),
+                "ratio_to_loop": paired.ratio(name, LOOP),
             }
             for name in CASES
         }
-        load = [round(value, 2) for value in paired.load]
-        entries.append({"mode": mode, "rounds": rounds, "load": load, "contestants": times})
+        entries.append({"mode": mode, **paired.about(), "contestants": times})
     return entries
 
 
@@ -152,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if options.inside:
         stub_driver.activate(ARCHITECTURE)
-        print(json.dumps(_entries(measure(options.rounds), options.rounds)))
+        print(json.dumps(_entries(measure(options.rounds))))
         return
     entries = run(options.rounds)
     for entry in entries:
@@ -160,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             times = f"{own['median_us']:.0f} us, least {own['least_us']:.0f}"
             print(f"{entry['mode']}, {name}: {times}; {own['ratio_to_loop']:.2f} of {LOOP}")
     path = options.json or ROOT / "benchmarks" / "results" / machine_name() / "host_time.json"
-    result_files.write(path, "host_time", {"results": entries}, environment())
+    result_files.write(path, "host_time", {"results": entries})
     print(f"wrote {path}")
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,83 +32,14 @@ from benchmarks.kernel_schedule import (
     predict_library,
     product,
 )
+from benchmarks.launches import PERSISTENT, Launch, LibraryProduct, Recorder, recording
+from benchmarks.rendering import table
 
 ARCHITECTURE = "sm_90"
 TABLE = aot.RESULTS / "triton-3.6.0.json"
 """Of the version of Triton on the GPU machine."""
-PERSISTENT = "_persistent"
-"""How the name of a kernel ends whose programs stay."""
 MODEL_SIZES = ("small", "medium", "large")
 MODEL_DTYPES = ("bfloat16", "float32/tf32")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A recorded launch."""
-
-    request: aot.Request
-    grid: tuple[int, ...]
-    numbers: Mapping[str, int]
-    """Arguments that are numbers at run time."""
-    size: Mapping[str, int]
-    """Bytes per element of every tensor,"""
-    bytes: Mapping[str, int]
-    """and of the whole of it; a tensor that is passed twice counts once."""
-
-    @property
-    def kernel(self) -> str:
-        return str(self.request.described()["kernel"])
-
-    @property
-    def role(self) -> str:
-        """The kernel, whether its programs stay or not."""
-        return self.kernel.removesuffix(PERSISTENT)
-
-    @property
-    def depth(self) -> int:
-        """Of its product."""
-        return int(dict(self.request.constants).get("DEPTH", self.numbers.get("depth", 0)))
-
-    @property
-    def operands(self) -> str:
-        """``half`` or ``tf32``, as tile tables have it."""
-        kinds = dict(self.request.signature)
-        return "half" if {"*bf16", "*fp16"} & set(kinds.values()) else "tf32"
-
-
-@dataclass(frozen=True)
-class LibraryProduct:
-    """A recorded product of the library: rows, columns and depth, and the bytes of its operands."""
-
-    shape: tuple[int, int, int]
-    bytes: int
-    operands: str
-
-
-class _Recorder:
-    def __init__(self) -> None:
-        self.launches: list[Launch | LibraryProduct] = []
-
-    def library(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, summand: torch.Tensor | None) -> None:
-        """A product of the library, in the place of ``library._product``."""
-        tensors = [a, b, out, *([] if summand is None else [summand])]
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        shape = (out.shape[0], out.shape[1], a.shape[1])
-        self.launches.append(LibraryProduct(shape, moved, "tf32" if a.dtype == torch.float32 else "half"))
-
-    def __call__(self, prepared: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        named = dict(zip(prepared.names, arguments, strict=True))
-        request = aot.request_of(prepared, arguments)
-        constants = dict(request.constants)
-        numbers = {n: v for n, v in named.items() if n not in constants and isinstance(v, int)}
-        memory = {n: getattr(v, "base", v) for n, v in named.items() if n not in ("Split", "Splits")}  # of descriptors
-        tensors = {n: v for n, v in memory.items() if isinstance(v, torch.Tensor)}
-        seen: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            seen.setdefault(tensor.data_ptr(), name)
-        counted = {name: tensors[name].numel() * tensors[name].element_size() for name in seen.values()}
-        sizes = {name: tensor.element_size() for name, tensor in tensors.items()}
-        self.launches.append(Launch(request, grid, numbers, sizes, counted))
 
 
 def recorded(config: TrunkConfig, precision: str, *, with_library: bool = True) -> list[Launch | LibraryProduct]:
@@ -117,12 +47,12 @@ def recorded(config: TrunkConfig, precision: str, *, with_library: bool = True) 
     from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
 
     topology = Topology.ple(config.num_tasks, config.task_experts, config.shared_experts, last=False)
-    recorder = _Recorder()
+    recorder = Recorder()
     with torch.random.fork_rng(devices=[]):
         level = ExtractionNetwork(
             config.in_features, topology, experts=MLPSpec(config.units), gate=GateSpec(), dtype=config.torch_dtype
         )
-    with aot.recording(ARCHITECTURE, precision, recorder, recorder.library if with_library else None):
+    with recording(ARCHITECTURE, precision, recorder, recorder.library if with_library else None):
         y = level(torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True))
         y.backward(torch.empty_like(y))
     return recorder.launches
@@ -293,7 +223,7 @@ def step(size: str, dtype: str, rows: Sequence[Mapping[str, Any]], *, with_libra
 
 def steps() -> list[dict[str, Any]]:
     """Those of all sizes and dtypes, with nothing routed and as the tables route them."""
-    rows = aot.read(TABLE)
+    rows = aot.rows_of(TABLE)
     routes = [(size, dtype, takes) for size in MODEL_SIZES for dtype in MODEL_DTYPES for takes in (False, True)]
     return [row for size, dtype, takes in routes for row in step(size, dtype, rows, with_library=takes)]
 
@@ -316,19 +246,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Totals, the longest first; then a table of launches for each, the longest first."""
     routed, alone = totals(rows), totals(rows, routed=False)
     order = sorted(routed, key=routed.__getitem__, reverse=True)
-    lines = [
-        "| size | dtype | predicted, µs (no GPU has measured this) | with nothing routed |",
-        "| --- | --- | ---: | ---: |",
-    ]
-    lines += [f"| {s} | {d} | {_time(routed[s, d])} | {_time(alone[s, d])} |" for s, d in order]
+    heads = ["size", "dtype", "predicted, µs (no GPU has measured this)", "with nothing routed"]
+    parts = [table(heads, [[*key, _time(routed[key]), _time(alone[key])] for key in order], left=(0, 1))]
+    heads = ["kernel", "widths", "tile", "µs", "bound by", "waves", "idle"]
+    heads += ["filling, ending, serialised", "library, µs"]
     for size, dtype in order:
-        lines += [
-            "",
-            f"Predicted for {size}, {dtype}:",
-            "",
-            "| kernel | widths | tile | µs | bound by | waves | idle | filling, ending, serialised | library, µs |",
-            "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
-        ]
+        lines = []
         mine = [row for row in rows if (row["size"], row["dtype"]) == (size, dtype) and row["routed"]]
         for row in sorted(mine, key=lambda row: row["total"], reverse=True):
             made = [" x ".join(map(str, row[key])) or "-" for key in ("widths", "tile")]
@@ -336,12 +259,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             shares = [f"{row[key]:.0%}" for key in ("idle", "extra")]
             waves = f"{row['waves']:.2f}" if row["kernel"].removesuffix(PERSISTENT) in ROLES else "-"
             library = "-" if row["library"] is None else _time(row["library"])
-            cells = [f"`{row['kernel']}`", *made, _time(row["total"]), bound, waves, *shares, library]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+            lines.append([f"`{row['kernel']}`", *made, _time(row["total"]), bound, waves, *shares, library])
+        parts += [f"Predicted for {size}, {dtype}:", table(heads, lines, left=(0, 1, 2, 4))]
+    return "\n\n".join(parts) + "\n"
 
 
-BEGIN, END = "<!-- benchmark:kernel_model -->", "<!-- /benchmark:kernel_model -->"
+BLOCK = "kernel_model"
 
 
 def main() -> None:
@@ -353,7 +276,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
     elif arguments.write_page:
-        aot.write_block(BEGIN, summary(rows), END)
+        aot.write_block(BLOCK, summary(rows))
     else:
         print(summary(rows))
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.configs import Mode, TrunkConfig
-from benchmarks.contestants import BASELINE, CONTESTANTS, OURS, Norm, baseline
+from benchmarks.contestants import BASELINE, CONTESTANTS, OURS
 from benchmarks.gpu_steps import Runner, matmul_precision
 from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER, Places, distances
+from benchmarks.loop import MakeUp, baseline
 from benchmarks.steps import WrongResultError, inputs
 
 CEILING_ERROR = {"bfloat16": 0.25, "float32": 2e-2}
@@ -27,18 +28,18 @@ class Oracles:
 
     def __init__(self, config: TrunkConfig, mode: Mode, device: torch.device) -> None:
         self.config, self.mode, self.device = config, mode, device
-        self._found: dict[tuple[Norm | None, bool], tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._found: dict[MakeUp, tuple[dict[str, Tensor], dict[str, float]]] = {}
 
     def of(self, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The exact results for a contestant, and the distance of the loop from them."""
-        norm, gate_bias = CONTESTANTS[name].norm, CONTESTANTS[name].gate_bias
-        if (norm, gate_bias) not in self._found:
+        make_up = CONTESTANTS[name].make_up
+        if make_up not in self._found:
             results: list[dict[str, Tensor]] = []
             learns = self.mode != "inference"
             x, grads = inputs(self.config, input_grad=False, device=self.device)
             places = Places(name, self.config) if self.mode == "train" else None
             for dtype in (torch.float32, self.config.torch_dtype):
-                loop = baseline(self.config, norm=norm, gate_bias=gate_bias).to(self.device, dtype).train(learns)
+                loop = baseline(self.config, make_up).to(self.device, dtype).train(learns)
                 own = x.to(dtype, copy=True).requires_grad_(learns)
                 runner = Runner(BASELINE, loop, self.mode, own, [g.to(dtype) for g in grads], None)
                 with matmul_precision(torch.get_float32_matmul_precision() if results else "highest"):
@@ -50,8 +51,8 @@ class Oracles:
                     found |= {f"{PARAMETER}{key}": gradient.float() for key, gradient in gradients.items()}
                 results.append(found)
             oracle, low = results
-            self._found[norm, gate_bias] = oracle, distances(low, oracle)
-        return self._found[norm, gate_bias]
+            self._found[make_up] = oracle, distances(low, oracle)
+        return self._found[make_up]
 
     def check(self, name: str, execution: str, found: dict[str, Tensor]) -> None:
         """Refuse a contestant whose results differ by more than twice what the loop in its dtype does; others' by four

@@ -6,6 +6,7 @@ Writes ``<results>/<machine>/PART.json`` for each part, small files of medians, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -22,87 +23,52 @@ import torch
 
 from benchmarks import configs, report
 from benchmarks.analytic import work
-from benchmarks.contestants import BASELINE, CONTESTANTS, FLOOR, NORM_PAIRS, build
+from benchmarks.bare_gemm import FLOOR
+from benchmarks.contestants import (
+    BASELINE,
+    CONTESTANTS,
+    HEAD_TO_HEAD,
+    NORM_PAIRS,
+    QUICK_HEAD_TO_HEAD,
+    build,
+    missing,
+)
 from benchmarks.environment import ROOT, machine_name
-from benchmarks.paired import Paired, time_paired
-from benchmarks.result_files import write
+from benchmarks.paired import milliseconds, time_paired
+from benchmarks.result_files import say, write
 from benchmarks.saved_bytes import cost
 from benchmarks.scaling import TRUNKS, case, measure
 from benchmarks.steps import make_step
 from benchmarks.whole_model import LIBRARIES, QUICK_VARIANTS, VARIANTS, make_steps
 
-HEAD_TO_HEAD = (
-    "fast",
-    "fast_recompute",
-    "fast_mm",
-    "loop",
-    "loop_compiled",
-    "loop_frozen",
-    "rechub",
-    "deepctr",
-    "bmm",
-    FLOOR,
-)
-QUICK_HEAD_TO_HEAD = ("fast", "loop", FLOOR)
-
-
-def say(text: str) -> None:
-    """Progress, on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
 
 def _available(names: Iterable[str], mode: configs.Mode) -> list[str]:
     """Those that exist in a mode; a peer that is not installed is an error, lest its row be missing unnoticed."""
     chosen = [name for name in names if name == FLOOR or mode in CONTESTANTS[name].modes]
-    missing = [CONTESTANTS[name].requires for name in chosen if name != FLOOR and not CONTESTANTS[name].available()]
-    if missing:
-        raise SystemExit(
-            f"{', '.join(map(str, missing))}: not installed; pip install 'ple-fast[bench]', or use --quick"
-        )
+    if absent := missing(chosen):
+        raise SystemExit(f"{', '.join(absent)}: not installed; pip install 'ple-fast[bench]', or use --quick")
     return chosen
 
 
-def _milliseconds(seconds: float) -> float:
-    return float(f"{seconds * 1e3:.4g}")
-
-
-def _times(paired: Paired) -> dict[str, dict[str, float]]:
-    return {
-        name: {"median_ms": _milliseconds(paired.median(name)), "iqr_ms": _milliseconds(paired.iqr(name))}
-        for name in paired.samples
-    }
+def _rounds(quick: bool) -> int:
+    return configs.QUICK_ROUNDS if quick else configs.ROUNDS
 
 
 def head_to_head(quick: bool) -> list[dict[str, Any]]:
     """Every contestant against every other at the sizes and modes that the README quotes."""
-    names, rounds = (QUICK_HEAD_TO_HEAD, configs.QUICK_ROUNDS) if quick else (HEAD_TO_HEAD, configs.ROUNDS)
     size = configs.SIZES["cpu"]
     results = []
     for mode, batch in configs.HEAD_TO_HEAD:
         config = size.at(batch)
         torch._dynamo.reset()  # compiled loops of the last case count against the limit of recompilations
         steps = {}
-        for name in _available(names, mode):
+        for name in _available(QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD, mode):
             say(f"head to head: {mode} at {batch}: preparing {name}")
-            steps[name] = make_step(name, config, mode)
-        paired = time_paired({name: step.run for name, step in steps.items()}, rounds=rounds)
-        times: dict[str, dict[str, float]] = _times(paired)
-        for name, entry in times.items():
-            entry["ratio_to_fast"] = round(paired.ratio(name, "fast"), 4)
-        amount = work(config, mode)
-        results.append(
-            {
-                "size": size.name,
-                "mode": mode,
-                "batch": batch,
-                "rounds": rounds,
-                "load": [round(value, 2) for value in paired.load],
-                "flops": amount.flops,
-                "product_flops": amount.product_flops,
-                "least_bytes": amount.least_bytes,
-                "contestants": times,
-            }
-        )
+            steps[name] = make_step(name, config, mode).run
+        paired = time_paired(steps, rounds=_rounds(quick))
+        times = {name: paired.times(name, "fast") for name in steps}
+        about = {"size": size.name, "mode": mode, "batch": batch}
+        results.append({**about, **paired.about(), **work(config, mode).counts(), "contestants": times})
         for name in sorted(times, key=lambda n: times[n]["median_ms"]):
             say(f"  {name:15s} {times[name]['median_ms']:10.4g} ms   {times[name]['ratio_to_fast']:.3f} x fast")
     return results
@@ -112,43 +78,34 @@ def saved(quick: bool) -> list[dict[str, Any]]:
     """Bytes saved for backward and operators of a training step, of every eager contestant."""
     names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
     # Of a compiled loop the hooks see only part of the graph, and no products.
-    return [_saved_by(name) for name in names if name != FLOOR and not name.startswith("loop_")]
+    return [_saved_by(name) for name in names if name != FLOOR and not CONTESTANTS[name].compiled]
 
 
 def _saved_by(name: str) -> dict[str, Any]:
     config = configs.SIZES["cpu"]
-    measured = cost(build(name, config), config)
-    return {
-        "contestant": name,
-        "size": config.name,
-        "batch": config.batch,
-        "saved_bytes": measured.saved_bytes,
-        "forward_operators": measured.forward_operators,
-        "backward_operators": measured.backward_operators,
-    }
+    measured = dataclasses.asdict(cost(build(name, config), config))
+    return {"contestant": name, "size": config.name, "batch": config.batch, **measured}
 
 
 def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """Each peer with norms or dropout against ours of the same modules, and the bytes that they save for backward."""
     results = []
     pairs = [pair for pair in NORM_PAIRS if not quick or CONTESTANTS[pair[0]].available()]
-    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
     for pair in pairs:
         for mode, batch in configs.HEAD_TO_HEAD:
             config = configs.SIZES["cpu"].at(batch)
             peer, ours = _available(pair, mode)
-            paired = time_paired({name: make_step(name, config, mode).run for name in pair}, rounds=rounds)
+            paired = time_paired({name: make_step(name, config, mode).run for name in pair}, rounds=_rounds(quick))
             entry = {
                 "peer": peer,
                 "ours": ours,
                 "size": config.name,
                 "mode": mode,
                 "batch": batch,
-                "ratio": round(paired.ratio(peer, ours), 4),
-                "peer_ms": _milliseconds(paired.median(peer)),
-                "ours_ms": _milliseconds(paired.median(ours)),
-                "rounds": rounds,
-                "load": [round(value, 2) for value in paired.load],
+                "ratio": paired.ratio(peer, ours),
+                "peer_ms": paired.milliseconds(peer),
+                "ours_ms": paired.milliseconds(ours),
+                **paired.about(),
             }
             say(f"norms: {peer} {mode} {batch}: {entry['ratio']:.3f} ({peer} {entry['peer_ms']} ms)")
             results.append(entry)
@@ -161,23 +118,16 @@ def grid(quick: bool) -> list[dict[str, Any]]:
     for config in configs.GRID:
         if quick and config.name not in configs.QUICK_GRID:
             continue
-        entry: dict[str, Any] = {
-            "point": config.name,
-            "batch": config.batch,
-            "in_features": config.in_features,
-            "tasks": config.num_tasks,
-            "units": list(config.units),
-        }
+        about = {"point": config.name, "batch": config.batch, "in_features": config.in_features}
+        entry: dict[str, Any] = {**about, "tasks": config.num_tasks, "units": list(config.units)}
         for mode in configs.GRID_MODES:
-            rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
             steps = {name: make_step(name, config, mode).run for name in (BASELINE, "fast")}
-            paired = time_paired(steps, rounds=rounds)
+            paired = time_paired(steps, rounds=_rounds(quick))
             entry[mode] = {
-                "ratio": round(paired.ratio(BASELINE, "fast"), 4),
-                "loop_ms": _milliseconds(paired.median(BASELINE)),
-                "fast_ms": _milliseconds(paired.median("fast")),
-                "rounds": rounds,
-                "load": [round(value, 2) for value in paired.load],
+                "ratio": paired.ratio(BASELINE, "fast"),
+                "loop_ms": paired.milliseconds(BASELINE),
+                "fast_ms": paired.milliseconds("fast"),
+                **paired.about(),
             }
             say(f"grid: {config.name:14s} {mode:9s} {entry[mode]['ratio']:.3f} (loop {entry[mode]['loop_ms']} ms)")
             del steps, paired
@@ -188,50 +138,45 @@ def grid(quick: bool) -> list[dict[str, Any]]:
 
 def whole_model(quick: bool) -> list[dict[str, Any]]:
     """Whole models of the libraries against their accelerated copies, eager and compiled."""
-    missing = [whole.requires for whole in LIBRARIES.values() if not whole.available()]
-    if missing:
-        raise SystemExit(f"{', '.join(missing)}: not installed; pip install 'ple-fast[peers]'")
-    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
+    absent = [whole.requires for whole in LIBRARIES.values() if not whole.available()]
+    if absent:
+        raise SystemExit(f"{', '.join(absent)}: not installed; pip install 'ple-fast[peers]'")
     results = []
     for library in LIBRARIES:
         for mode, batch in configs.QUICK_WHOLE_MODEL if quick else configs.WHOLE_MODEL:
             torch._dynamo.reset()
             say(f"whole model: {library}, {mode} at {batch}")
-            paired = time_paired(make_steps(library, mode, batch, QUICK_VARIANTS if quick else VARIANTS), rounds=rounds)
-            times: dict[str, dict[str, float]] = _times(paired)
+            steps = make_steps(library, mode, batch, QUICK_VARIANTS if quick else VARIANTS)
+            paired = time_paired(steps, rounds=_rounds(quick))
+            times = {name: paired.times(name, "accelerated") for name in steps}
             for name, entry in times.items():
-                entry["ratio_to_accelerated"] = round(paired.ratio(name, "accelerated"), 4)
                 say(f"  {name:22s} {entry['median_ms']:10.4g} ms   {entry['ratio_to_accelerated']:.3f} x accelerated")
-            load = [round(value, 2) for value in paired.load]
-            results.append(
-                {"library": library, "mode": mode, "batch": batch, "rounds": rounds, "load": load, "contestants": times}
-            )
+            about = {"library": library, "mode": mode, "batch": batch}
+            results.append({**about, **paired.about(), "contestants": times})
             gc.collect()
     return results
 
 
 def scaling(quick: bool) -> list[dict[str, Any]]:
     """A whole model's step on one rank and on more, with the fused trunk and with the loop."""
-    rounds = configs.QUICK_ROUNDS if quick else configs.ROUNDS
     batches = configs.QUICK_SCALING_BATCHES if quick else configs.SCALING_BATCHES
-    paired = measure(configs.KUAIRAND, batches, configs.SCALING_RANKS, rounds)
-    times, results = _times(paired), []
+    paired = measure(configs.KUAIRAND, batches, configs.SCALING_RANKS, _rounds(quick))
+    results = []
     for batch in batches:
         for ranks in configs.SCALING_RANKS:
             rows: dict[str, dict[str, float]] = {}
             for trunk in TRUNKS:
                 own, single = case(trunk, batch, ranks), case(trunk, batch, 1)
                 rows[trunk] = {
-                    **times[own],
-                    "ratio_to_fast": round(paired.ratio(own, case("fast", batch, ranks)), 4),
-                    "efficiency": round(paired.ratio(single, own), 4),
+                    **paired.times(own),
+                    "ratio_to_fast": paired.ratio(own, case("fast", batch, ranks)),
+                    "efficiency": paired.ratio(single, own),
                 }
                 if ranks > 1:
-                    apart = case(trunk, batch, ranks, apart=True)
-                    rows[trunk]["efficiency_apart"] = round(paired.ratio(single, apart), 4)
+                    rows[trunk]["efficiency_apart"] = paired.ratio(single, case(trunk, batch, ranks, apart=True))
                 say(f"scaling: {own}: {rows[trunk]['median_ms']} ms, efficiency {rows[trunk]['efficiency']:.3f}")
-            about = {"batch_per_rank": batch, "ranks": ranks, "threads_per_rank": 1, "rounds": rounds}
-            results.append({**about, "load": [round(value, 2) for value in paired.load], "contestants": rows})
+            about = {"batch_per_rank": batch, "ranks": ranks, "threads_per_rank": 1}
+            results.append({**about, **paired.about(), "contestants": rows})
     return results
 
 
@@ -240,17 +185,8 @@ def suite(quick: bool) -> list[dict[str, Any]]:
     sizes = configs.QUICK_SUITE_SIZES if quick else configs.SUITE_SIZES
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "benchmarks",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--sizes",
-            ",".join(sizes),
-        ]
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
+        command += ["--sizes", ",".join(sizes)]
         command += ["--benchmark-json", str(raw), "--benchmark-warmup=on", "--benchmark-disable-gc"]
         command += ["--benchmark-columns=median,iqr,rounds", "--benchmark-max-time", "0.2" if quick else "1.0"]
         if quick:
@@ -262,8 +198,8 @@ def suite(quick: bool) -> list[dict[str, Any]]:
     return [
         {
             **entry["extra_info"],
-            "median_ms": _milliseconds(entry["stats"]["median"]),
-            "iqr_ms": _milliseconds(entry["stats"]["iqr"]),
+            "median_ms": milliseconds(entry["stats"]["median"]),
+            "iqr_ms": milliseconds(entry["stats"]["iqr"]),
             "rounds": entry["stats"]["rounds"],
         }
         for entry in found

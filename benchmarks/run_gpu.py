@@ -12,11 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
-import json
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,105 +24,15 @@ import torch
 
 from benchmarks import configs, rehearsal, report
 from benchmarks.configs import TrunkConfig
-from benchmarks.contestants import BASELINE, CONTESTANTS, GPU_CONTESTANTS
-from benchmarks.environment import ROOT, environment
+from benchmarks.contestants import BASELINE, GPU_CONTESTANTS, missing
+from benchmarks.environment import ROOT, gpu_environment
 from benchmarks.gpu_cases import Group, ceilings, in_order, saved_bytes
-from benchmarks.gpu_steps import Capture, cpu_clock, cuda_clock, cuda_graph, matmul_precision, not_captured
-from benchmarks.result_files import write
-from benchmarks.run import say
+from benchmarks.gpu_steps import Capture, capture_of, matmul_precision
+from benchmarks.paired import clock_of
+from benchmarks.result_files import GpuResults, say
 
 TINY = TrunkConfig("tiny", 96, 10, 2, units=(8, 4))
 """For ``--tiny``: shows that the code runs."""
-SAME = ("gpu", "driver", "packages", "commit", "uncommitted_changes", "tiles")
-"""What cases of one file have in common."""
-
-
-def tiles_in_use(device: torch.device) -> str:
-    """The tile tables that the kernels take: ``shipped``, or the digest of the file for this GPU."""
-    if device.type != "cuda":
-        return "shipped"
-    from ple_fast_kernels._tile_files import tiles_path
-
-    path = tiles_path(torch.cuda.get_device_name(device))
-    if os.environ.get("PLE_FAST_TILES") == "" or not path.is_file():
-        return "shipped"
-    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-
-
-def gpu_environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """``environment()`` with the GPU, its driver and its tiles."""
-    about = environment(commit)
-    if device.type != "cuda":
-        return {**about, "gpu": None, "tiles": tiles_in_use(device)}
-    properties = torch.cuda.get_device_properties(device)
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    name = torch.cuda.get_device_name(device)
-    return {
-        **about,
-        "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-        "gpu": name,
-        "gpu_memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": driver,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "tiles": tiles_in_use(device),
-    }
-
-
-class Results:
-    """The file of a GPU: what it had, if it is of the same make, and what this run adds."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
-        self.content: dict[str, list[dict[str, Any]]] = {"results": [], "saved": [], "ceilings": []}
-        if not path.is_file():
-            return
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if about["uncommitted_changes"] or any(old["environment"].get(key) != about.get(key) for key in SAME):
-            say(f"{path}: its cases are of another GPU, version, table of tiles or code, and are dropped")
-            return
-        self.content = {part: old.get(part, []) for part in self.content}
-
-    def _find(self, part: str, **named: str) -> dict[str, Any] | None:
-        return next((row for row in self.content[part] if all(row[key] == named[key] for key in named)), None)
-
-    def has(self, size: str, dtype: str, mode: str, name: str) -> bool:
-        """Whether a contestant was measured, or why it could not be is known."""
-        case = self._find("results", size=size, dtype=dtype, mode=mode)
-        return case is not None and any(
-            key.partition("/")[0] == name for part in ("contestants", "failed") for key in case[part]
-        )
-
-    def has_ceilings(self, size: str, dtype: str) -> bool:
-        return self._find("ceilings", size=size, dtype=dtype) is not None
-
-    def has_saved(self, size: str, dtype: str, name: str) -> bool:
-        return self._find("saved", size=size, dtype=dtype, contestant=name) is not None
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        self.content[part].append(row)
-        self.write()
-
-    def add_case(
-        self, about: dict[str, Any], rows: dict[str, dict[str, Any]], failed: dict[str, str], name: str
-    ) -> None:
-        """The rows of one contestant, in place of those that were there."""
-        case = self._find("results", **{key: about[key] for key in ("size", "dtype", "mode")})
-        if case is None:
-            case = {**about, "contestants": {}, "failed": {}}
-            self.content["results"].append(case)
-        for part in ("contestants", "failed"):
-            case[part] = {key: row for key, row in case[part].items() if key.partition("/")[0] != name}
-        case["contestants"] |= rows
-        case["failed"] |= {key: why for key, why in failed.items() if key.partition("/")[0] == name}
-        self.write()
-
-    def write(self) -> None:
-        write(self.path, "gpu", self.content, self.about)
 
 
 def _chosen(parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[str]) -> list[str]:
@@ -169,17 +74,17 @@ def main(arguments: list[str] | None = None, *, capture: Capture | None = None) 
         raise SystemExit("benchmarks/run_gpu.py measures on a GPU, and PyTorch sees none here (make bench: on the CPU)")
     if device.type == "cpu" and not options.tiny:
         raise SystemExit("--device cpu is for --tiny: it shows that the code runs, and measures nothing")
-    missing = sorted({str(CONTESTANTS[n].requires) for n in names if not CONTESTANTS[n].available()})
-    if missing and not options.skip_missing:
+    absent = missing(names)
+    if absent and not options.skip_missing:
         raise SystemExit(
-            f"{', '.join(missing)}: not installed; pip install 'ple-fast[bench]', choose by --only, or --skip-missing"
+            f"{', '.join(absent)}: not installed; pip install 'ple-fast[bench]', choose by --only, or --skip-missing"
         )
     rehearsal.prepare(device)
-    about = {**gpu_environment(device, options.commit)}
+    about = gpu_environment(device, options.commit)
     path = (options.results or ROOT / ("out/benchmarks" if options.tiny else "benchmarks/results")) / about["machine"]
-    results = Results(path / "gpu.json", about)
+    results = GpuResults(path / "gpu.json", about)
     end = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
-    run = _Run(results, device, options, capture or (cuda_graph if device.type == "cuda" else not_captured), end)
+    run = _Run(results, device, options, capture or capture_of(device), end)
     run.all([TINY.name] if options.tiny else sizes, dtypes, modes, names)
     if results.content["results"]:
         out = path / "report" if options.tiny else ROOT / "out" / "gpu"
@@ -194,17 +99,17 @@ class _Run:
     """Case after case, until the time is over."""
 
     def __init__(
-        self, results: Results, device: torch.device, options: argparse.Namespace, capture: Capture, end: float
+        self, results: GpuResults, device: torch.device, options: argparse.Namespace, capture: Capture, end: float
     ) -> None:
         self.results, self.device, self.options, self.capture, self.end = results, device, options, capture, end
-        self.clock = cuda_clock if device.type == "cuda" else cpu_clock
+        self.clock = clock_of(device)
         self.wrong: list[str] = []
         self.left: list[str] = []
 
     def all(self, sizes: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], names: Sequence[str]) -> None:
         for size, dtype, mode, chosen in in_order(sizes, dtypes, modes, names):
             if self.options.goes_on:
-                chosen = [name for name in chosen if not self.results.has(size, dtype, mode, name)]
+                chosen = [name for name in chosen if not self.results.has_contestant(size, dtype, mode, name)]
             if not chosen:
                 continue
             if time.monotonic() > self.end:
@@ -219,11 +124,10 @@ class _Run:
     def _group(self, config: TrunkConfig, dtype: str, mode: Any, names: Sequence[str]) -> None:
         """Contestants of one size, dtype and mode."""
         tiny, results = self.options.tiny, self.results
-        if not results.has_ceilings(config.name, dtype):
+        if not results.has("ceilings", size=config.name, dtype=dtype):
             say(f"{config.name}, {dtype}: ceilings")
             found = ceilings(config, self.device, self.clock, 1 << 16 if tiny else configs.COPY_BYTES)
-            rounded = {key: float(f"{value:.4g}") for key, value in found.items()}
-            results.add("ceilings", {"size": config.name, "dtype": dtype, **rounded})
+            results.add("ceilings", {"size": config.name, "dtype": dtype, **found})
         say(f"{config.name}, {dtype}, {mode}")
         group = Group(
             config, mode, self.device, clock=self.clock, capture=self.capture, rounds=self.options.rounds,
@@ -235,10 +139,11 @@ class _Run:
                 continue
             rows = group.measure(name)
             results.add_case(group.about(dtype), rows, group.failed, name)
-            if mode == "train" and rows and not results.has_saved(config.name, dtype, name):
+            about = {"size": config.name, "contestant": name}
+            if mode == "train" and rows and not results.has("saved", **about, dtype=dtype):
                 size = saved_bytes(config, name, self.device)
                 if size is not None:
-                    results.add("saved", {"size": config.name, "contestant": name, "saved_bytes": size, "dtype": dtype})
+                    results.add("saved", {**about, "saved_bytes": size, "dtype": dtype})
             say(f"wrote {results.path}")
         self.wrong += [f"{key} at {config.name} in {dtype}, {mode}: {group.failed[key]}" for key in group.wrong]
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.configs import SEED, ModelConfig, TrunkConfig
 from benchmarks.contestants import BASELINE, build
-from benchmarks.paired import Paired, processor_clock, time_paired
+from benchmarks.paired import Paired, host_clock, time_paired
 from benchmarks.steps import WrongResultError
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, Encoded, MultiTaskModel
@@ -91,7 +91,7 @@ def make_step(trunk: str, config: ModelConfig, batch: int, group: dist.ProcessGr
 def together(call: Callable[[], object], repeats: int) -> float:
     """Seconds per call, after all ranks have met."""
     dist.barrier()
-    return processor_clock(call, repeats)
+    return host_clock(call, repeats)
 
 
 def _checked(config: ModelConfig, batch: int, group: dist.ProcessGroup) -> dict[str, Callable[[], Tensor]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bare_gemm import FLOOR, BareGemm
 from benchmarks.configs import SEED, Mode, TrunkConfig
-from benchmarks.contestants import CONTESTANTS, FLOOR, BareGemm, baseline, build
+from benchmarks.contestants import CONTESTANTS, build
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places, distances
+from benchmarks.loop import baseline
 
 OUTPUT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 2e-3
@@ -45,11 +48,32 @@ def inputs(
     return x.to(device).requires_grad_(input_grad), [grad.contiguous() for grad in grads.to(device).unbind(0)]
 
 
-def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Step:
-    """Build, check and wrap one contestant.
+def call_of(trunk: nn.Module, mode: Mode, x: Tensor, grads: list[Tensor], *, frozen: bool = False) -> Callable[[], Any]:
+    """One call, which returns the outputs: ``train`` resets the gradients (to None), runs forward, and backward from
+    ``grads``. ``frozen``: see ``Contestant``."""
+    parameters = [*trunk.parameters(), x]
+    without_gradients = torch.no_grad if frozen else torch.inference_mode
 
-    ``train`` resets the gradients (to None), runs forward, and backward from given output gradients. ``input_grad``:
-    the batch requires a gradient, as the output of an embedding does.
+    def train() -> Any:
+        for p in parameters:
+            p.grad = None
+        outputs = trunk(x)
+        torch.autograd.backward(outputs, grads)
+        return outputs
+
+    def forward() -> Any:
+        return trunk(x)
+
+    def inference() -> Any:
+        with without_gradients():
+            return trunk(x)
+
+    return {"train": train, "forward": forward, "inference": inference}[mode]
+
+
+def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Step:
+    """Build, check and wrap one contestant. ``input_grad``: the batch requires a gradient, as one that comes out of an
+    embedding does.
 
     Raises:
         WrongResultError: the contestant disagrees with the baseline of the same weights.
@@ -60,21 +84,7 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
     wrap = CONTESTANTS[name].wrap
     wrap(lambda: check(name, trunk, config, mode, input_grad=input_grad))()
     x, grads = inputs(config, input_grad=input_grad and mode != "inference")
-    parameters = [*trunk.parameters(), x]
-
-    def train() -> None:
-        for p in parameters:
-            p.grad = None
-        torch.autograd.backward(trunk(x), grads)
-
-    def forward() -> object:
-        return trunk(x)
-
-    def inference() -> object:
-        with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
-            return trunk(x)
-
-    step = {"train": train, "forward": forward, "inference": inference}[mode]
+    step = call_of(trunk, mode, x, grads, frozen=CONTESTANTS[name].frozen)
     return Step(name, mode, wrap(step), trunk.train(mode != "inference"))
 
 
@@ -87,25 +97,19 @@ def errors(
     Masks of dropout differ, so trunks that drop are compared in eval mode.
     """
     contestant = CONTESTANTS[name]
-    oracle = baseline(config, norm=contestant.norm, gate_bias=contestant.gate_bias, dropout=contestant.dropout)
+    oracle = baseline(config, contestant.make_up)
     results: list[dict[str, Tensor]] = []
     places = None if mode == "inference" else Places(name, config)
     for module in (trunk, oracle):
-        module.train(mode != "inference" and not contestant.dropout)
+        module.train(mode != "inference" and not contestant.make_up.dropout)
         buffers = {key: value.clone() for key, value in module.named_buffers()}  # batch norm's running statistics
         x, grads = inputs(config, input_grad=input_grad)
-        result = {}
-        if mode == "inference":
-            with torch.no_grad() if name == "loop_frozen" else torch.inference_mode():
-                result[OUTPUTS] = torch.stack(list(module(x)))
-        else:
-            outputs = list(module(x))
-            result[OUTPUTS] = torch.stack(outputs).detach()
-            torch.autograd.backward(outputs, grads)
+        call = call_of(module, "inference" if places is None else "train", x, grads, frozen=contestant.frozen)
+        result = {OUTPUTS: torch.stack([y.detach() for y in call()])}
+        if places is not None:
             if input_grad:
                 assert x.grad is not None
                 result[INPUT] = x.grad
-            assert places is not None
             gradients = places.of_loop(module) if module is oracle else places.gradients(module)
             result |= {f"{PARAMETER}{key}": gradient.clone() for key, gradient in gradients.items()}
             module.zero_grad(set_to_none=True)

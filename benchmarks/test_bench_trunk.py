@@ -10,11 +10,13 @@ import dataclasses
 from functools import lru_cache
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.analytic import work
 from benchmarks.configs import MODES, Mode, TrunkConfig, suite_config
-from benchmarks.contestants import CONTESTANTS, OURS, build
+from benchmarks.contestants import CONTESTANTS, build
+from benchmarks.gpu_cases import backend_of
 from benchmarks.saved_bytes import Cost, cost
 from benchmarks.steps import make_step
 
@@ -22,17 +24,6 @@ from benchmarks.steps import make_step
 @lru_cache
 def _cost(name: str, config: TrunkConfig) -> Cost:
     return cost(build(name, config), config)
-
-
-def _backend(name: str) -> str:
-    """The backend that did the work: ours says which one it chose."""
-    if name not in OURS:
-        return "torch"
-    from ple_fast.backend import last_backend
-
-    choice = last_backend()
-    assert choice is not None
-    return choice.name
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -46,15 +37,12 @@ def test_bench_trunk(benchmark: BenchmarkFixture, size: str, contestant: str, mo
         pytest.skip(f"{contestant} has no {mode}")
     step = make_step(contestant, config, mode)
     benchmark.group = f"{size} {mode}"
-    amount = work(config, mode)
     benchmark.extra_info.update(
         size=size,
         contestant=contestant,
         mode=mode,
-        backend=_backend(contestant),
-        flops=amount.flops,
-        product_flops=amount.product_flops,
-        least_bytes=amount.least_bytes,
+        backend=backend_of(contestant, torch.device("cpu")),
+        **work(config, mode).counts(),
         parameters=sum(p.numel() for p in step.trunk.parameters()) if step.trunk is not None else 0,
     )
     if mode != "inference":

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import ple_fast
 from benchmarks.configs import KUAIRAND, SEED, Mode, ModelConfig
-from benchmarks.contestants import import_deepctr
+from benchmarks.peers import import_deepctr
 from benchmarks.steps import WrongResultError
 
 TOLERANCE = 1e-4

@@ -16,12 +16,15 @@ import pytest
 from benchmarks import aot
 from benchmarks.configs import aot_dtypes
 from benchmarks.environment import ROOT
+from benchmarks.launches import TABLE_OF
+from benchmarks.machine_code import shuffles_in_loops
+from benchmarks.rendering import quoted
 
 VERSIONS = ("3.6.0", "3.9.0")
 
 
 def rows_of(version: str) -> list[dict[str, Any]]:
-    return aot.read(aot.RESULTS / f"triton-{version}.json")
+    return aot.rows_of(aot.RESULTS / f"triton-{version}.json")
 
 
 def run(tmp_path: Path, *arguments: str) -> str:
@@ -71,7 +74,7 @@ def kernels_of(rows: list[dict[str, Any]], *, stays: bool = False) -> set[str]:
 def loaded_by_engine(architecture: str) -> set[str]:
     """Kernels for which a shipped table has a row of programs that stay, by the names that launches have."""
     tables = importlib.import_module("ple_fast_kernels").TABLES
-    kinds = tables[aot.TABLE_OF.get(architecture, architecture)]
+    kinds = tables[TABLE_OF.get(architecture, architecture)]
     found = {kind.partition("/")[0].removeprefix("persistent_") for kind in kinds if kind.startswith("persistent_")}
     return {"linear_fwd" if name == "linear" else name for name in found}
 
@@ -110,21 +113,21 @@ LISTING = """
 
 
 def test_shuffles_are_counted_in_innermost_loops_alone() -> None:
-    assert aot.shuffles_in_loops(LISTING) == 1
-    assert aot.shuffles_in_loops(LISTING.replace("@!P0 BRA 0x10", "NOP")) == 2
-    assert aot.shuffles_in_loops("") == 0
+    assert shuffles_in_loops(LISTING) == 1
+    assert shuffles_in_loops(LISTING.replace("@!P0 BRA 0x10", "NOP")) == 2
+    assert shuffles_in_loops("") == 0
 
 
 def test_the_page_shows_the_committed_tables() -> None:
     text = aot.PAGE.read_text(encoding="utf-8")
-    assert aot.quoted(text) == aot.block(), "render it again: .venv/bin/python benchmarks/aot.py --write-page"
+    assert quoted(text, aot.BLOCK) == aot.block(), "render it again: .venv/bin/python benchmarks/aot.py --write-page"
     assert all(f"Triton {version}" in text for version in VERSIONS)
 
 
 def compiled(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     """Rows that ``aot.py`` writes."""
     run(tmp_path, "--out", str(tmp_path / "aot.json"), *arguments)
-    return aot.read(tmp_path / "aot.json")
+    return aot.rows_of(tmp_path / "aot.json")
 
 
 def test_a_part_compiles_without_a_fault(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.configs import SIZES
-from benchmarks.contestants import baseline
+from benchmarks.loop import baseline
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.modules.layers import ExpertBlock, StackedLayer
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise, saved, saved_bytes

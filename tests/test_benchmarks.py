@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ple_fast
-from benchmarks import host_time, report, run, scaling, whole_model
+from benchmarks import host_time, report, scaling, whole_model
 from benchmarks.analytic import work
+from benchmarks.bare_gemm import BareGemm
 from benchmarks.configs import (
     GRID,
     HEAD_TO_HEAD,
@@ -37,11 +38,15 @@ from benchmarks.configs import (
     TrunkConfig,
     suite_config,
 )
-from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS, BareGemm, LoopPLE, baseline, build, import_deepctr
+from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS, build
+from benchmarks.contestants import HEAD_TO_HEAD as RIVALS
 from benchmarks.environment import ROOT
 from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER
+from benchmarks.loop import LoopPLE, baseline
 from benchmarks.paired import Paired, time_paired
-from benchmarks.result_files import write
+from benchmarks.peers import import_deepctr
+from benchmarks.rendering import quoted, with_block
+from benchmarks.result_files import load, write
 from benchmarks.saved_bytes import cost, saved_bytes
 from benchmarks.steps import WrongResultError, check, errors, make_step
 from tests.ranks import run_ranks
@@ -204,7 +209,7 @@ def test_importing_deepctr_asks_no_package_index() -> None:
         "import requests, threading\n"
         "def refuse(*a, **k): raise SystemExit('asked the package index')\n"
         "requests.get = refuse\n"
-        "from benchmarks.contestants import import_deepctr\n"
+        "from benchmarks.peers import import_deepctr\n"
         "import_deepctr()\n"
         "started = [t.name for t in threading.enumerate() if t is not threading.main_thread()]\n"
         "assert not [n for n in started if 'check' in n], started\n"
@@ -274,7 +279,7 @@ def test_the_table_says_what_the_results_say() -> None:
     assert [report.best_peer(entry) for entry in CONTENT["results"]] == ["deepctr", "loop_frozen"]
 
 
-@pytest.mark.parametrize("name", [name for name in run.HEAD_TO_HEAD if name not in (*OURS, "bare_gemm")])
+@pytest.mark.parametrize("name", [name for name in RIVALS if name not in (*OURS, "bare_gemm")])
 def test_the_best_peer_may_be_any_contestant_that_is_not_ours(name: str) -> None:
     others = {"fast": 1.0, "loop": 2.5, "bare_gemm": 0.5}
     entry = case("inference", 1, **{**others, name: 0.75})
@@ -317,34 +322,34 @@ def test_the_grid_sentence_says_what_the_results_say() -> None:
 
 
 def test_a_block_is_written_between_its_comments_and_found_again() -> None:
-    before = f"# x\n{report.BEGIN}\nold\n{report.END}\nafter \\1\n"
+    before = "# x\n<!-- benchmark:cpu -->\nold\n<!-- /benchmark:cpu -->\nafter \\1\n"
     block = report.readme_block("cpu-2core-some", {"head_to_head": CONTENT})
-    after = report.with_block(before, block)
-    assert report.quoted(after) == block
+    after = with_block(before, "cpu", block)
+    assert quoted(after, "cpu") == block
     assert report.readme_source(after) == "cpu-2core-some"
     assert after.startswith("# x\n") and after.endswith("after \\1\n")
     with pytest.raises(ValueError, match="expected the lines"):
-        report.with_block("# no comments\n", block)
+        with_block("# no comments\n", "cpu", block)
 
 
 def test_result_files_are_written_small_and_read_back(tmp_path: Path) -> None:
     rows = [{"size": "cpu", "median_ms": 1.5}, {"size": "small", "median_ms": 0.25}]
     write(tmp_path / "machine" / "suite.json", "suite", {"results": rows})
-    files = report.load(tmp_path / "machine")
+    files = load(tmp_path / "machine")
     assert list(files["suite"]["results"]) == rows
     assert {"machine", "cpu", "threads", "packages", "commit", "date"} <= set(files["suite"]["environment"])
     (tmp_path / "machine" / "grid.json").write_text(json.dumps({"schema": 1, "kind": "suite"}), encoding="utf-8")
     with pytest.raises(ValueError, match="expected schema 1"):
-        report.load(tmp_path / "machine")
+        load(tmp_path / "machine")
     with pytest.raises(FileNotFoundError, match="expected a folder"):
-        report.load(tmp_path / "absent")
+        load(tmp_path / "absent")
 
 
 def test_the_readme_quotes_the_committed_results() -> None:
     text = report.README.read_text(encoding="utf-8")
     machine = report.readme_source(text)
-    files = report.load(ROOT / "benchmarks" / "results" / machine)
-    assert report.quoted(text) == report.readme_block(machine, files), (
+    files = load(ROOT / "benchmarks" / "results" / machine)
+    assert quoted(text, "cpu") == report.readme_block(machine, files), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
 
@@ -364,19 +369,24 @@ def test_the_table_of_norms_says_what_the_results_say() -> None:
     ]
     saved = [{"contestant": "rechub", "saved_bytes": 100 << 20}, {"contestant": "fast_rechub", "saved_bytes": 40 << 20}]
     content = {"results": cases, "saved": saved, "environment": CONTENT["environment"]}
-    block = report.norms_block("some", content)
+    block = report.block("norms", "some", content)
     assert (
         "| `rechub` / `fast_rechub` | 30.0 / 20.0: **1.51 x** | 30.0 / 20.0: **2.00 x** | 100 / 40.0: 0.40 |" in block
     )
     assert "up to 1.25" in block and "benchmarks/results/some/norms.json" in block
     page = "a\n<!-- benchmark:norms -->\nold\n<!-- /benchmark:norms -->\nb\n"
-    assert report.quoted(report.with_block(page, block)) == block
+    assert quoted(with_block(page, "norms", block), "norms") == block
+
+
+def page_block(kind: str) -> str:
+    """What the page of a result file quotes of it."""
+    return quoted(report.BLOCKS[kind].page.read_text(encoding="utf-8"), kind)
 
 
 def test_the_page_on_performance_quotes_the_committed_norms() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    norms = report.load(ROOT / "benchmarks" / "results" / machine)["norms"]
-    assert report.quoted(report.NORMS_PAGE.read_text(encoding="utf-8")) == report.norms_block(machine, norms), (
+    norms = load(ROOT / "benchmarks" / "results" / machine)["norms"]
+    assert page_block("norms") == report.block("norms", machine, norms), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     cases = [(peer, ours, *case) for peer, ours in NORM_PAIRS for case in HEAD_TO_HEAD]
@@ -405,20 +415,20 @@ def test_the_table_of_scaling_says_what_the_results_say() -> None:
         "results": [scaled(1, 100.0, 150.0, 1.0), scaled(2, 125.0, 200.0, 0.8)],
         "environment": CONTENT["environment"],
     }
-    block = report.scaling_block("some", content)
+    block = report.block("scaling", "some", content)
     assert "| 4,096 | 1 | 100 | 150 | 1.50 x |  |  |  |  |" in block
     assert "| 4,096 | 2 | 125 | 200 | 1.60 x | 0.80 | 0.90 | 0.80 | 0.90 |" in block
     assert "up to 1.25" in block and "2 cores, AVX2, 1 thread per rank; " in block
     page = "a\n<!-- benchmark:scaling -->\n<!-- /benchmark:scaling -->\nb\n"
-    assert report.quoted(report.with_block(page, block)) == block
+    assert quoted(with_block(page, "scaling", block), "scaling") == block
 
 
 def test_the_page_on_scale_quotes_the_committed_scaling() -> None:
     """Nothing, as long as nothing was measured."""
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = report.load(ROOT / "benchmarks" / "results" / machine).get("scaling")
-    page = report.quoted(report.SCALING_PAGE.read_text(encoding="utf-8"))
-    assert page == ("" if found is None else report.scaling_block(machine, found)), (
+    found = load(ROOT / "benchmarks" / "results" / machine).get("scaling")
+    page = page_block("scaling")
+    assert page == ("" if found is None else report.block("scaling", machine, found)), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     if found is not None:
@@ -477,13 +487,11 @@ def test_both_trunks_of_the_scaling_train_alike() -> None:
 
 def test_committed_results_are_complete_and_not_quick() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    files = report.load(ROOT / "benchmarks" / "results" / machine)
+    files = load(ROOT / "benchmarks" / "results" / machine)
     head = files["head_to_head"]
     assert [(entry["mode"], entry["batch"]) for entry in head["results"]] == list(HEAD_TO_HEAD)
     for entry in head["results"]:
-        expected = {
-            name for name in run.HEAD_TO_HEAD if name == "bare_gemm" or entry["mode"] in CONTESTANTS[name].modes
-        }
+        expected = {name for name in RIVALS if name == "bare_gemm" or entry["mode"] in CONTESTANTS[name].modes}
         assert set(entry["contestants"]) == expected
         assert entry["rounds"] >= 15
     assert [entry["point"] for entry in files["grid"]["results"]] == [c.name for c in GRID]
@@ -492,10 +500,10 @@ def test_committed_results_are_complete_and_not_quick() -> None:
 
 def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = report.load(ROOT / "benchmarks" / "results" / machine)["whole_model"]
+    found = load(ROOT / "benchmarks" / "results" / machine)["whole_model"]
     results = found["results"]
-    page = report.quoted(report.WHOLE_MODEL_PAGE.read_text(encoding="utf-8"))
-    assert page == report.whole_model_block(machine, {"results": results, "environment": found["environment"]}), (
+    page = page_block("whole_model")
+    assert page == report.block("whole_model", machine, {"results": results, "environment": found["environment"]}), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     assert [(entry["library"], entry["mode"], entry["batch"]) for entry in results] == [
@@ -508,9 +516,9 @@ def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:
 
 def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = report.load(ROOT / "benchmarks" / "results" / machine)["host_time"]
-    page = report.quoted(report.HOST_TIME_PAGE.read_text(encoding="utf-8"))
-    assert page == report.host_time_block(machine, found), (
+    found = load(ROOT / "benchmarks" / "results" / machine)["host_time"]
+    page = page_block("host_time")
+    assert page == report.block("host_time", machine, found), (
         "render it again: .venv/bin/python benchmarks/report.py --write-readme"
     )
     assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]
@@ -526,7 +534,7 @@ def test_host_time_is_measured_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "host_time.json"
     host_time.main(["--rounds", "2", "--json", str(path)])
-    found = report.load(tmp_path)["host_time"]
+    found = load(tmp_path)["host_time"]
     assert [entry["mode"] for entry in found["results"]] == [*host_time.MODES]
     for entry in found["results"]:
         assert [*entry["contestants"]] == [*host_time.CASES]

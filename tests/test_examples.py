@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.result_files import load
 from examples import census_data, census_income, census_pictures
 from tests.programs import ROOT, run_python
 
@@ -75,7 +76,7 @@ def test_make_example_takes_the_rows_that_the_documents_say() -> None:
 def committed() -> dict[str, Any]:
     """The file of the run that the documents quote."""
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    return dict(report.load(ROOT / "benchmarks" / "results" / machine)["census_income"])
+    return dict(load(ROOT / "benchmarks" / "results" / machine)["census_income"])
 
 
 def test_the_pictures_say_of_how_many_rows_and_seeds_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from benchmarks.kernel_schedule import (
     predict_library,
     product,
 )
+from benchmarks.launches import PERSISTENT
+from benchmarks.rendering import quoted
 
 ROWS = {"medium": 16384, "large": 65536}
 DEPTHS = {"medium": (512, 256, 128), "large": (1024, 512, 256)}
@@ -198,13 +200,13 @@ def test_the_library_is_taken_where_the_model_says_that_it_wins(steps: list[dict
 
 def test_programs_stay_where_a_launch_has_large_tiles_of_halves(steps: list[dict[str, Any]]) -> None:
     staying = {
-        (row["size"], row["dtype"], row["kernel"].removesuffix(kernel_model.PERSISTENT))
+        (row["size"], row["dtype"], row["kernel"].removesuffix(PERSISTENT))
         for row in steps
-        if row["kernel"].endswith(kernel_model.PERSISTENT)
+        if row["kernel"].endswith(PERSISTENT)
     }
     kernels = ("grouped_linear_fwd", "grouped_data_grad")
     assert staying == {(size, "bfloat16", kernel) for size in ("medium", "large") for kernel in kernels}
-    assert all(row["routed"] for row in steps if row["kernel"].endswith(kernel_model.PERSISTENT))
+    assert all(row["routed"] for row in steps if row["kernel"].endswith(PERSISTENT))
 
 
 @pytest.mark.parametrize("size", IDLE)
@@ -220,8 +222,8 @@ def test_programs_of_weight_gradients_fill_their_waves(size: str, steps: list[di
 
 def test_the_page_shows_the_model_and_says_that_nothing_was_measured(steps: list[dict[str, Any]]) -> None:
     text = aot.PAGE.read_text(encoding="utf-8")
-    quoted = aot.quoted(text, kernel_model.BEGIN, kernel_model.END)
-    assert quoted == kernel_model.summary(steps), (
+    found = quoted(text, kernel_model.BLOCK)
+    assert found == kernel_model.summary(steps), (
         "render it again: .venv/bin/python benchmarks/kernel_model.py --write-page"
     )
-    assert "no GPU has measured this" in quoted
+    assert "no GPU has measured this" in found

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import configs, environment, gpu_cases, gpu_steps, report, run_gpu
-from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, baseline, build
+from benchmarks import configs, environment, gpu_cases, gpu_report, gpu_steps, report, run_gpu
+from benchmarks.contestants import CONTESTANTS, GPU_CONTESTANTS, GPU_EAGER_PEERS, build
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places
+from benchmarks.loop import baseline
 from benchmarks.oracles import Oracles
+from benchmarks.paired import cuda_clock, host_clock
 from benchmarks.steps import WrongResultError
 from ple_fast import use_backend
 from tests.fake_cuda import FakeCuda
@@ -86,7 +88,7 @@ def test_compiled_contestants_run(tmp_path: Path) -> None:
 
 
 def test_runs_of_the_same_code_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = {**run_gpu.gpu_environment(CPU), "uncommitted_changes": False}
+    about = {**environment.gpu_environment(CPU), "uncommitted_changes": False}
     monkeypatch.setattr(run_gpu, "gpu_environment", lambda device, commit: dict(about))
     first = run(tmp_path, "--only", "loop", "--dtypes", "bfloat16", "--modes", "inference")
     second = run(tmp_path, "--only", "loop", "--dtypes", "bfloat16", "--modes", "forward")
@@ -128,7 +130,7 @@ def test_the_file_is_written_after_every_contestant(tmp_path: Path, monkeypatch:
 
 
 def test_a_second_run_goes_on_where_the_first_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = {**run_gpu.gpu_environment(CPU), "uncommitted_changes": False}
+    about = {**environment.gpu_environment(CPU), "uncommitted_changes": False}
     monkeypatch.setattr(run_gpu, "gpu_environment", lambda device, commit: dict(about))
     case = ("--dtypes", "bfloat16", "--modes", "train")
     first = run(tmp_path, *case, "--only", "fast")
@@ -182,9 +184,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def group(capture: gpu_steps.Capture = gpu_steps.not_captured, mode: configs.Mode = "train") -> gpu_cases.Group:
-    return gpu_cases.Group(
-        run_gpu.TINY, mode, CPU, clock=gpu_steps.cpu_clock, capture=capture, rounds=1, min_sample_s=0.0
-    )
+    return gpu_cases.Group(run_gpu.TINY, mode, CPU, clock=host_clock, capture=capture, rounds=1, min_sample_s=0.0)
 
 
 def with_build(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, nn.Module], nn.Module]) -> None:
@@ -225,9 +225,9 @@ def test_the_gradient_of_every_parameter_is_compared_by_name(name: str) -> None:
     found = runner.results(runner.step())
     oracles.check(name, "eager", found)
     keys = [key for key in found if key.startswith(PARAMETER)]
-    loop = baseline(config, norm=CONTESTANTS[name].norm, gate_bias=CONTESTANTS[name].gate_bias)
+    loop = baseline(config, CONTESTANTS[name].make_up)
     without = {key for key, _ in loop.named_parameters()} - {key.removeprefix(PARAMETER) for key in keys}
-    assert all(key.endswith(".bias") and CONTESTANTS[name].norm == "batch" for key in without)
+    assert all(key.endswith(".bias") and CONTESTANTS[name].make_up.norm == "batch" for key in without)
     for key in keys:
         with pytest.raises(WrongResultError, match=f"{name}, eager, at tiny in float32, train, differs: {key} by"):
             oracles.check(name, "eager", {**found, key: 0.5 * found[key]})
@@ -322,7 +322,7 @@ def test_the_gpu_and_its_driver_are_written_down(monkeypatch: pytest.MonkeyPatch
     properties = SimpleNamespace(total_memory=80, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    about = run_gpu.gpu_environment(torch.device("cuda"))
+    about = environment.gpu_environment(torch.device("cuda"))
     assert about["machine"] == "nvidia-h100-80gb-hbm3"
     assert about["multiprocessors"] == 132
     assert {"driver", "cuda", "packages", "commit"} <= set(about)
@@ -333,11 +333,11 @@ def test_the_tiles_in_use_are_written_down(monkeypatch: pytest.MonkeyPatch, tmp_
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setenv("PLE_FAST_TILES", str(tmp_path / "tiles.json"))
-    assert run_gpu.tiles_in_use(torch.device("cuda")) == "shipped"
+    assert environment.tiles_in_use(torch.device("cuda")) == "shipped"
     (tmp_path / "tiles.json").write_text("{}", encoding="utf-8")
-    assert run_gpu.tiles_in_use(torch.device("cuda")) == "tiles.json, sha256 44136fa355b3"
+    assert environment.tiles_in_use(torch.device("cuda")) == "tiles.json, sha256 44136fa355b3"
     monkeypatch.setenv("PLE_FAST_TILES", "")
-    assert run_gpu.tiles_in_use(torch.device("cuda")) == "shipped"
+    assert environment.tiles_in_use(torch.device("cuda")) == "shipped"
 
 
 def test_a_tree_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_tree_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, 
 def test_events_divide_the_time_by_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    assert gpu_steps.cuda_clock(cuda.work, 4) == pytest.approx(1e-3)
+    assert cuda_clock(cuda.work, 4) == pytest.approx(1e-3)
     assert cuda.log == ["synchronize", *["work"] * 4, "synchronize"]
 
 
@@ -412,7 +412,7 @@ TARGETS: dict[str, Any] = {
 
 
 def test_targets_are_printed_as_reached_or_missed() -> None:
-    assert report.gpu_targets(TARGETS) == [
+    assert gpu_report.gpu_targets(TARGETS) == [
         "small: ours eager over the best eager per-expert peer (`rechub`): 4.25, wanted at least 4: reached",
         "small: ours in a CUDA graph over the best eager per-expert peer (`rechub`): 21.00, wanted at least 10: "
         "reached",
@@ -433,14 +433,14 @@ def test_targets_are_printed_as_reached_or_missed() -> None:
 def test_a_run_that_ended_early_has_a_report_too() -> None:
     rows = {"loop": {"median_ms": 2.0, "peak_bytes": None}}
     early = {"results": [{**case("large", {}), "contestants": rows}], "ceilings": TARGETS["ceilings"], "saved": []}
-    lines = report.gpu_targets({**early, "saved": TARGETS["saved"][:1]})
+    lines = gpu_report.gpu_targets({**early, "saved": TARGETS["saved"][:1]})
     assert "large: share of what the ceilings allow: not measured, wanted at least 0.7" in lines
     assert not any("saves for backward" in line for line in lines), "there is no loop to compare with"
-    assert "| `loop` | 2.00 |" in report.gpu_table(early)
+    assert "| `loop` | 2.00 |" in gpu_report.gpu_table(early)
 
 
 def test_the_table_says_what_the_results_say() -> None:
-    lines = report.gpu_table(TARGETS).splitlines()
+    lines = gpu_report.gpu_table(TARGETS).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["`bmm`", "0.10", "1.00", ""] in rows
     assert ["**`fast/graph`**", "0.20", "1.00", ""] in rows

@@ -138,7 +138,7 @@ def test_a_kernel_reads_the_row_that_its_case_is_of(name: str) -> None:
     for row, classes in rows_of(name).items():
         for reader in readers_of(name, row):
             if row not in MIXTURES:
-                assert tiles._classes(name, reader, row.rpartition("/")[2]) == classes
+                assert tiles.classes_of(name, reader, row.rpartition("/")[2]) == classes
 
 
 def test_depths_are_two_steps_beyond_the_stages_and_rows_are_ragged() -> None:

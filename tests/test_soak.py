@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import soak.__main__ as soak_main
 from benchmarks import report
 from benchmarks.environment import ROOT
+from benchmarks.result_files import load
 from ple_fast.model import MultiTaskModel, storage
 from ple_fast.model.trunks import TRUNKS
 from ple_fast.modules import layers
@@ -175,7 +176,7 @@ def test_a_run_counts_tells_and_writes_what_it_found(
     assert "FAILURE in levels: number 0 of seed 0\n" in told and "FAILURE in levels: number 2 of seed 0\n" in told
     assert re.search(r"^levels +3 +2 +0 +seen 3$", told, flags=re.MULTILINE)
     assert "other numbers" not in told
-    results = report.load(file.parent)["soak"]["results"]
+    results = load(file.parent)["soak"]["results"]
     assert [(r["section"], r["seed"], r["trials"], r["failures"], r["figures"]) for r in results] == [
         ("levels", 0, 3, 2, {"seen": 3})
     ]
@@ -216,7 +217,7 @@ def test_options_that_ask_for_nothing_are_refused(options: list[str], capsys: py
 def test_the_committed_soak_ran_every_section() -> None:
     """Nothing, as long as no soak was committed for the machine of the README."""
     machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = report.load(ROOT / "benchmarks" / "results" / machine).get("soak")
+    found = load(ROOT / "benchmarks" / "results" / machine).get("soak")
     if found is not None:
         results = {entry["section"]: entry for entry in found["results"]}
         assert set(results) == set(SECTIONS)

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from ple_fast_kernels import TABLES, Class, Library, Parts, Tile, architecture, reload_tables, set_table
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
+level_tiles: Any = importlib.import_module("ple_fast_kernels._level_tiles")
 files: Any = importlib.import_module("ple_fast_kernels._tile_files")
 library: Any = importlib.import_module("ple_fast_kernels.library")
 DEVICE = torch.device("cuda", 0)
@@ -442,5 +443,5 @@ def test_a_tile_is_no_deeper_than_its_product() -> None:
 @pytest.mark.parametrize("mixtures", [1, 4, 8, 17])
 @pytest.mark.parametrize("backward", [False, True])
 def test_sums_of_all_mixtures_fit_into_registers(mixtures: int, backward: bool) -> None:
-    chosen = tiles.combine_tile(LIKE, 4096, 64, mixtures, backward=backward)
-    assert mixtures * chosen.rows * chosen.columns <= tiles.MIXED_ELEMENTS * 32 * chosen.warps
+    chosen = level_tiles.combine_tile(LIKE, 4096, 64, mixtures, backward=backward)
+    assert mixtures * chosen.rows * chosen.columns <= level_tiles.MIXED_ELEMENTS * 32 * chosen.warps

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from ple_fast_kernels import Class, Tile, reload_tables
 
 tiles: Any = importlib.import_module("ple_fast_kernels._tiles")
+level_tiles: Any = importlib.import_module("ple_fast_kernels._level_tiles")
 
 CANDIDATES = (Tile(16, 16, 16, 4, 2), Tile(64, 64, 64, 4, 2))
 
@@ -147,7 +148,7 @@ def test_a_fused_candidate_must_fit_into_registers() -> None:
     tiles.asked = []
     try:
         like = torch.empty(1, dtype=torch.bfloat16)  # of a CPU: the interpreter's table
-        tiles.fused_tile(like, 64, 4, 16, "ieee")
+        level_tiles.fused_tile(like, 64, 4, 16, "ieee")
         request = tiles.asked[0]
     finally:
         tiles.asked = None

@@ -7,12 +7,14 @@ from ._activations import FUSED
 from ._dropout import Dropout
 from ._launch import launches, recording, wide_of
 from ._layer_end import Norm
+from ._level_tiles import fused_tile
 from ._replay import replayed, without_replay
 from ._tile_files import Class, Library, Parts, Table, Tile
-from ._tiles import TABLES, architecture, fused_tile, reload_tables, set_table
+from ._tiles import TABLES, architecture, reload_tables, set_table
 from .batch_norm import batch_norm_merge, batch_norm_sums, column_sums_merge, norm_sums_merge
 from .data_grad import grouped_data_grad
-from .fused_level import fused_level_fwd, fused_two_layers_fwd, fused_width
+from .fused_level import fused_level_fwd, fused_width
+from .fused_two_layers import fused_two_layers_fwd
 from .gate_combine import gate_combine_bwd, gate_combine_fwd
 from .grouped_linear import grouped_linear_fwd, has_whole_rows, linear_tile
 from .input_grad import grouped_input_grad

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ._tile_tables import KINDS as KINDS
 from ._tile_tables import TABLES as TABLES
 from .tables import GateRuns
 
+Given = ParamSpec("Given")
+Chosen = TypeVar("Chosen")
 REDUCE_TILE = Tile(1, 1024, 0, 4, 1)
 
 
@@ -38,8 +40,16 @@ asked: list[Asked] | None = None
 """While a list stands here, every request is added to it: ``ple_fast.tune`` learns from it what to measure."""
 
 _generation = 0
+_forgets: list[Callable[[], None]] = []
 _own: dict[str, Table] = {}
 _read: dict[str, Table] = {}
+
+
+def remembered(choose: Callable[Given, Chosen]) -> Callable[Given, Chosen]:
+    """``choose``, asked once for the same arguments until a table changes."""
+    found = lru_cache(maxsize=4096)(choose)
+    _forgets.append(found.cache_clear)
+    return cast("Callable[Given, Chosen]", found)
 
 
 def set_table(architecture: str, table: Table | None) -> None:
@@ -55,8 +65,8 @@ def set_table(architecture: str, table: Table | None) -> None:
 def _forget_choices() -> None:
     global _generation
     _generation += 1
-    for chooser in (_matmul, _persistent, _weight_grad, _splits, _combine, _fused):
-        chooser.cache_clear()
+    for forget in _forgets:
+        forget()
 
 
 def state_of(device: torch.device) -> tuple[Any, ...]:
@@ -111,7 +121,8 @@ def table_of(device: torch.device) -> tuple[str, int]:
     return _table_of(_index(device)) if device.type == "cuda" else ("interpreter", 1)
 
 
-def _rows(key: str) -> Table:
+def rows_of(key: str) -> Table:
+    """Rows of a table, by the key of ``table_of``."""
     architecture, _, gpu = key.partition("/")
     if architecture in _own:
         return _own[architecture]
@@ -120,17 +131,18 @@ def _rows(key: str) -> Table:
 
 def library_of(key: str, operands: str) -> Library:
     """From how much work on the library takes plain products of ``operands``, by the table of ``table_of``."""
-    row = _rows(key).get(LIBRARY + operands, Library())
+    row = rows_of(key).get(LIBRARY + operands, Library())
     assert isinstance(row, Library), operands
     return row
 
 
-def _classes(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
-    table = _rows(key)
-    return _entries(table.get(f"{kernel}/{operands}", table[operands]))
+def classes_of(key: str, kernel: str, operands: str) -> tuple[Class, ...]:
+    """Tiles of a kernel with products: its own row, or that of the operands."""
+    table = rows_of(key)
+    return entries_of(table.get(f"{kernel}/{operands}", table[operands]))
 
 
-def _entries(row: Row) -> tuple[Class, ...]:
+def entries_of(row: Row) -> tuple[Class, ...]:
     """Of a row of tiles; which rows are, their names say."""
     return cast("tuple[Class, ...]", row)
 
@@ -162,9 +174,9 @@ def cut_depth(tile: Tile, depth: int) -> Tile:
     return tile._replace(depth=_cut(tile.depth, depth))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _matmul(key: str, processors: int, kernel: str, operands: str, row_tiles: int, columns: int, members: int) -> Tile:
-    tile = _choose(_classes(key, kernel, operands), _results(row_tiles, columns, members), processors)
+    tile = _choose(classes_of(key, kernel, operands), _results(row_tiles, columns, members), processors)
     return tile._replace(columns=_cut(tile.columns, columns))
 
 
@@ -174,13 +186,13 @@ def matmul_tile(kernel: str, like: Tensor, rows: int, columns: int, members: int
     operands, row_tiles = kind_of(like.dtype, precision), -(-rows // 128)
     tile = _matmul(key, processors, kernel, operands, row_tiles, columns, members)
     if asked is not None:
-        asked.append(Asked(f"{kernel}/{operands}", _results(row_tiles, columns, members), tile, _any))
+        asked.append(Asked(f"{kernel}/{operands}", _results(row_tiles, columns, members), tile, any_tile))
     return tile
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _persistent(key: str, processors: int, kind: str, row_tiles: int, columns: int, members: int) -> Tile | None:
-    classes = _entries(_rows(key).get(kind, ()))
+    classes = entries_of(rows_of(key).get(kind, ()))
     results = _results(row_tiles, columns, members)
     fitting = [entry for entry in classes if _cut(entry.tile.columns, columns) == entry.tile.columns]
     if not fitting or results * 128 < fitting[0].tiles * processors:
@@ -199,7 +211,7 @@ def persistent_tile(kernel: str, like: Tensor, rows: int, columns: int, members:
     kind = f"{PERSISTENT}{kernel}/half"
     tile = _persistent(key, processors, kind, row_tiles, columns, members)
     if tile is not None and asked is not None:
-        asked.append(Asked(kind, _results(row_tiles, columns, members), tile, _any))
+        asked.append(Asked(kind, _results(row_tiles, columns, members), tile, any_tile))
     return tile
 
 
@@ -223,13 +235,14 @@ def _results(row_tiles: int, columns: int, members: int) -> int:
     return row_tiles * -(-columns // 128) * members
 
 
-def _any(tile: Tile) -> bool:
+def any_tile(tile: Tile) -> bool:
+    """What fits where every tile does."""
     return True
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _weight_grad(key: str, processors: int, operands: str, units: int, inputs: int, members: int) -> Tile:
-    classes = _classes(key, "weight_grad", operands)
+    classes = classes_of(key, "weight_grad", operands)
     tile = _choose(classes, _results(-(-units // 128), inputs, members), processors)
     return tile._replace(rows=_cut(tile.rows, units), columns=_cut(tile.columns, inputs))
 
@@ -240,7 +253,7 @@ def weight_grad_tile(like: Tensor, rows: int, units: int, inputs: int, members: 
     operands = kind_of(like.dtype, precision)
     tile = _weight_grad(key, processors, operands, units, inputs, members)
     if asked is not None:
-        asked.append(Asked(f"weight_grad/{operands}", _results(-(-units // 128), inputs, members), tile, _any))
+        asked.append(Asked(f"weight_grad/{operands}", _results(-(-units // 128), inputs, members), tile, any_tile))
     return tile
 
 
@@ -267,11 +280,11 @@ WORKSPACE_SPEED = 3.6e12
 """Bytes/s at which parts are written and read again."""
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _splits(key: str, processors: int, rows: int, programs: int, size: int, tile: Tile, operand_bytes: int) -> int:
     """The number of parts that was measured to take least, or that takes least by waves of programs and the time of the
     workspace's bytes."""
-    for entry in cast("tuple[Parts, ...]", _rows(key).get(PARTS, ())):
+    for entry in cast("tuple[Parts, ...]", rows_of(key).get(PARTS, ())):
         if entry[:-1] == (rows, programs, size, tile):
             return entry.parts
     if key == "interpreter":
@@ -294,110 +307,9 @@ def row_splits(like: Tensor, rows: int, programs: int, size: int, tile: Tile) ->
     return _splits(key, processors, rows, programs, size, tile, like.element_size())
 
 
-def combine_tile(like: Tensor, rows: int, units: int, mixtures: int, *, backward: bool = False) -> Tile:
-    """Tile of the mixing kernels; backward wants all units of a row in one tile."""
-    key, _ = table_of(like.device)
-    tile = _combine(key, like.dtype == torch.float64, units, mixtures, backward)
-    if asked is not None:
-        asked.append(Asked("combine_grad" if backward else "combine", 0, tile, _any))
-    return tile
-
-
-MIXED_ELEMENTS = 96
-"""Float32 registers of a thread for the sums of all mixtures."""
-
-
-@lru_cache(maxsize=4096)
-def _combine(key: str, double: bool, units: int, mixtures: int, backward: bool) -> Tile:
-    tile = _entries(_rows(key)["combine_grad" if backward else "combine"])[0].tile
-    columns = min(max(4, 1 << (units - 1).bit_length()), tile.columns)
-    if key == "interpreter":
-        return tile._replace(columns=columns)
-    elements = tile.rows * tile.columns
-    if double:
-        elements //= 2
-    while elements > 256 and mixtures * elements * (1 + double) > MIXED_ELEMENTS * 32 * tile.warps:
-        elements //= 2
-    return tile._replace(rows=max(4, elements // columns), columns=columns)
-
-
-END_ELEMENTS = 4096
-"""Of a tile of norm, activation and dropout alone: passes over memory, with a few registers for each element."""
-WHOLE_ROW = 1024
-"""Units that layer norm's backward holds in one tile; more come in chunks."""
-
-
-def end_tile(like: Tensor, units: int) -> Tile:
-    """Tile of norm, activation and dropout of one layer."""
-    return _end(table_of(like.device)[0] == "interpreter", like.dtype == torch.float64, units, 64)
-
-
-def whole_row_tile(like: Tensor, units: int) -> Tile:
-    """The same with all units of a row in one tile, as far as they fit."""
-    return _end(table_of(like.device)[0] == "interpreter", like.dtype == torch.float64, units, WHOLE_ROW)
-
-
-@lru_cache(maxsize=1024)
-def _end(interpreted: bool, double: bool, units: int, widest: int) -> Tile:
-    columns = min(max(16, 1 << (units - 1).bit_length()), widest)
-    if interpreted:
-        return Tile(32, min(columns, 32), 0, 4, 1)
-    return Tile(max(4, END_ELEMENTS // columns // (1 + double)), columns, 0, 8, 1)
-
-
 def gate_width(gates: GateRuns) -> int:
     """Columns of the tile that covers any of the runs: a power of two, at least 16."""
     width = 16
     while gates.sizes and width < max(gates.sizes):
         width *= 2
     return width
-
-
-def fused_tile(
-    like: Tensor, units: int, mixtures: int, width: int, precision: str, *, whole: bool = False
-) -> Tile | None:
-    """Tile of a fused level, or None: an accumulator per mixture, and the dense weights, must fit into registers.
-
-    ``whole``: all units in one tile, after a hidden layer.
-    """
-    key, _ = table_of(like.device)
-    operands = kind_of(like.dtype, precision)
-    tile = _fused(key, operands, units, mixtures, width, whole)
-    if asked is not None:
-        fits = partial(_fits_units, units=units, mixtures=mixtures, width=width, whole=whole)
-        asked.append(Asked(f"{'two_layers' if whole else 'fused'}/{operands}", 0, tile, fits))
-    return tile
-
-
-FUSED_ELEMENTS = 128
-"""Float32 registers of a thread for the accumulators of mixtures, of an expert, and the dense weights."""
-
-
-def fits_fused(tile: Tile, mixtures: int, width: int, *, whole: bool) -> bool:
-    """Whether a fused kernel holds its sums in registers with this tile."""
-    per_thread = tile.rows * ((mixtures + 1) * tile.columns + mixtures * width) // (32 * tile.warps)
-    if whole:
-        per_thread += tile.rows * tile.depth // (32 * tile.warps)
-    return per_thread <= FUSED_ELEMENTS
-
-
-def _cover(tile: Tile, units: int, whole: bool) -> Tile:
-    power = max(16, 1 << (units - 1).bit_length())
-    return tile._replace(columns=power if whole else min(tile.columns, power))
-
-
-def _fits_units(tile: Tile, units: int, mixtures: int, width: int, whole: bool) -> bool:
-    return fits_fused(_cover(tile, units, whole), mixtures, width, whole=whole)
-
-
-@lru_cache(maxsize=4096)
-def _fused(key: str, operands: str, units: int, mixtures: int, width: int, whole: bool) -> Tile | None:
-    if key == "interpreter":
-        return _cover(_classes(key, "two_layers" if whole else "fused", operands)[0].tile, units, whole)
-    if operands == "double":
-        return None
-    for _, tile in _classes(key, "two_layers" if whole else "fused", operands):
-        tile = _cover(tile, units, whole)
-        if fits_fused(tile, mixtures, width, whole=whole):
-            return tile
-    return None

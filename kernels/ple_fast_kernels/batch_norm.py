@@ -13,7 +13,8 @@ from torch import Tensor
 from ._dropout import drop
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._layer_end import affine, column_statistics, to_norm
-from ._tiles import Tile, end_tile
+from ._level_tiles import end_tile
+from ._tiles import Tile
 from .layer_end import EndConstants, LayerEnd
 
 MERGE_TILE = Tile(64, 32, 0, 8, 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 from ._activations import derive
 from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, next_power, prepare, wide_of
+from ._level_tiles import combine_tile
 from ._matmul import add_at
-from ._tiles import Tile, combine_tile
+from ._tiles import Tile
 from .layer_end import NO_END, EndConstants, LayerEnd, end_of
 from .tables import Mixtures
 

@@ -14,7 +14,8 @@ from ._activations import derive
 from ._dropout import Dropout, drop, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, prepare
 from ._layer_end import affine, column_statistics, finish, from_norm, to_norm
-from ._tiles import Tile, end_tile
+from ._level_tiles import end_tile
+from ._tiles import Tile
 
 
 class EndConstants(NamedTuple):

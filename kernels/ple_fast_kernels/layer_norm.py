@@ -12,7 +12,8 @@ from torch import Tensor
 from ._dropout import drop
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._layer_end import affine, from_norm, to_norm
-from ._tiles import Tile, whole_row_tile
+from ._level_tiles import whole_row_tile
+from ._tiles import Tile
 from .batch_norm import norm_sums_merge
 from .layer_end import EndConstants, LayerEnd
 

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare, wide_of
 from ._matmul import pick, pick_wide
-from ._tiles import NARROW, REDUCE_TILE, Tile, gate_width, row_splits, weight_grad_tile
+from ._tiles import NARROW, Tile, gate_width, row_splits, weight_grad_tile
 from .library import library_weight_grad, weight_grad_in_library
+from .reduce_parts import ALIGNMENT, reduce_parts
 from .tables import NO_GATES, GateRuns
-
-ALIGNMENT = 16
-"""Every gradient begins at a multiple of so many elements of the flat buffer."""
 
 
 @triton.jit(do_not_specialize=["B", "CHUNK"])
@@ -154,30 +152,6 @@ def _column_sums(D, ROW: tl.constexpr, row, o_c, m_c, first, last, WIDE: tl.cons
     return tl.sum(total, 0)
 
 
-@triton.jit
-def _reduce_parts_kernel(
-    Parts, Splits, Out, START: tl.constexpr, SIZE: tl.constexpr, OUT_AT: tl.constexpr, STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``Out[region] = sum_z Parts[region][z]``, in the order of z, for all regions.
-
-    Parts: region r ``(Splits[r STEP], SIZE[r])``, one after the other; Splits ``(regions STEP,)``; Out: region r
-    ``(SIZE[r],)`` at ``OUT_AT[r]``; START counts programs.
-    """
-    pid = tl.program_id(0)
-    for r in tl.static_range(len(SIZE)):
-        splits = tl.load(Splits + r * STEP).to(tl.int32)
-        if (pid >= START[r]) & (pid < START[r + 1]):
-            o = (pid - START[r]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK,), Parts.dtype.element_ty)
-            p = Parts + o
-            for _ in range(splits):
-                total += tl.load(p, mask=o < SIZE[r], other=0.0)
-                p += SIZE[r]
-            tl.store(Out + OUT_AT[r] + o, total.to(Out.dtype.element_ty), mask=o < SIZE[r])
-        Parts += splits.to(tl.int64) * SIZE[r]
-
-
 class WeightGrad(NamedTuple):
     """One layer's part of the flat buffers: which gradients, and where they begin within the part."""
 
@@ -276,19 +250,6 @@ def _prepared(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=CACHED)
-def _reduce(start: tuple[int, ...], sizes: tuple[int, ...], out_at: tuple[int, ...]) -> Prepared:
-    return prepare(
-        _reduce_parts_kernel,
-        REDUCE_TILE,
-        START=start,
-        SIZE=sizes,
-        OUT_AT=out_at,
-        STEP=ALIGNMENT,
-        BLOCK=REDUCE_TILE.columns,
-    )
-
-
 def grouped_weight_grads(
     layers: Sequence[WeightGrad], dtype: torch.dtype, *, precision: str = "ieee", tile: Tile | None = None
 ) -> list[WeightGradResult]:
@@ -307,18 +268,16 @@ def grouped_weight_grads(
         return []
     device, wide = layers[0].a.device, wide_of(dtype)
     # The numbers of parts come first, each aligned: a launch of what is not would go Triton's slow way.
-    parts_at, out_at, start = [ALIGNMENT * len(regions)], [0], [0]
+    parts_at, out_at = [ALIGNMENT * len(regions)], [0]
     for region in regions:
         parts_at.append(parts_at[-1] + region.size * region.splits)
         out_at.append(out_at[-1] + region.size)
-        start.append(start[-1] + cdiv(region.size, REDUCE_TILE.columns))
     buffer = torch.empty(parts_at[-1], dtype=wide, device=device)
     for i, (layer, region) in enumerate(zip(layers, regions, strict=True)):
         split = buffer[ALIGNMENT * i : ALIGNMENT * (i + 1)]
         _launch_weight_grad(layer, region, buffer[parts_at[i] : parts_at[i + 1]], split, precision)
     flat = torch.empty(out_at[-1], dtype=dtype, device=device)
-    run = _reduce(tuple(start), tuple(region.size for region in regions), tuple(out_at[:-1]))
-    run((start[-1],), device, Parts=buffer[parts_at[0] :], Splits=buffer, Out=flat)
+    reduce_parts(buffer[parts_at[0] :], buffer, flat, tuple(region.size for region in regions), tuple(out_at[:-1]))
     return [_views(layer, region, flat, at) for layer, region, at in zip(layers, regions, out_at, strict=False)]
 
 
