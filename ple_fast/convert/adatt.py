@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..modules import PLE, ExtractionNetwork
 from ..modules.plain import WeightOffset
+from ..modules.unpack import Index
 from ..topology import Topology, check_task_counts
 from .adatt_trees import write_mlmmoe, write_ple, write_shared, write_sp
-from .pieces import Index, LevelSource
-from .registry import Converter, register
-from .trees import Library, PlainLevel
+from .converter import Converter, LevelSource, register
+from .library import Library, PlainLevel
 from .wiring import ple_wiring
 
 

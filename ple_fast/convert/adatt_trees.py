@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .stacks import PlainLayer, PlainStack
-from .trees import Library, PlainLevel, in_order, tree
+from .library import Library, PlainLevel, in_order, tree
+from .plain_layers import PlainLayer, PlainStack
 
 
 def _mlp(library: Library, layers: Sequence[PlainLayer]) -> nn.Module:

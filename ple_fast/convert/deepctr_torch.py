@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
+from ..modules.unpack import Move
 from ..topology import Topology
 from . import penalties
-from .moves import Move
-from .pieces import LevelSource
-from .registry import Converter, random_ids, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, tree, zeroed
-from .trunk import CHILD
+from .converter import Converter, LevelSource, random_ids, register
+from .fused_trunk import CHILD
+from .library import Library, PlainLevel, tree, zeroed
+from .plain_layers import PlainLayer
 from .wiring import mixtures, ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "identity", "prelu")
@@ -71,7 +70,7 @@ class _DeepCTRConverter(Converter):
     def trained_unread(self, site: Any) -> Sequence[nn.Parameter]:
         return [parameter for parameter, _, _ in penalties.penalised(getattr(site, "regularization_weight", ()))]
 
-    def renewed(self, site: Any, moves: Sequence[Move]) -> dict[str, Any]:
+    def renewed(self, site: Any, moves: Sequence[Move[nn.Parameter]]) -> dict[str, Any]:
         entries = getattr(site, "regularization_weight", None)
         if entries is None:
             return {}

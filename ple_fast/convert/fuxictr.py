@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..modules import PLE
 from ..specs import LayerSpec
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer, PlainStack
-from .trees import Library, PlainLevel, in_order, tree, zeroed
+from .converter import Converter, LevelSource, register
+from .library import Library, PlainLevel, in_order, tree, zeroed
+from .plain_layers import PlainLayer, PlainStack
 from .wiring import mixtures, ple_wiring, separate
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer, kind
-from .trees import Library, PlainLevel, in_order, tree, zeroed
+from .converter import Converter, LevelSource, register
+from .library import Library, PlainLevel, in_order, tree, zeroed
+from .plain_layers import PlainLayer, kind
 from .wiring import mixtures, ple_wiring
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .moves import Move, by_new, successors
+from ..modules.unpack import Move
+from .optimizers import by_new, successors
 
 Entry = tuple[list[Any], float, float]
 """Weights are parameters, or pairs of a name and a parameter."""
@@ -23,7 +24,10 @@ def penalised(entries: Iterable[Entry]) -> Iterator[tuple[nn.Parameter, float, f
 
 
 def renewed(
-    entries: Sequence[Entry], moves: Sequence[Move], gone: Iterable[nn.Parameter], names: Mapping[int, str]
+    entries: Sequence[Entry],
+    moves: Sequence[Move[nn.Parameter]],
+    gone: Iterable[nn.Parameter],
+    names: Mapping[int, str],
 ) -> list[Entry]:
     """The entries with new parameters in the place of old ones, each as often as its parts were.
 
@@ -91,7 +95,7 @@ def _parameter(weight: Any) -> Any:
     return weight[1] if isinstance(weight, tuple) else weight
 
 
-def _check(entries: Sequence[Entry], moves: Sequence[Move], names: Mapping[int, str]) -> None:
+def _check(entries: Sequence[Entry], moves: Sequence[Move[nn.Parameter]], names: Mapping[int, str]) -> None:
     found: dict[int, list[tuple[float, float]]] = {}
     for parameter, l1, l2 in penalised(entries):
         found.setdefault(id(parameter), []).append((l1, l2))

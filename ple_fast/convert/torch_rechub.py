@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..modules import PLE
 from ..topology import Topology
-from .pieces import LevelSource
-from .registry import Converter, random_ids, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, tree
+from .converter import Converter, LevelSource, random_ids, register
+from .library import Library, PlainLevel, tree
+from .plain_layers import PlainLayer
 from .wiring import mixtures, ple_wiring
 
 ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")

@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import PLE
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, in_order, tree
+from .converter import Converter, LevelSource, register
+from .library import Library, PlainLevel, in_order, tree
+from .plain_layers import PlainLayer
 from .wiring import mixtures, ple_wiring
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE, ExtractionNetwork
-from .pieces import LevelSource
-from .registry import Converter
-from .stacks import PlainLayer, PlainStack, kind, parse
+from .converter import Converter, LevelSource
+from .plain_layers import PlainLayer, PlainStack, kind, parse
 
 
 class PlainLevel(NamedTuple):
