@@ -11,12 +11,12 @@ from .adatt import from_adatt, to_adatt
 from .converter import Converter, LevelSource, refuse_class, register
 from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
 from .fuxictr import from_fuxictr, to_fuxictr
+from .library import mixtures
 from .mtreclib import from_mtreclib, to_mtreclib
 from .pack import pack
 from .report import Left, Replaced, Report
 from .torch_rechub import from_torch_rechub, to_torch_rechub
 from .torcheasyrec import from_torcheasyrec, to_torcheasyrec
-from .wiring import mixtures
 
 __all__ = [
     "Converter",
