@@ -59,6 +59,7 @@ class CGCLayerConverter(Library):
 
     library = "FuxiCTR"
     class_name = "CGC_Layer"
+    sites_in = "cgc_layers"
     children = ("shared_experts", "specific_experts", "gate")
     methods = (("forward", _forward),)
 
@@ -76,10 +77,6 @@ class CGCLayerConverter(Library):
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         width = next(module for module in site.gate.modules() if isinstance(module, nn.Linear)).in_features
         return [draw(width) for _ in site.gate], True
-
-    def sites(self, model: Any) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = getattr(model, "cgc_layers", [model])
-        return layers
 
     def sources(self, model: nn.Module) -> list[LevelSource]:
         """The levels; the last one without its shared mixture, which no tower reads."""

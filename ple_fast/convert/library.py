@@ -95,9 +95,13 @@ class PlainLevel(NamedTuple):
 class Library(Converter):
     """A converter that also writes a ``PLE`` as its library has it."""
 
+    sites_in = ""
+    """The attribute of a model that lists its sites, first level first; a module without it is the one site."""
+
     def sites(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The sites of a model of the library, or of what ``write`` gives, first level first."""
-        return [model]
+        """The sites of a model of the library, or of what ``write`` gives."""
+        found: Sequence[nn.Module] = getattr(model, self.sites_in, [model])
+        return found
 
     @abstractmethod
     def write(self, levels: list[PlainLevel]) -> nn.Module:

@@ -119,11 +119,8 @@ def packed(
         block.train(any(layer.training for layer in expert_stacks[block.experts[0]].layers))
     if gated:
         level.gate.train(gated[0].layers[-1].training)
-    made = Packed(
-        level,
-        [*_placed(level, expert_stacks, gate_stacks)],
-        {o: stack.offset for o, stack in enumerate(gate_stacks) if stack.offset is not None},
-    )
+    offsets = {o: stack.offset for o, stack in enumerate(gate_stacks) if stack.offset is not None}
+    made = Packed(level, [*_placed(level, expert_stacks, gate_stacks)], offsets)
     with torch.no_grad():
         _fill(made)
     return made

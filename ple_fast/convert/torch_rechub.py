@@ -55,6 +55,7 @@ class CGCConverter(Library):
 
     library = "torch-rechub"
     class_name = "CGC"
+    sites_in = "cgc_layers"
     children = ("experts_specific", "experts_shared", "gates_specific", "gate_shared")
     methods = (("forward", _forward),)
 
@@ -75,10 +76,6 @@ class CGCConverter(Library):
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         first = next(module for module in site.gates_specific.modules() if isinstance(module, nn.Linear))
         return ([draw(first.in_features) for _ in range(len(site.gates_specific) + 1)],)
-
-    def sites(self, model: Any) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = getattr(model, "cgc_layers", [model])
-        return layers
 
     def write(self, levels: list[PlainLevel]) -> nn.Module:
         makes = {

@@ -56,6 +56,7 @@ class ExtractionNetConverter(Library):
 
     library = "TorchEasyRec"
     class_name = "ExtractionNet"
+    sites_in = "_extraction_nets"
     children = ("_shared_layers", "_shared_gate", "_task_layers", "_task_gates")
     methods = (("forward", _forward),)
 
@@ -77,10 +78,6 @@ class ExtractionNetConverter(Library):
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         width = site._task_gates[0].in_features
         return [draw(width) for _ in site._task_gates], draw(width)
-
-    def sites(self, model: Any) -> Sequence[nn.Module]:
-        nets: Sequence[nn.Module] = getattr(model, "_extraction_nets", [model])
-        return nets
 
     def write(self, levels: list[PlainLevel]) -> nn.Module:
         nets = []
