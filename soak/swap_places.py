@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ple_fast.convert import Converter
-from ple_fast.convert.registry import find
+from ple_fast.convert.converter import find
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch_rechub.models.multi_task.ple import CGC
 from ple_fast import accelerate, restore
 from ple_fast.convert import Converter, LevelSource, register
 from ple_fast.convert import swap as swaps
-from ple_fast.convert.registry import _CONVERTERS
+from ple_fast.convert.converter import _CONVERTERS
 from tests.swap_proof import assert_same_state, shaken
 
 WIDTH, ROWS = 5, 16

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ple_fast.convert import moves, stacks, swap
+from ple_fast.convert import fused_trunk, optimizers, plain_layers
 from soak import swaps
 from soak.swap_changes import CHANGES
 from soak.swap_models import LIBRARIES
@@ -78,8 +78,8 @@ def cut_ties(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_hooks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(swap, "check_bare", lambda path, module: None)
-    patch.setattr(stacks, "check_bare", lambda path, module: None)
+    patch.setattr(fused_trunk, "check_bare", lambda path, module: None)
+    patch.setattr(plain_layers, "check_bare", lambda path, module: None)
 
 
 def lost_settings(patch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def lost_settings(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_state(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moves, "_state", lambda optimizer, group: {})
+    patch.setattr(optimizers, "_state", lambda optimizer, group: {})
 
 
 def lost_gradients(patch: pytest.MonkeyPatch) -> None:
@@ -99,16 +99,16 @@ def lost_attributes(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_order(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accelerating, "ordered_groups", lambda optimizers, parameters: [])
+    patch.setattr(optimizers, "_ordered_groups", lambda given, parameters: [])
 
 
 def half_refused(patch: pytest.MonkeyPatch) -> None:
     """Optimizers are looked at when the first of them has been changed."""
 
-    def check(optimizers: Any, found: Any) -> None:
-        for optimizer in optimizers:
+    def check(given: Any, found: Any) -> None:
+        for optimizer in given:
             optimizer.param_groups[0]["lr"] *= 2
-        moves.check_optimizers(optimizers, found)
+        optimizers.check_optimizers(given, found)
 
     patch.setattr(accelerating, "check_optimizers", check)
 

@@ -4,19 +4,19 @@ Importing the module of a library registers the classes that it knows.
 """
 
 from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
+from ..modules.unpack import Move
 from . import refused as refused
-from .accelerate import Left, Replaced, Report, accelerate, restore
+from .accelerate import accelerate, restore
 from .adatt import from_adatt, to_adatt
+from .converter import Converter, LevelSource, refuse_class, register
 from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
 from .fuxictr import from_fuxictr, to_fuxictr
-from .moves import Move
+from .library import mixtures
 from .mtreclib import from_mtreclib, to_mtreclib
 from .pack import pack
-from .pieces import LevelSource
-from .registry import Converter, refuse_class, register
+from .report import Left, Replaced, Report
 from .torch_rechub import from_torch_rechub, to_torch_rechub
 from .torcheasyrec import from_torcheasyrec, to_torcheasyrec
-from .wiring import mixtures
 
 __all__ = [
     "Converter",

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..modules import PLE, ExtractionNetwork
 from ..modules.plain import WeightOffset
+from ..modules.unpack import Index
 from ..topology import Topology, check_task_counts
-from .adatt_trees import write_mlmmoe, write_ple, write_shared, write_sp
-from .pieces import Index, LevelSource
-from .registry import Converter, register
-from .trees import Library, PlainLevel
-from .wiring import ple_wiring
+from .converter import LevelSource, register
+from .library import Library, PlainLevel, in_order, ple_wiring, tree
+from .plain_layers import PlainLayer, PlainStack
 
 
 def from_adatt(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -37,7 +36,7 @@ def from_adatt(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = N
         library = _of_model(source)
     else:
         library = LIBRARIES["PLE"] if like is None else _of_trunk(like)
-    return library.from_model_or_checkpoint(source, like, prefix)
+    return library.to_ours(source, like, prefix)
 
 
 def to_adatt(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -52,8 +51,8 @@ def to_adatt(ple: PLE, target: nn.Module | None = None) -> nn.Module:
         ValueError: AdaTT's library cannot represent the trunk, or ``target`` is of another configuration.
     """
     if target is None:
-        return _of_trunk(ple).to_tree_or_target(ple, None)
-    _of_model(target).to_tree_or_target(ple, _core(target))
+        return _of_trunk(ple).to_theirs(ple, None)
+    _of_model(target).to_theirs(ple, _core(target))
     return target
 
 
@@ -80,8 +79,8 @@ def _adatt_wiring(num_tasks: int, counts: Sequence[int], mixtures: int, *, resid
     return Topology(slots, tuple(range(mixtures)), (every,) * mixtures, num_slots=len(counts))
 
 
-class _AdaTTConverter(Converter):
-    """What the classes have in common: ``experts`` and gates, per level."""
+class _AdaTTConverter(Library):
+    """What the classes have in common: ``experts`` and gates, per level; experts are linear layers and ReLU."""
 
     library = "AdaTT"
     gates = "gate_weights"
@@ -98,6 +97,37 @@ class _AdaTTConverter(Converter):
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         width = site.experts[0][0].mlp_net[0].in_features
         return (torch.stack([draw(width) for _ in range(self.slots(site))], 1),)
+
+    def sites(self, model: nn.Module) -> Sequence[nn.Module]:
+        return [_core(model)]
+
+    def lists(self, levels: list[PlainLevel]) -> dict[str, list[Any]]:
+        """Experts and single-layer gates."""
+        experts = self.experts(levels)
+        gates = [[nn.Sequential(end, nn.Softmax(-1)) for end in self.linear_gates(level.gates)] for level in levels]
+        return {"experts": experts, "gate_weights": gates}
+
+    def experts(self, levels: list[PlainLevel]) -> list[list[nn.Module]]:
+        """Of every level."""
+        return [[self.mlp(expert) for expert in level.experts] for level in levels]
+
+    def mlp(self, layers: Sequence[PlainLayer]) -> nn.Module:
+        """An expert, or the hidden layers of a gate."""
+        for layer in layers:
+            spec = layer.spec
+            if spec.norm is not None or spec.activation.name != "relu" or spec.dropout:
+                self.cannot("its layers are linear and a ReLU, without norm and dropout")
+        return tree({"mlp_net": nn.Sequential(*in_order(layers))})
+
+    def written_counts(self, levels: list[PlainLevel]) -> list[int]:
+        """Experts per slot, the same at every level."""
+        counts = [
+            tuple(level.level.topology.expert_slot.count(s) for s in range(level.level.topology.num_slots or 0))
+            for level in levels
+        ]
+        if len(set(counts)) > 1:
+            self.cannot(f"all its levels have the same numbers of experts, got {counts}")
+        return list(counts[0])
 
 
 def _stacks(experts: Sequence[Any]) -> list[nn.Module]:
@@ -124,6 +154,10 @@ class PLEConverter(_AdaTTConverter):
             LevelSource(ple_wiring(own, shared, shared_gate=len(gates) > len(own)), _stacks(experts), list(gates))
             for experts, gates in zip(site.experts, site.gate_weights, strict=True)
         ]
+
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        *own, shared = self.written_counts(levels)
+        return _made(self.lists(levels), num_tasks=len(own), num_task_experts=own, num_shared_experts=shared)
 
 
 class AdaTTSpConverter(_AdaTTConverter):
@@ -164,6 +198,35 @@ class AdaTTSpConverter(_AdaTTConverter):
         found[-1].unread = [p for p in getattr(site, "self_exp_weights", ()) if not p.numel()]
         return found
 
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        counts = self.written_counts(levels)
+        if len(set(counts)) > 1:
+            self.cannot(f"every task has as many experts, got {counts}")
+        scalars = [torch.stack(row) for row in self.scalars(levels, counts)]
+        return self.with_scalars(levels, scalars, num_tasks=len(counts), num_task_experts=counts[0])
+
+    def scalars(self, levels: list[PlainLevel], counts: Sequence[int]) -> list[list[Tensor]]:
+        """The learned scalars per level and mixture; none where they are constants 1, or where there are none."""
+        offsets = [[gate.offset for gate in level.gates] for level in levels]
+        if all(offset is None for row in offsets for offset in row):
+            return []
+        found = [[offset.weight.detach() for offset in row if offset is not None] for row in offsets]
+        if [len(row) for row in found] != [len(row) for row in offsets]:
+            self.cannot("its mixtures have scalars for their own experts everywhere, or nowhere")
+        if any(count != 1 for count in counts):
+            return found
+        if any(offset is not None and offset.weight.requires_grad for row in offsets for offset in row) or any(
+            bool((weight != 1).any()) for row in found for weight in row
+        ):
+            self.cannot("where every unit has one expert, its scalars are constants 1")
+        return []
+
+    def with_scalars(self, levels: list[PlainLevel], scalars: list[Tensor], **attributes: Any) -> nn.Module:
+        """What ``write`` gives."""
+        content: dict[str, Any] = {**self.lists(levels), "self_exp_weights": nn.ParameterList(scalars)}
+        residual = any(level.level.topology.has_offsets for level in levels)
+        return _made(content, self_exp_res_connect=residual, **attributes)
+
 
 class AdaTTWSharedExpsConverter(AdaTTSpConverter):
     """``mtl_lib.AdaTTWSharedExps``: scalars per unit, ``(levels, its experts)``."""
@@ -180,6 +243,14 @@ class AdaTTWSharedExpsConverter(AdaTTSpConverter):
 
     def place(self, level: int, unit: int) -> tuple[int, int]:
         return unit, level
+
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        counts = self.written_counts(levels)
+        rows, scalars = self.scalars(levels, counts), []
+        for unit, count in enumerate(counts if rows else ()):
+            own = [row[unit] for row in rows if unit < len(row)]  # the shared unit has none at the last level
+            scalars.append(torch.stack(own) if own else rows[0][0].new_empty(0, count))
+        return self.with_scalars(levels, scalars, num_tasks=len(counts) - 1, num_expert_list=counts)
 
 
 class MLMMoEConverter(_AdaTTConverter):
@@ -203,6 +274,21 @@ class MLMMoEConverter(_AdaTTConverter):
 
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         return (draw(site.experts[0][0].mlp_net[0].in_features),)
+
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        gates = [[self._gate(gate) for gate in level.gates] for level in levels]
+        return tree({"experts": self.experts(levels), "gates": gates})
+
+    def _gate(self, gate: PlainStack) -> nn.Module:
+        """It may have hidden layers."""
+        (end,) = self.linear_gates([PlainStack(gate.path, gate.layers[-1:], gate.temperature)])
+        return nn.Sequential(self.mlp(gate.layers[:-1]), end, nn.Softmax(dim=-1))
+
+
+def _made(content: dict[str, Any], **attributes: Any) -> nn.Module:
+    made = tree(content)
+    vars(made).update(attributes)
+    return made
 
 
 def _core(model: nn.Module) -> nn.Module:
@@ -228,15 +314,9 @@ def _of_trunk(ple: PLE) -> Library:
     return LIBRARIES["PLE"]
 
 
-def _library(converter: Converter, write: Callable[[Library, list[PlainLevel]], nn.Module]) -> Library:
-    library = Library(converter, lambda model: [_core(model)], lambda levels: write(library, levels))
-    register(converter)
-    return library
-
-
-LIBRARIES = {
-    "PLE": _library(PLEConverter(), write_ple),
-    "AdaTTSp": _library(AdaTTSpConverter(), write_sp),
-    "AdaTTWSharedExps": _library(AdaTTWSharedExpsConverter(), write_shared),
-    "MLMMoE": _library(MLMMoEConverter(), write_mlmmoe),
+LIBRARIES: dict[str, Library] = {
+    library.class_name: library
+    for library in (PLEConverter(), AdaTTSpConverter(), AdaTTWSharedExpsConverter(), MLMMoEConverter())
 }
+for library in LIBRARIES.values():
+    register(library)

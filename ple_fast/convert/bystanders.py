@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..modules.unpack import Move
 from ..references import attributes, remembered
 
 TRACED = (torch.fx.GraphModule, torch.jit.ScriptModule)
@@ -117,12 +118,56 @@ def wrapper_of(model: nn.Module, wrappers: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def holders(
-    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter], given: Sequence[Optimizer]
-) -> list[Optimizer]:
-    """Those of ``optimizers``, other than the given ones, that hold any of the parameters."""
-    wanted, known = {id(p) for p in parameters}, {id(o) for o in given}
-    return [found for found in optimizers if id(found) not in known and any(id(p) in wanted for p in held(found))]
+def check_unwrapped(model: nn.Module, around: Bystanders) -> None:
+    """Neither the model nor what it is a part of is wrapped for distributed training yet."""
+    wrapper = wrapper_of(model, around.wrappers)
+    if wrapper is not None:
+        raise ValueError(
+            f"model: it or a part of it is wrapped in {wrapper}, which has recorded its parameters; accelerate or "
+            "restore the model first, and wrap it then"
+        )
+
+
+def check_holders(
+    model: nn.Module,
+    moves: Sequence[Move[nn.Parameter]],
+    around: Bystanders,
+    given: Sequence[Optimizer],
+    renewed: Collection[tuple[int, str]],
+) -> None:
+    """Nobody keeps parameters that are about to be replaced, but who is renewed with them.
+
+    Args:
+        given: the optimizers that will be renewed.
+        renewed: the attributes that will be, by the id of their module and name.
+    """
+    wanted, passed = {id(move.old) for move in moves}, {id(optimizer) for optimizer in given}
+    found = [own for own in around.optimizers if id(own) not in passed and any(id(p) in wanted for p in held(own))]
+    if found:
+        names = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))
+        own = [
+            ".".join(filter(None, ("model", path, name)))
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if any(value is optimizer for optimizer in found)
+        ]
+        raise ValueError(
+            f"optimizers: {len(found)} optimizer ({names}) holds parameters that would be replaced, and would train "
+            f"them in vain; pass it (optimizers=[{', '.join(own) or '...'}]), or build it afterwards and delete the "
+            "old one"
+        )
+    rest = enclosing(model, around.modules)
+    known = {id(module) for module in (*model.modules(), *rest)}
+    places = [(f"{path}.".lstrip("."), "", module) for path, module in model.named_modules()]
+    places += [("", f" of a {type(module).__name__} outside of the model", module) for module in rest]
+    for before, after, module in places:
+        for name, _ in references(module, wanted, known):
+            if (id(module), name) not in renewed:
+                where = f"{before}{name}{after}"
+                raise ValueError(
+                    f"model: the attribute {where} holds parameters that would be replaced, so what is computed with "
+                    "it would go on with the old ones; empty it, and fill it again afterwards"
+                )
 
 
 def references(module: nn.Module, wanted: Collection[int], known: Collection[int]) -> Iterator[tuple[str, int]]:

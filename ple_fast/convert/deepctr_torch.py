@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
+from ..modules.unpack import Move
 from ..topology import Topology
-from . import penalties
-from .moves import Move
-from .pieces import LevelSource
-from .registry import Converter, random_ids, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, tree, zeroed
-from .trunk import CHILD
-from .wiring import mixtures, ple_wiring
+from .converter import Converter, LevelSource, random_ids, register
+from .fused_trunk import CHILD
+from .library import Library, PlainLevel, mixtures, ple_wiring, tree, zeroed
+from .optimizers import by_new, successors
+from .plain_layers import PlainLayer, PlainStack
 
 ACTIVATIONS = ("relu", "sigmoid", "identity", "prelu")
+Entry = tuple[list[Any], float, float]
+"""Of ``regularization_weight``: weights, which are parameters or pairs of a name and a parameter, l1 and l2."""
 
 
 def from_deepctr_torch(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -33,7 +33,7 @@ def from_deepctr_torch(source: nn.Module | Mapping[str, Tensor], *, like: PLE | 
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+    return LIBRARY.to_ours(source, like, prefix)
 
 
 def to_deepctr_torch(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -48,7 +48,7 @@ def to_deepctr_torch(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: DeepCTR-Torch cannot represent the trunk, or ``target`` is of another configuration.
     """
-    return LIBRARY.to_tree_or_target(ple, target)
+    return LIBRARY.to_theirs(ple, target)
 
 
 def _cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor]:
@@ -56,7 +56,7 @@ def _cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor
 
 
 class _DeepCTRConverter(Converter):
-    """What the models have in common: a list of penalised weights."""
+    """What the models have in common: a list of penalised weights, ``regularization_weight``."""
 
     library = "DeepCTR-Torch"
 
@@ -69,27 +69,82 @@ class _DeepCTRConverter(Converter):
             )
 
     def trained_unread(self, site: Any) -> Sequence[nn.Parameter]:
-        return [parameter for parameter, _, _ in penalties.penalised(getattr(site, "regularization_weight", ()))]
+        return [parameter for parameter, _ in _penalised(getattr(site, "regularization_weight", ()))]
 
-    def renewed(self, site: Any, moves: Sequence[Move]) -> dict[str, Any]:
+    def renewed(self, site: Any, moves: Sequence[Move[nn.Parameter]]) -> dict[str, Any]:
+        """New parameters in the place of old ones, each as often as its parts were; without what is gone."""
         entries = getattr(site, "regularization_weight", None)
         if entries is None:
             return {}
+        _check_penalties(entries, moves, {id(p): name for name, p in site.named_parameters()})
         replaced = [site._modules[name] for name in (*self.children, CHILD) if name in site._modules]
-        moved = {id(move.old) for move in moves}
-        gone = [p for child in replaced for p in child.parameters() if id(p) not in moved]
-        names = {id(p): name for name, p in site.named_parameters()}
-        return {"regularization_weight": penalties.renewed(entries, moves, gone, names)}
+        gone, news = {id(p) for child in replaced for p in child.parameters()}, successors(moves)
+        # The k-th time that a part is penalised is the k-th time for the whole; entries without penalty count apart.
+        met: dict[tuple[bool, int], int] = {}
+        placed: dict[tuple[bool, int], int] = {}
+        made: list[Entry] = []
+        for weights, l1, l2 in entries:
+            free = not (l1 > 0 or l2 > 0)
+            kept: list[Any] = []
+            for weight in weights:
+                old = _parameter(weight)
+                if id(old) not in news:
+                    kept += [] if id(old) in gone else [weight]
+                    continue
+                times = met[free, id(old)] = met.get((free, id(old)), 0) + 1
+                for new in news[id(old)]:
+                    if placed.get((free, id(new)), 0) < times:
+                        placed[free, id(new)] = times
+                        kept.append((weight[0], new) if isinstance(weight, tuple) else new)
+            made.append((kept, l1, l2))
+        return {"regularization_weight": made}
 
     def noted(self, site: Any) -> Any:
         entries = getattr(site, "regularization_weight", None)
-        return None if entries is None else penalties.noted(entries, site)
+        if entries is None:
+            return None
+        names = {id(p): name for name, p in site.named_parameters(remove_duplicate=False)}
+        note = [
+            ([(w[0] if isinstance(w, tuple) else None, names.get(id(_parameter(w)))) for w in weights], l1, l2)
+            for weights, l1, l2 in entries
+        ]
+        return None if any(name is None for rows, _, _ in note for _, name in rows) else note
 
     def recalled(self, site: nn.Module, note: Any) -> dict[str, Any]:
-        return {"regularization_weight": penalties.recalled(note, site)}
+        def weight(label: str | None, name: str) -> Any:
+            parameter = site.get_parameter(name)
+            return parameter if label is None else (label, parameter)
+
+        return {"regularization_weight": [([weight(*row) for row in rows], l1, l2) for rows, l1, l2 in note]}
 
 
-class PLEConverter(_DeepCTRConverter):
+def _parameter(weight: Any) -> Any:
+    return weight[1] if isinstance(weight, tuple) else weight
+
+
+def _penalised(entries: Iterable[Entry]) -> Iterator[tuple[nn.Parameter, tuple[float, float]]]:
+    """Every occurrence of a parameter under a penalty that is not 0, with that."""
+    for weights, l1, l2 in entries:
+        if l1 > 0 or l2 > 0:
+            yield from ((_parameter(weight), (l1, l2)) for weight in weights)
+
+
+def _check_penalties(entries: Iterable[Entry], moves: Sequence[Move[nn.Parameter]], names: Mapping[int, str]) -> None:
+    found: dict[int, list[tuple[float, float]]] = {}
+    for parameter, penalty in _penalised(entries):
+        found.setdefault(id(parameter), []).append(penalty)
+    for first, *others in by_new(moves):
+        theirs = found.get(id(first.old), [])
+        for move in others:
+            ours = found.get(id(move.old), [])
+            if ours != theirs:
+                raise ValueError(
+                    f"{names[id(first.old)]} and {names[id(move.old)]} become one stacked parameter and have different "
+                    f"penalties (l1, l2): {theirs} and {ours}; add them to the regularisation with equal l1 and l2"
+                )
+
+
+class PLEConverter(_DeepCTRConverter, Library):
     """``deepctr_torch.models.PLE``: a whole model, whose levels are lists side by side."""
 
     class_name = "PLE"
@@ -140,6 +195,83 @@ class PLEConverter(_DeepCTRConverter):
         for i, own in enumerate(site.specific_experts):
             yield [draw(own[0][0].linears[0].in_features) for _ in range(len(own) + 1)], i
 
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        self._check_alike([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
+        lists: dict[str, list[Any]] = {name: [] for name in self.children}
+        for level in levels:
+            counts = level.counts
+            shared = len(level.experts) - sum(counts)
+            if len(set(counts)) > 1 or counts[0] < max(shared, 1):
+                self.cannot(f"every task has as many experts, at least 1 and as many as shared: {counts} and {shared}")
+            for gate in level.gates:
+                end = gate.layers[-1] if gate.layers else None
+                if end is None or end.norm is not None or end.linear.bias is not None or gate.temperature != 1.0:
+                    self.cannot("its gates end in a linear layer without bias, norm and temperature")
+            own, others = level.split([_dnn_tree(expert) for expert in level.experts])
+            dead = [zeroed(own[0][0]) for _ in range(counts[0] - shared)]
+            lists["specific_experts"].append(own)
+            lists["shared_experts"].append([[*others, *dead]])
+            ends = [gate.layers[-1].linear for gate in level.gates]
+            bodies = [_dnn_tree(gate.layers[:-1]) for gate in level.gates if len(gate.layers) > 1]
+            if level.is_last:  # it has a shared gate there, too, which nothing reads
+                like: dict[str, Any] = {"device": ends[0].weight.device, "dtype": ends[0].weight.dtype}
+                ends.append(zeroed(nn.Linear(ends[0].in_features, len(level.experts), bias=False, **like)))
+                bodies += [zeroed(bodies[0])] if bodies else []
+            lists["specific_gate_dnn_final_layer"].append(ends[:-1])
+            lists["shared_gate_dnn_final_layer"].append(ends[-1])
+            if bodies:
+                lists["specific_gate_dnn"].append([[body] for body in bodies[:-1]])
+                lists["shared_gate_dnn"].append(bodies[-1])
+        return tree({name: modules for name, modules in lists.items() if modules})
+
+    def _check_alike(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
+        """All layers, of experts and of gates, are made alike in this library."""
+        bodies = [gate.layers[:-1] for gate in gates]
+        layers = [layer for stack in (*experts, *bodies) for layer in stack]
+        first = layers[0].spec
+        for layer in layers:
+            spec = layer.spec
+            if spec.norm not in (None, "batch") or (spec.norm and layer.norm_after) or not spec.bias:
+                self.cannot("its layers have a bias, and a batch norm before the activation or none")
+            if spec.activation.name not in ACTIVATIONS:
+                self.cannot(f"the activation {spec.activation.name} is none of {', '.join(ACTIVATIONS)}")
+            if (spec.activation.name, spec.norm, spec.dropout) != (first.activation.name, first.norm, first.dropout):
+                self.cannot("all its experts and gates have the same activation, norm and dropout")
+        widths, hidden = (
+            {tuple(x.linear.out_features for x in stack) for stack in stacks} for stacks in (experts, bodies)
+        )
+        if len(widths) > 1 or len(hidden) > 1:
+            self.cannot(
+                "all its experts have the same widths, at every level, and so have its gates; got "
+                f"{sorted(widths)} and {sorted(hidden)}"
+            )
+
+
+def _dnn(dnn: Any) -> Iterator[nn.Module]:
+    """The modules of a ``DNN`` in the order in which they run; None has none."""
+    for i, linear in enumerate(() if dnn is None else dnn.linears):
+        activation = dnn.activation_layers[i]
+        if getattr(activation, "dim", 2) != 2:
+            raise ValueError(
+                f"{type(activation).__name__} in DeepCTR-Torch's DNN is made for inputs of 3 dimensions, so that its "
+                "own forward fails; use relu, prelu, sigmoid or linear"
+            )
+        yield linear
+        if hasattr(dnn, "bn"):
+            yield dnn.bn[i]
+        if type(activation).__name__ != "Identity":  # a class of its own
+            yield activation
+        yield dnn.dropout
+
+
+def _dnn_tree(layers: Sequence[PlainLayer]) -> nn.Module:
+    content: dict[str, Any] = {"dropout": layers[0].dropout or nn.Dropout(0)}
+    content["linears"] = [layer.linear for layer in layers]
+    if layers[0].norm is not None:
+        content["bn"] = [layer.norm for layer in layers]
+    content["activation_layers"] = [layer.activation or nn.Identity() for layer in layers]
+    return tree(content)
+
 
 def _mmoe_forward(self: Any, X: Tensor) -> Tensor:
     embedded, dense = self.input_from_feature_columns(X, self.dnn_feature_columns, self.embedding_dict)
@@ -185,88 +317,6 @@ class MMOEConverter(_DeepCTRConverter):
         return list(getattr(site, "tower_dnn", site.tower_dnn_final_layer))
 
 
-def _dnn(dnn: Any) -> Iterator[nn.Module]:
-    """The modules of a ``DNN`` in the order in which they run; None has none."""
-    for i, linear in enumerate(() if dnn is None else dnn.linears):
-        activation = dnn.activation_layers[i]
-        if getattr(activation, "dim", 2) != 2:
-            raise ValueError(
-                f"{type(activation).__name__} in DeepCTR-Torch's DNN is made for inputs of 3 dimensions, so that its "
-                "own forward fails; use relu, prelu, sigmoid or linear"
-            )
-        yield linear
-        if hasattr(dnn, "bn"):
-            yield dnn.bn[i]
-        if type(activation).__name__ != "Identity":  # a class of its own
-            yield activation
-        yield dnn.dropout
-
-
-def _dnn_tree(layers: Sequence[PlainLayer]) -> nn.Module:
-    content: dict[str, Any] = {"dropout": layers[0].dropout or nn.Dropout(0)}
-    content["linears"] = [layer.linear for layer in layers]
-    if layers[0].norm is not None:
-        content["bn"] = [layer.norm for layer in layers]
-    content["activation_layers"] = [layer.activation or nn.Identity() for layer in layers]
-    return tree(content)
-
-
-def _check_layers(layers: Sequence[PlainLayer]) -> None:
-    """All layers, of experts and of gates, are made alike in this library."""
-    first = layers[0].spec
-    for layer in layers:
-        spec = layer.spec
-        if spec.norm not in (None, "batch") or (spec.norm and layer.norm_after) or not spec.bias:
-            LIBRARY.cannot("its layers have a bias, and a batch norm before the activation or none")
-        if spec.activation.name not in ACTIVATIONS:
-            LIBRARY.cannot(f"the activation {spec.activation.name} is none of {', '.join(ACTIVATIONS)}")
-        if (spec.activation.name, spec.norm, spec.dropout) != (first.activation.name, first.norm, first.dropout):
-            LIBRARY.cannot("all its experts and gates have the same activation, norm and dropout")
-
-
-def _write(levels: list[PlainLevel]) -> nn.Module:
-    _check_layers([x for _, experts, gates in levels for stack in experts for x in stack] + [
-        x for _, _, gates in levels for gate in gates for x in gate.layers[:-1]
-    ])  # fmt: skip
-    widths = {tuple(x.linear.out_features for x in expert) for _, experts, _ in levels for expert in experts}
-    hidden = {tuple(x.linear.out_features for x in gate.layers[:-1]) for _, _, gates in levels for gate in gates}
-    if len(widths) > 1 or len(hidden) > 1:
-        LIBRARY.cannot(
-            "all its experts have the same widths, at every level, and so have its gates; got "
-            f"{sorted(widths)} and {sorted(hidden)}"
-        )
-    lists: dict[str, list[Any]] = {name: [] for name in PLEConverter.children}
-    for level, experts, gates in levels:
-        is_last = level is levels[-1].level
-        tasks = level.topology.num_mixtures - (not is_last)
-        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
-        own, shared = counts[0], len(experts) - sum(counts)
-        if len(set(counts)) > 1 or own < max(shared, 1):
-            LIBRARY.cannot(f"every task has as many experts, at least 1 and as many as shared: {counts} and {shared}")
-        for gate in gates:
-            end = gate.layers[-1] if gate.layers else None
-            if end is None or end.norm is not None or end.linear.bias is not None or gate.temperature != 1.0:
-                LIBRARY.cannot("its gates end in a linear layer without bias, norm and temperature")
-        trees = [_dnn_tree(expert) for expert in experts]
-        lists["specific_experts"].append([trees[t * own : (t + 1) * own] for t in range(tasks)])
-        dead = [zeroed(trees[0]) for _ in range(own - shared)]
-        lists["shared_experts"].append([[*trees[tasks * own :], *dead]])
-        ends: list[nn.Module] = [gate.layers[-1].linear for gate in gates]
-        bodies = [_dnn_tree(gate.layers[:-1]) for gate in gates if len(gate.layers) > 1]
-        if is_last:  # it has a shared gate there, too, which nothing reads
-            like = gates[0].layers[-1].linear
-            last = nn.Linear(like.in_features, len(experts), bias=False, device=like.weight.device)
-            ends.append(zeroed(last.to(like.weight.dtype)))
-            bodies += [zeroed(bodies[0])] if bodies else []
-        lists["specific_gate_dnn_final_layer"].append(ends[:tasks])
-        lists["shared_gate_dnn_final_layer"].append(ends[tasks])
-        if bodies:
-            lists["specific_gate_dnn"].append([[body] for body in bodies[:tasks]])
-            lists["shared_gate_dnn"].append(bodies[tasks])
-    return tree({name: modules for name, modules in lists.items() if modules})
-
-
-CONVERTER = PLEConverter()
-LIBRARY = Library(CONVERTER, lambda model: [model], _write)
-register(CONVERTER)
+LIBRARY = PLEConverter()
+register(LIBRARY)
 register(MMOEConverter())

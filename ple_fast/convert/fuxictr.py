@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from ..modules import PLE
 from ..specs import LayerSpec
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer, PlainStack
-from .trees import Library, PlainLevel, in_order, tree, zeroed
-from .wiring import mixtures, ple_wiring, separate
+from .converter import LevelSource, register
+from .library import Library, PlainLevel, in_order, mixtures, ple_wiring, separate, tree, zeroed
+from .plain_layers import PlainLayer, PlainStack
 
 
 def from_fuxictr(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -30,7 +28,7 @@ def from_fuxictr(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None =
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+    return LIBRARY.to_ours(source, like, prefix)
 
 
 def to_fuxictr(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -45,7 +43,7 @@ def to_fuxictr(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: FuxiCTR cannot represent the trunk, or ``target`` is of another configuration.
     """
-    return LIBRARY.to_tree_or_target(ple, target)
+    return LIBRARY.to_theirs(ple, target)
 
 
 def _forward(self: Any, x: Sequence[Tensor], require_gate: bool = False) -> Any:
@@ -56,11 +54,12 @@ def _forward(self: Any, x: Sequence[Tensor], require_gate: bool = False) -> Any:
     return separate(level, y), [weight.mean(0).to(y.dtype) for weight in weights]
 
 
-class CGCLayerConverter(Converter):
+class CGCLayerConverter(Library):
     """``CGC_Layer`` of ``model_zoo/multitask/PLE``: one level. It does not know whether it is the last one."""
 
     library = "FuxiCTR"
     class_name = "CGC_Layer"
+    sites_in = "cgc_layers"
     children = ("shared_experts", "specific_experts", "gate")
     methods = (("forward", _forward),)
 
@@ -79,11 +78,9 @@ class CGCLayerConverter(Converter):
         width = next(module for module in site.gate.modules() if isinstance(module, nn.Linear)).in_features
         return [draw(width) for _ in site.gate], True
 
-
-class _FuxiCTR(Library):
-    def sources(self, module: nn.Module) -> list[LevelSource]:
+    def sources(self, model: nn.Module) -> list[LevelSource]:
         """The levels; the last one without its shared mixture, which no tower reads."""
-        *others, last = super().sources(module)
+        *others, last = super().sources(model)
         *gates, unread = last.gates
         topology = replace(
             last.topology,
@@ -94,52 +91,48 @@ class _FuxiCTR(Library):
         )
         return [*others, LevelSource(topology, last.experts, gates, unread=[unread])]
 
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        self._check_alike([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
+        layers = []
+        for level in levels:
+            shared_count = len(level.experts) - sum(level.counts)
+            if len(set(level.counts)) > 1 or not shared_count:
+                self.cannot(
+                    f"every task has as many experts, and some are shared; got {level.counts} and {shared_count}"
+                )
+            own, shared = level.split([_block(in_order(expert)) for expert in level.experts])
+            ends = [_block(in_order(gate.layers)) for gate in level.gates]
+            if level.is_last:  # it has a shared gate there, too, which nothing reads
+                *body, end = in_order(level.gates[0].layers)
+                assert isinstance(end, nn.Linear)
+                like: dict[str, Any] = {"device": end.weight.device, "dtype": end.weight.dtype}
+                ends.append(zeroed(_block([*body, nn.Linear(end.in_features, shared_count, **like)])))
+            layers.append({"shared_experts": shared, "specific_experts": own, "gate": ends})
+        return tree({"cgc_layers": layers})
+
+    def _check_alike(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
+        """All levels are made alike in this library."""
+        for gate in gates:
+            last = gate.layers[-1] if gate.layers else None
+            if last is None or last.norm is not None or not last.spec.bias or gate.temperature != 1.0:
+                self.cannot("its gates end in a linear layer with a bias, without norm and temperature")
+        made, hidden = {_specs(expert) for expert in experts}, {_specs(gate.layers[:-1]) for gate in gates}
+        if max(len(hidden), len(made)) > 1:
+            self.cannot("all its experts are made alike, and so are all its gates, at every level")
+        specs = [*made.pop(), *hidden.pop()]
+        if len({spec.norm for spec in specs}) > 1 or specs[0].norm not in (None, "batch"):
+            self.cannot("all layers of its experts and gates have a batch norm, or none has a norm")
+        if any((spec.norm and spec.norm_position == "after") or not spec.bias for spec in specs):
+            self.cannot("its layers have a bias, and their batch norm before the activation")
+
 
 def _specs(layers: Sequence[PlainLayer]) -> tuple[LayerSpec, ...]:
     return tuple(layer.spec for layer in layers)
 
 
-def _check(experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
-    """All levels are made alike in this library."""
-    for gate in gates:
-        last = gate.layers[-1] if gate.layers else None
-        if last is None or last.norm is not None or not last.spec.bias or gate.temperature != 1.0:
-            LIBRARY.cannot("its gates end in a linear layer with a bias, without norm and temperature")
-    hidden = {_specs(gate.layers[:-1]) for gate in gates}
-    if max(len(hidden), len({_specs(expert) for expert in experts})) > 1:
-        LIBRARY.cannot("all its experts are made alike, and so are all its gates, at every level")
-    specs: list[LayerSpec] = [*_specs(experts[0]), *hidden.pop()]
-    if len({spec.norm for spec in specs}) > 1 or specs[0].norm not in (None, "batch"):
-        LIBRARY.cannot("all layers of its experts and gates have a batch norm, or none has a norm")
-    if any((spec.norm and spec.norm_position == "after") or not spec.bias for spec in specs):
-        LIBRARY.cannot("its layers have a bias, and their batch norm before the activation")
+def _block(modules: Iterable[nn.Module]) -> nn.Module:
+    return tree({"mlp": nn.Sequential(*modules)})
 
 
-def _write(levels: list[PlainLevel]) -> nn.Module:
-    _check([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
-    layers = []
-    for level, experts, gates in levels:
-        is_last = level is levels[-1].level
-        tasks = level.topology.num_mixtures - (not is_last)
-        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
-        own, shared = counts[0], len(experts) - sum(counts)
-        if len(set(counts)) > 1 or not shared:
-            LIBRARY.cannot(f"every task has as many experts, and some are shared; got {counts} and {shared}")
-        blocks = [tree({"mlp": nn.Sequential(*in_order(expert))}) for expert in experts]
-        ends = [tree({"mlp": nn.Sequential(*in_order(gate.layers))}) for gate in gates]
-        if is_last:  # it has a shared gate there, too, which nothing reads
-            *body, end = in_order(gates[0].layers)
-            assert isinstance(end, nn.Linear)
-            like: dict[str, Any] = {"device": end.weight.device, "dtype": end.weight.dtype}
-            ends.append(zeroed(tree({"mlp": nn.Sequential(*body, nn.Linear(end.in_features, shared, **like))})))
-        layers.append({
-            "shared_experts": blocks[tasks * own :],
-            "specific_experts": [blocks[t * own : (t + 1) * own] for t in range(tasks)],
-            "gate": ends,
-        })  # fmt: skip
-    return tree({"cgc_layers": layers})
-
-
-CONVERTER = CGCLayerConverter()
-LIBRARY = _FuxiCTR(CONVERTER, lambda model: getattr(model, "cgc_layers", [model]), _write)
-register(CONVERTER)
+LIBRARY = CGCLayerConverter()
+register(LIBRARY)

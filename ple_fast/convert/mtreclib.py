@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer, kind
-from .trees import Library, PlainLevel, in_order, tree, zeroed
-from .wiring import mixtures, ple_wiring
+from .converter import LevelSource, register
+from .library import Library, PlainLevel, in_order, mixtures, ple_wiring, tree, zeroed
+from .plain_layers import PlainLayer, kind
 
 
 def from_mtreclib(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -29,7 +27,7 @@ def from_mtreclib(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None 
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+    return LIBRARY.to_ours(source, like, prefix)
 
 
 def to_mtreclib(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -44,7 +42,7 @@ def to_mtreclib(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: MTReclib cannot represent the trunk, or ``target`` is of another configuration.
     """
-    return LIBRARY.to_tree_or_target(ple, target)
+    return LIBRARY.to_theirs(ple, target)
 
 
 def _forward(self: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tensor]:
@@ -56,7 +54,7 @@ def _forward(self: Any, categorical_x: Tensor, numerical_x: Tensor) -> list[Tens
     return [torch.sigmoid(tower(y).squeeze(1)) for tower, y in zip(self.tower, mixtures(last, x), strict=True)]
 
 
-class PLEModelConverter(Converter):
+class PLEModelConverter(Library):
     """``models.ple.PLEModel``: a whole model."""
 
     library = "MTReclib"
@@ -101,41 +99,29 @@ class PLEModelConverter(Converter):
         sizes = torch.tensor([stop - start for start, stop in pairwise(starts)], device=device, dtype=torch.int64)
         return torch.arange(len(numerical), device=device).unsqueeze(1) % sizes, numerical
 
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        lists: dict[str, list[Any]] = {name: [] for name in self.children}
+        for level in levels:
+            if len(set(level.counts)) > 1:
+                self.cannot(f"every task has as many experts, got {level.counts}")
+            own, shared = level.split([self._mlp(expert) for expert in level.experts])
+            ends = self.linear_gates(level.gates)
+            if level.is_last:  # it has a shared gate there, too, which nothing reads
+                like: dict[str, Any] = {"device": ends[0].weight.device, "dtype": ends[0].weight.dtype}
+                ends.append(zeroed(nn.Linear(ends[0].in_features, len(level.experts), **like)))
+            *gates, last = [nn.Sequential(end, nn.Softmax(dim=1)) for end in ends]
+            for name, made in zip(self.children, (own, gates, shared, last), strict=True):
+                lists[name].append(made)
+        return tree(lists)
 
-def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
-    (layer,) = layers if len(layers) == 1 else (None,)
-    spec = None if layer is None else layer.spec
-    if layer is None or spec is None or not spec.bias or spec.norm != "batch" or layer.norm_after:
-        LIBRARY.cannot("its experts are one linear layer with a bias, a batch norm and a ReLU")
-    if spec.activation.name != "relu":
-        LIBRARY.cannot(f"the activation of its experts is relu, got {spec.activation.name}")
-    return tree({"mlp": nn.Sequential(*in_order(layers, always_dropout=True))})
-
-
-def _write(levels: list[PlainLevel]) -> nn.Module:
-    lists: dict[str, list[Any]] = {name: [] for name in PLEModelConverter.children}
-    for level, experts, gates in levels:
-        is_last = level is levels[-1].level
-        tasks = level.topology.num_mixtures - (not is_last)
-        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
-        own = counts[0]
-        if len(set(counts)) > 1:
-            LIBRARY.cannot(f"every task has as many experts, got {counts}")
-        mlps = [_mlp(expert) for expert in experts]
-        ends = LIBRARY.linear_gates(gates)
-        if is_last:  # it has a shared gate there, too, which nothing reads
-            like: dict[str, Any] = {"device": ends[0].weight.device, "dtype": ends[0].weight.dtype}
-            made = zeroed(nn.Linear(ends[0].in_features, len(experts), **like))
-            assert isinstance(made, nn.Linear)
-            ends.append(made)
-        closed = [nn.Sequential(end, nn.Softmax(dim=1)) for end in ends]
-        lists["task_experts"].append([mlps[t * own : (t + 1) * own] for t in range(tasks)])
-        lists["share_experts"].append(mlps[tasks * own :])
-        lists["task_gates"].append(closed[:tasks])
-        lists["share_gates"].append(closed[tasks])
-    return tree(lists)
+    def _mlp(self, layers: Sequence[PlainLayer]) -> nn.Module:
+        layer, spec = layers[0], layers[0].spec
+        if len(layers) > 1 or not spec.bias or spec.norm != "batch" or layer.norm_after:
+            self.cannot("its experts are one linear layer with a bias, a batch norm and a ReLU")
+        if spec.activation.name != "relu":
+            self.cannot(f"the activation of its experts is relu, got {spec.activation.name}")
+        return tree({"mlp": nn.Sequential(*in_order(layers, always_dropout=True))})
 
 
-CONVERTER = PLEModelConverter()
-LIBRARY = Library(CONVERTER, lambda model: [model], _write)
-register(CONVERTER)
+LIBRARY = PLEModelConverter()
+register(LIBRARY)

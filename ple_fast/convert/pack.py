@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import ExtractionNetwork
-from ..modules.layers import ExpertBlock, Gate, StackedDice, StackedLayer
-from ..modules.unpack import Part, gate_parts, layer_parts, offset_part
+from ..modules.layers import ExpertBlock, Gate, StackedLayer
+from ..modules.plain import WeightOffset
+from ..modules.unpack import Move, gate_moves, layer_moves, offset_move, tensor_named
 from ..scalars import shown
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
-from .stacks import PlainLayer, PlainStack, kind, parse, refuse
+from .plain_layers import PlainLayer, PlainStack, kind, parse, refuse
 
 
 def pack(
@@ -45,13 +46,29 @@ def pack(
     return packed(experts, gates, topology, gate_input=gate_input).level
 
 
+class Placed(NamedTuple):
+    """An ordinary layer, the stacked one that it becomes a row of, and where its tensors lie in that."""
+
+    plain: PlainLayer
+    stacked: StackedLayer | Gate
+    moves: list[Move[str]]
+
+    def holder(self, role: str) -> nn.Module:
+        """The stacked module that has the mode of the module of that role."""
+        path = {"norm": "norm", "activation": "activation", "dice_norm": "activation.norm"}.get(role, "")
+        try:
+            return self.stacked.get_submodule(path)
+        except AttributeError:  # it has no tensors, so that nothing of it is kept
+            return self.stacked
+
+
 class Packed(NamedTuple):
-    """A fused level, and the ordinary stacks that it was built of."""
+    """A fused level, and the ordinary layers that it was built of."""
 
     level: ExtractionNetwork
-    experts: list[PlainStack]
-    gates: list[PlainStack]
-    """Of a static mixture: without layers."""
+    layers: list[Placed]
+    offsets: dict[int, WeightOffset]
+    """Per mixture the module that brought its learned scalars."""
 
 
 @torch.inference_mode(False)  # parameters made in it could never be trained
@@ -97,10 +114,16 @@ def packed(
     ).to_empty(device=weight.device)
     # Of the layers, and not of the containers around them, which a caller may just have made.
     level.train(any(layer.training for stack in [*expert_stacks, *gate_stacks] for layer in stack.layers))
+    for block in level.blocks:
+        assert isinstance(block, ExpertBlock)
+        block.train(any(layer.training for layer in expert_stacks[block.experts[0]].layers))
+    if gated:
+        level.gate.train(gated[0].layers[-1].training)
+    offsets = {o: stack.offset for o, stack in enumerate(gate_stacks) if stack.offset is not None}
+    made = Packed(level, [*_placed(level, expert_stacks, gate_stacks)], offsets)
     with torch.no_grad():
-        _fill_experts(level, expert_stacks)
-        _fill_gates(level, gate_stacks)
-    return Packed(level, expert_stacks, gate_stacks)
+        _fill(made)
+    return made
 
 
 def _listed(name: str, modules: Any, count: int) -> list[Any]:
@@ -262,24 +285,49 @@ def _check_like(stack: PlainStack, first: PlainStack) -> None:
             differs(layer.path, name, expected_settings.get(name), settings.get(name))
 
 
-def _copy(part: Part, modules: dict[str, nn.Module]) -> None:
-    """Write one tensor of an ordinary module to its place."""
-    source = getattr(modules[part.role], part.name)
-    part.view.copy_(source)
-    if isinstance(part.stacked, nn.Parameter):
-        part.stacked.requires_grad_(source.requires_grad)
+def _placed(level: ExtractionNetwork, experts: list[PlainStack], gates: list[PlainStack]) -> Iterator[Placed]:
+    """Every ordinary layer, with its place."""
+    for block in level.blocks:
+        assert isinstance(block, ExpertBlock)
+        start, stop = block.experts
+        for e in range(start, stop):
+            yield from _rows(block.layers, e - start, experts[e].layers)
+    topology, gate = level.topology, level.gate
+    assert isinstance(gate, Gate)
+    for row, o in enumerate(topology.gated_mixtures):
+        yield from _rows(gate.layers, row, gates[o].layers[:-1])
+        first = topology.logit_offset[o]
+        rows = slice(first, first + len(topology.mixture_experts[o]))
+        yield Placed(gates[o].layers[-1], gate, [*gate_moves(gate, rows)])
 
 
-def _fill_layer(layer: Any, row: int, plain: PlainLayer) -> None:
-    assert isinstance(layer, StackedLayer)
-    layer.training = plain.training
-    if layer.activation is not None and plain.activation is not None:
-        layer.activation.training = plain.activation.training
-    _fill_norm(layer.norm, plain.norm)
-    if isinstance(layer.activation, StackedDice):
-        _fill_norm(layer.activation.norm, plain.dice_norm)
-    for part in layer_parts(layer, row):
-        _copy(part, plain.modules)
+def _rows(stacked: nn.ModuleList, row: int, layers: list[PlainLayer]) -> Iterator[Placed]:
+    for layer, plain in zip(stacked, layers, strict=True):
+        assert isinstance(layer, StackedLayer)
+        yield Placed(plain, layer, [*layer_moves(layer, row)])
+
+
+def _fill(made: Packed) -> None:
+    """Modes, settings of norms, and every tensor."""
+    for placed in made.layers:
+        plain, modules = placed.plain, placed.plain.modules
+        placed.stacked.training = plain.training
+        if plain.activation is not None and placed.holder("activation") is not placed.stacked:
+            placed.holder("activation").training = plain.activation.training
+        _fill_norm(placed.holder("norm"), plain.norm)
+        _fill_norm(placed.holder("dice_norm"), plain.dice_norm)
+        for move in placed.moves:
+            _copy(modules, placed.stacked, move)
+    level, gate = made.level, made.level.gate
+    if gate.offset is None:
+        return
+    gate.offset.zero_()  # where the gates bring none
+    if len({own.weight.requires_grad for own in made.offsets.values()}) > 1:
+        raise ValueError("gates: expected requires_grad of all WeightOffset to agree: a level has one such parameter")
+    for o, own in made.offsets.items():
+        offset = offset_move(level, o)
+        assert offset is not None
+        _copy({"offset": own}, gate, offset)
 
 
 def _fill_norm(norm: Any, plain: nn.BatchNorm1d | nn.LayerNorm | None) -> None:
@@ -291,41 +339,10 @@ def _fill_norm(norm: Any, plain: nn.BatchNorm1d | nn.LayerNorm | None) -> None:
             norm.track_running_stats = plain.track_running_stats
 
 
-def _fill_experts(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
-    for block in level.blocks:
-        assert isinstance(block, ExpertBlock)
-        start, stop = block.experts
-        block.train(any(layer.training for layer in stacks[start].layers))
-        for e in range(start, stop):
-            for layer, plain in zip(block.layers, stacks[e].layers, strict=True):
-                _fill_layer(layer, e - start, plain)
-
-
-def _fill_gates(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
-    topology, gate = level.topology, level.gate
-    assert isinstance(gate, Gate)
-    for row, o in enumerate(topology.gated_mixtures):
-        last, first = stacks[o].layers[-1], topology.logit_offset[o]
-        if row == 0:
-            gate.train(last.training)
-        for layer, plain in zip(gate.layers, stacks[o].layers[:-1], strict=True):
-            _fill_layer(layer, row, plain)
-        _fill_norm(gate.norm, last.norm)
-        for part in gate_parts(gate, slice(first, first + len(topology.mixture_experts[o]))):
-            _copy(part, last.modules)
-    if gate.offset is not None:
-        _fill_offsets(level, stacks)
-
-
-def _fill_offsets(level: ExtractionNetwork, stacks: list[PlainStack]) -> None:
-    """The learned scalars: 0 where the gates bring none."""
-    offset = level.gate.offset
-    assert offset is not None
-    offset.zero_()
-    brought = [(o, stack.offset) for o, stack in enumerate(stacks) if stack.offset is not None]
-    if len({own.weight.requires_grad for _, own in brought}) > 1:
-        raise ValueError("gates: expected requires_grad of all WeightOffset to agree: a level has one such parameter")
-    for o, own in brought:
-        part = offset_part(level, o)
-        assert part is not None
-        _copy(part, {"offset": own})
+def _copy(modules: Mapping[str, nn.Module], stacked: nn.Module, move: Move[str]) -> None:
+    """Write one tensor of the modules, which are by role, to its place."""
+    role, _, name = move.old.partition(".")
+    source, whole = getattr(modules[role], name), tensor_named(stacked, move.new)
+    whole.detach()[move.new_place].copy_(source)
+    if isinstance(whole, nn.Parameter):
+        whole.requires_grad_(source.requires_grad)

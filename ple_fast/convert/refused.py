@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .registry import refuse_class
+from .converter import refuse_class
 
 
 def _is_merlins(module: nn.Module) -> bool:

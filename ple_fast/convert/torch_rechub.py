@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from ..modules import PLE
 from ..topology import Topology
-from .pieces import LevelSource
-from .registry import Converter, random_ids, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, tree
-from .wiring import mixtures, ple_wiring
+from .converter import Converter, LevelSource, random_ids, register
+from .library import Library, PlainLevel, mixtures, ple_wiring, tree
+from .plain_layers import PlainLayer, PlainStack
 
 ACTIVATIONS = ("relu", "sigmoid", "prelu", "leaky_relu", "row_dice")
 
@@ -30,7 +28,7 @@ def from_torch_rechub(source: nn.Module | Mapping[str, Tensor], *, like: PLE | N
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+    return LIBRARY.to_ours(source, like, prefix)
 
 
 def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -44,7 +42,7 @@ def to_torch_rechub(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: torch-rechub cannot represent the trunk, or ``target`` is of another configuration.
     """
-    return LIBRARY.to_tree_or_target(ple, target)
+    return LIBRARY.to_theirs(ple, target)
 
 
 def _forward(self: Any, x_list: Sequence[Tensor]) -> list[Tensor]:
@@ -52,11 +50,12 @@ def _forward(self: Any, x_list: Sequence[Tensor]) -> list[Tensor]:
     return mixtures(level, list(x_list))
 
 
-class CGCConverter(Converter):
+class CGCConverter(Library):
     """``torch_rechub.models.multi_task.ple.CGC``: one level."""
 
     library = "torch-rechub"
     class_name = "CGC"
+    sites_in = "cgc_layers"
     children = ("experts_specific", "experts_shared", "gates_specific", "gate_shared")
     methods = (("forward", _forward),)
 
@@ -77,6 +76,43 @@ class CGCConverter(Converter):
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         first = next(module for module in site.gates_specific.modules() if isinstance(module, nn.Linear))
         return ([draw(first.in_features) for _ in range(len(site.gates_specific) + 1)],)
+
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        makes = {
+            tuple((x.spec.units, x.spec.activation, x.spec.dropout) for x in expert)
+            for level in levels
+            for expert in level.experts
+        }
+        if len(makes) > 1:
+            self.cannot("all its experts have the same widths, activation and dropout, at every level")
+        layers = []
+        for level in levels:
+            specific = sum(level.counts)
+            ends, experts = [self._gate(gate) for gate in level.gates], [self._mlp(expert) for expert in level.experts]
+            content: dict[str, Any] = {"experts_specific": experts[:specific], "experts_shared": experts[specific:]}
+            content["gates_specific"] = ends[: len(level.counts)]
+            if not level.is_last:
+                content["gate_shared"] = ends[-1]
+            layers.append(content)
+        return tree({"cgc_layers": layers})
+
+    def _mlp(self, layers: Sequence[PlainLayer]) -> nn.Module:
+        modules: list[nn.Module] = []
+        for layer in layers:
+            if not isinstance(layer.norm, nn.BatchNorm1d) or layer.norm_after or layer.linear.bias is None:
+                self.cannot("its experts and gates have a bias and a batch norm before every activation")
+            name = layer.spec.activation.name
+            if name not in ACTIVATIONS:
+                self.cannot(f"the activation {name} is none of {', '.join(ACTIVATIONS)}")
+            assert layer.activation is not None
+            modules += [layer.linear, layer.norm, layer.activation, layer.dropout or nn.Dropout(0)]
+        return tree({"mlp": nn.Sequential(*modules)})
+
+    def _gate(self, gate: PlainStack) -> nn.Module:
+        last = gate.layers[-1] if gate.layers else None
+        if last is None or len(gate.layers) > 1 or last.norm is None or gate.temperature != 1.0:
+            self.cannot("its gates are one linear layer with a batch norm on the logits")
+        return tree({"mlp": nn.Sequential(last.linear, last.norm, nn.Softmax(dim=1), nn.Dropout(0))})
 
 
 def _mmoe_forward(self: Any, x: Mapping[str, Tensor]) -> Tensor:
@@ -117,49 +153,6 @@ class MMOEConverter(Converter):
         return list(site.towers)
 
 
-def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
-    modules: list[nn.Module] = []
-    for layer in layers:
-        if not isinstance(layer.norm, nn.BatchNorm1d) or layer.norm_after or layer.linear.bias is None:
-            LIBRARY.cannot("its experts and gates have a bias and a batch norm before every activation")
-        name = layer.spec.activation.name
-        if name not in ACTIVATIONS:
-            LIBRARY.cannot(f"the activation {name} is none of {', '.join(ACTIVATIONS)}")
-        assert layer.activation is not None
-        modules += [layer.linear, layer.norm, layer.activation, layer.dropout or nn.Dropout(0)]
-    return tree({"mlp": nn.Sequential(*modules)})
-
-
-def _write(levels: list[PlainLevel]) -> nn.Module:
-    makes = {
-        tuple((x.spec.units, x.spec.activation, x.spec.dropout) for x in expert)
-        for _, experts, _ in levels
-        for expert in experts
-    }
-    if len(makes) > 1:
-        LIBRARY.cannot("all its experts have the same widths, activation and dropout, at every level")
-    layers = []
-    for level, experts, gates in levels:
-        tasks = level.topology.num_mixtures - (level is not levels[-1].level)
-        specific = sum(slot < tasks for slot in level.topology.expert_slot)
-        ends: list[nn.Module] = []
-        for gate in gates:
-            last = gate.layers[-1] if gate.layers else None
-            if last is None or len(gate.layers) > 1 or last.norm is None or gate.temperature != 1.0:
-                LIBRARY.cannot("its gates are one linear layer with a batch norm on the logits")
-            ends.append(tree({"mlp": nn.Sequential(last.linear, last.norm, nn.Softmax(dim=1), nn.Dropout(0))}))
-        content: dict[str, Any] = {
-            "experts_specific": [_mlp(expert) for expert in experts[:specific]],
-            "experts_shared": [_mlp(expert) for expert in experts[specific:]],
-            "gates_specific": ends[:tasks],
-        }
-        if len(ends) > tasks:
-            content["gate_shared"] = ends[tasks]
-        layers.append(content)
-    return tree({"cgc_layers": layers})
-
-
-CONVERTER = CGCConverter()
-LIBRARY = Library(CONVERTER, lambda model: getattr(model, "cgc_layers", [model]), _write)
-register(CONVERTER)
+LIBRARY = CGCConverter()
+register(LIBRARY)
 register(MMOEConverter())

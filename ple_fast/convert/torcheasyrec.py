@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import PLE
-from .pieces import LevelSource
-from .registry import Converter, register
-from .stacks import PlainLayer
-from .trees import Library, PlainLevel, in_order, tree
-from .wiring import mixtures, ple_wiring
+from .converter import LevelSource, register
+from .library import Library, PlainLevel, in_order, mixtures, ple_wiring, tree
+from .plain_layers import PlainLayer
 
 
 def from_torcheasyrec(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
@@ -27,7 +25,7 @@ def from_torcheasyrec(source: nn.Module | Mapping[str, Tensor], *, like: PLE | N
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
     """
-    return LIBRARY.from_model_or_checkpoint(source, like, prefix)
+    return LIBRARY.to_ours(source, like, prefix)
 
 
 def to_torcheasyrec(ple: PLE, target: nn.Module | None = None) -> nn.Module:
@@ -41,7 +39,7 @@ def to_torcheasyrec(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: TorchEasyRec cannot represent the trunk, or ``target`` is of another configuration.
     """
-    return LIBRARY.to_tree_or_target(ple, target)
+    return LIBRARY.to_theirs(ple, target)
 
 
 def _forward(
@@ -53,11 +51,12 @@ def _forward(
     return rows[:tasks], rows[tasks] if len(rows) > tasks else None
 
 
-class ExtractionNetConverter(Converter):
+class ExtractionNetConverter(Library):
     """``tzrec.modules.extraction_net.ExtractionNet``: one level."""
 
     library = "TorchEasyRec"
     class_name = "ExtractionNet"
+    sites_in = "_extraction_nets"
     children = ("_shared_layers", "_shared_gate", "_task_layers", "_task_gates")
     methods = (("forward", _forward),)
 
@@ -80,38 +79,32 @@ class ExtractionNetConverter(Converter):
         width = site._task_gates[0].in_features
         return [draw(width) for _ in site._task_gates], draw(width)
 
-
-def _mlp(layers: Sequence[PlainLayer]) -> nn.Module:
-    first = layers[0].spec
-    for layer in layers:
-        spec = layer.spec
-        alike = (spec.norm, spec.activation, spec.bias) == (first.norm, first.activation, first.bias)
-        if not alike or layer.norm_after or (spec.norm == "batch" and spec.bias):
-            LIBRARY.cannot(
-                "all layers of its experts have the same activation, the same norm before it, and a bias or not, which "
-                "stands under a batch norm never"
+    def write(self, levels: list[PlainLevel]) -> nn.Module:
+        nets = []
+        for level in levels:
+            if len(set(level.counts)) > 1:
+                self.cannot(f"every task has as many experts, got {level.counts}")
+            own, shared = level.split([self._mlp(expert) for expert in level.experts])
+            *ends, last = self.linear_gates(level.gates)
+            nets.append(
+                {"_shared_layers": shared, "_task_layers": own, "_task_gates": [*ends, last]}
+                if level.is_last
+                else {"_shared_layers": shared, "_shared_gate": last, "_task_layers": own, "_task_gates": ends}
             )
-    return tree({"mlp": [tree({"perceptron": nn.Sequential(*in_order([layer]))}) for layer in layers]})
+        return tree({"_extraction_nets": nets})
+
+    def _mlp(self, layers: Sequence[PlainLayer]) -> nn.Module:
+        first = layers[0].spec
+        for layer in layers:
+            spec = layer.spec
+            alike = (spec.norm, spec.activation, spec.bias) == (first.norm, first.activation, first.bias)
+            if not alike or layer.norm_after or (spec.norm == "batch" and spec.bias):
+                self.cannot(
+                    "all layers of its experts have the same activation, the same norm before it, and a bias or not, "
+                    "which stands under a batch norm never"
+                )
+        return tree({"mlp": [tree({"perceptron": nn.Sequential(*in_order([layer]))}) for layer in layers]})
 
 
-def _write(levels: list[PlainLevel]) -> nn.Module:
-    nets = []
-    for level, experts, gates in levels:
-        tasks = level.topology.num_mixtures - (level is not levels[-1].level)
-        counts = [level.topology.expert_slot.count(t) for t in range(tasks)]
-        own = counts[0]
-        if len(set(counts)) > 1:
-            LIBRARY.cannot(f"every task has as many experts, got {counts}")
-        mlps, ends = [_mlp(expert) for expert in experts], LIBRARY.linear_gates(gates)
-        content: dict[str, Any] = {"_shared_layers": mlps[tasks * own :]}
-        if len(ends) > tasks:
-            content["_shared_gate"] = ends[tasks]
-        content["_task_layers"] = [mlps[t * own : (t + 1) * own] for t in range(tasks)]
-        content["_task_gates"] = ends[:tasks]
-        nets.append(content)
-    return tree({"_extraction_nets": nets})
-
-
-CONVERTER = ExtractionNetConverter()
-LIBRARY = Library(CONVERTER, lambda model: getattr(model, "_extraction_nets", [model]), _write)
-register(CONVERTER)
+LIBRARY = ExtractionNetConverter()
+register(LIBRARY)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..backend import last_backend, note, use_backend
-from .private import calls, private
-from .registry import Converter
-from .swap import build, stand_in
-from .trunk import FusedTrunk
+from .converter import Converter
+from .fused_trunk import FusedTrunk, build
+from .swap import stand_in
+from .trial_copy import calls, private
 
 ROWS = 7
 NARROW = (torch.float32, torch.float16, torch.bfloat16)

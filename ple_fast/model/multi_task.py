@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,16 +19,15 @@ from . import storage
 from .arguments import check_columns, check_given, has_no_names, kind_of, label_tensors, mapping, warn_of_unlabelled
 from .columns import Column, Encoded, encode, to_json
 from .embedding import FeatureEmbedding
-from .eval_view import eval_view, is_training
+from .eval_view import is_training
+from .evaluation import gate_weights, predictions
 from .rebuild import rebuilt, saved_form
 from .run import Run, run_for
 from .scoring import Score, Scorer
 from .tables import Array, Table
 from .towers import build_tower, tower_options
 from .training import EpochResult, Progress, progress_bar, train
-from .trunks import CUSTOM, build_trunk, plain, trunk_width
-
-Trunk = str | nn.Module | Callable[[int], nn.Module]
+from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
 
 
 class MultiTaskModel(nn.Module):
@@ -81,20 +79,9 @@ class MultiTaskModel(nn.Module):
         check_given(self.given, self.tasks)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         self.embedding = FeatureEmbedding(self.columns)
-        width, options = (
-            self.embedding.out_features,
-            dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options)))),
-        )
-        if not isinstance(trunk, str) and options:
-            raise ValueError(f"trunk_options: expected none with a trunk of your own, got {sorted(options)}")
-        if isinstance(trunk, str):
-            self.trunk = build_trunk(trunk, width, len(self.tasks), options)
-        elif not callable(trunk):
-            raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {shown(trunk)}")
-        else:
-            self.trunk = trunk if isinstance(trunk, nn.Module) else trunk(width)
-            if not isinstance(self.trunk, nn.Module):
-                raise TypeError(f"trunk: expected the function to return a module, got {shown(self.trunk)}")
+        width = self.embedding.out_features
+        options = dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options))))
+        self.trunk = make_trunk(trunk, width, len(self.tasks), options)
         defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
@@ -234,7 +221,7 @@ class MultiTaskModel(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             rows = self.encode(data)
             targets = label_tensors(labels, len(rows), self.joint_loss, "labels")
-            scorer = None if validation is None else Scorer(self, validation, score, batch_size)
+            scorer = None if validation is None else Scorer(self, validation, score, batch_size, patience)
             run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
             warn_of_unlabelled(self.joint_loss, targets, "labels", "they are not trained")
             if scorer is not None:
@@ -246,24 +233,11 @@ class MultiTaskModel(nn.Module):
                     "batch norm stand still; call model.train() first if that is not wanted",
                     stacklevel=2,
                 )
-            self._run, steps = run, run.take_optimizer()
+            self._run = run
             with progress_bar(progress) as report:
-                results, is_put_back = train(
-                    self,
-                    self.joint_loss,
-                    rows,
-                    targets,
-                    optimizer=steps,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    generator=run.generator,
-                    score=scorer,
-                    patience=patience,
-                    progress=report,
+                return train(
+                    self, rows, targets, run, epochs=epochs, batch_size=batch_size, score=scorer, progress=report
                 )
-            if not is_put_back:
-                run.keep(steps)
-            return results
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.
@@ -278,14 +252,7 @@ class MultiTaskModel(nn.Module):
                 eval mode.
         """
         batch_size = check_count("batch_size", batch_size)
-        parts: dict[str, list[Array]] = {name: [] for name in self.task_names}
-        for _, outputs in self._evaluate(data, batch_size, gates=False):
-            for task in self.tasks:
-                output = outputs[task.name].float()
-                if task.kind != "regression":
-                    output = output.softmax(1) if task.kind == "multiclass" else output.sigmoid()
-                parts[task.name].append(output.cpu().numpy())
-        return {name: np.concatenate(part) for name, part in parts.items()}
+        return predictions(self, data, batch_size)
 
     def gate_weights(self, data: Table | Encoded, *, batch_size: int = 8192) -> list[list[Tensor]]:
         """The weights of every gate, per level and mixture ``(N, |A(o)|)``, on the CPU.
@@ -299,28 +266,7 @@ class MultiTaskModel(nn.Module):
         """
         batch_size = check_count("batch_size", batch_size)
         _ = self.topologies  # says what is wrong with a trunk that has no gates
-        batches = [gates for gates, _ in self._evaluate(data, batch_size, gates=True)]
-        levels = zip(*batches, strict=True)
-        return [[torch.cat(weights) for weights in zip(*level, strict=True)] for level in levels]
-
-    def _evaluate(
-        self, data: Table | Encoded, batch_size: int, *, gates: bool
-    ) -> list[tuple[list[list[Tensor]], dict[str, Tensor]]]:
-        """Per batch the gates (or nothing) and the raw outputs; one empty batch where there are no rows."""
-        rows, found, view = self.encode(data), [], eval_view(self)
-        with torch.inference_mode():
-            for start in range(0, max(len(rows), 1), batch_size):
-                features = view._features(rows.rows(slice(start, start + batch_size)).to(view.device))
-                weights: list[list[Tensor]] = []
-                if gates:
-                    mixtures, per_level = view.trunk(features, return_gates=True)
-                    if per_level and isinstance(per_level[0], Tensor):  # one level, not a stack
-                        per_level = [per_level]
-                    weights = [[weight.cpu() for weight in level] for level in per_level]
-                else:
-                    mixtures = view.trunk(features)
-                found.append((weights, view._outputs(mixtures)))
-        return found
+        return gate_weights(self, data, batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin a training of their own: an optimizer may hold what cannot be copied."""

@@ -29,19 +29,23 @@ LEAST_ROWS = 8192
 class Scorer:
     """Called with the number of an epoch: the score after it, higher is better.
 
-    Without a function of the user's it is minus the joint loss, and None where no task has a label.
+    Without a function of the user's it is minus the joint loss, and None where no task has a label. ``patience``: after
+    how many epochs without a better one training ends.
 
     Raises:
         TypeError: ``validation`` is not a pair of tables.
         ValueError: labels that do not fit, or a part of the model that cannot be scored in train mode.
     """
 
-    def __init__(self, model: MultiTaskModel, validation: Any, score: Score | None, batch_size: int) -> None:
+    def __init__(
+        self, model: MultiTaskModel, validation: Any, score: Score | None, batch_size: int, patience: int | None
+    ) -> None:
         if isinstance(validation, Encoded) or not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(
                 "validation: expected (data, labels) of rows that are not trained on, got "
                 f"{kind_of(validation)}; split the rows yourself"
             )
+        self.patience = patience
         self.model, self.score, self.batch_size = model, score, max(batch_size, LEAST_ROWS)
         self.rows, self.labels = model.encode(validation[0]), validation[1]
         self.targets = label_tensors(self.labels, len(self.rows), model.joint_loss, "validation labels")

@@ -6,13 +6,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..losses import JointLoss
 from .columns import Encoded
+from .run import Run
+
+if TYPE_CHECKING:
+    from .multi_task import MultiTaskModel
+    from .scoring import Scorer
 
 Labels = Mapping[str, Tensor]
 
@@ -69,30 +74,26 @@ def _restore(model: nn.Module, copies: list[Tensor]) -> None:
 
 
 def train(
-    model: nn.Module,
-    joint_loss: JointLoss,
+    model: MultiTaskModel,
     rows: Encoded,
     labels: Labels,
+    run: Run,
     *,
-    optimizer: torch.optim.Optimizer,
     epochs: int,
     batch_size: int,
-    generator: torch.Generator,
-    score: Callable[[int], float | None] | None,
-    patience: int | None,
+    score: Scorer | None,
     progress: Progress | None,
-) -> tuple[list[EpochResult], bool]:
+) -> list[EpochResult]:
     """Trains in place, every module in the mode it is in.
 
-    With ``score``, which is called with the number of the epoch, the weights of the best epoch are back at the end,
-    also after an interruption. Whatever is raised has the results of the epochs that ran as its ``history``.
-
-    Returns:
-        One result per epoch, and whether weights of an epoch before the last were put back.
+    With ``score`` the weights of the best epoch are back at the end, also after an interruption. The optimizer of
+    ``run`` stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran as
+    its ``history``.
 
     Raises:
         FloatingPointError: the loss of an epoch is not finite.
     """
+    optimizer, joint_loss = run.take_optimizer(), model.joint_loss
     device = next(model.parameters()).device
     bounds = batch_bounds(len(rows), batch_size)
     results: list[EpochResult] = []
@@ -101,7 +102,7 @@ def train(
     try:
         for epoch in range(1, epochs + 1):
             begin = time.perf_counter()
-            order = torch.randperm(len(rows), generator=generator, device="cpu")
+            order = torch.randperm(len(rows), generator=run.generator, device="cpu")
             summed = torch.zeros((), dtype=torch.float64, device=device)
             for batch, (start, stop) in enumerate(bounds, 1):
                 index = order[start:stop]
@@ -126,7 +127,7 @@ def train(
             results.append(EpochResult(epoch, mean, value, seconds))
             if value is not None and (best is None or value > best[0]):
                 best = value, epoch, _copied(model)
-            if patience is not None and best is not None and epoch - best[1] >= patience:
+            if score is not None and score.patience is not None and best and epoch - best[1] >= score.patience:
                 break
         is_complete = True
     except BaseException as error:
@@ -136,7 +137,9 @@ def train(
         is_put_back = best is not None and not (is_complete and best[1] == len(results))
         if best is not None and is_put_back:
             _restore(model, best[2])
-    return results, is_put_back
+    if not is_put_back:
+        run.keep(optimizer)
+    return results
 
 
 def progress_bar(progress: bool | Progress | None) -> AbstractContextManager[Progress | None]:

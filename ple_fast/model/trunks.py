@@ -26,6 +26,7 @@ from ..modules import (
 from ..scalars import as_tuple, own_scalar, shown
 from .eval_view import eval_view
 
+Trunk = str | nn.Module | Callable[[int], nn.Module]
 CUSTOM = "custom"
 
 TRUNKS: dict[str, Callable[..., nn.Module]] = {
@@ -91,6 +92,25 @@ def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[st
     if missing:
         raise TypeError(f"trunk_options: expected {', '.join(missing)}, which {kind!r} needs, got {sorted(options)}")
     return TRUNKS[kind](in_features, num_tasks, **options)
+
+
+def make_trunk(trunk: Trunk, in_features: int, num_tasks: int, options: Mapping[str, Any]) -> nn.Module:
+    """The trunk that a user names, passes or has a function for.
+
+    Raises:
+        ValueError: as ``build_trunk``, or options with a trunk that has no name.
+        TypeError: as ``build_trunk``, or it is none of the three.
+    """
+    if isinstance(trunk, str):
+        return build_trunk(trunk, in_features, num_tasks, options)
+    if options:
+        raise ValueError(f"trunk_options: expected none with a trunk of your own, got {sorted(options)}")
+    if not callable(trunk):
+        raise TypeError(f"trunk: expected a name, a module, or a function of in_features, got {shown(trunk)}")
+    made = trunk if isinstance(trunk, nn.Module) else trunk(in_features)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"trunk: expected the function to return a module, got {shown(made)}")
+    return made
 
 
 def _parts(trunk: nn.Module) -> set[int]:

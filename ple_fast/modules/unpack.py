@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..specs import Activation
@@ -18,62 +19,75 @@ if TYPE_CHECKING:
     from .network import ExtractionNetwork
 
 
-class Part(NamedTuple):
-    """A tensor of an ordinary module, and where it lies in a stacked one."""
+T = TypeVar("T")
+Index = int | slice | EllipsisType
 
-    role: str
-    """``"linear"``, ``"norm"``, ``"activation"``, ``"dice_norm"`` or ``"offset"``."""
-    name: str
-    """Of the tensor in the ordinary module."""
-    stacked: Tensor
-    """A parameter or buffer of the level."""
-    place: int | slice | EllipsisType
+
+@dataclass(frozen=True)
+class Move(Generic[T]):
+    """A part of an old tensor becomes a part of a new one; the two are parameters, or names of tensors.
+
+    Of an ordinary layer and a stacked one the ordinary one is old: its tensors are named by role, as ``"norm.bias"``.
+    Roles are ``"linear"``, ``"norm"``, ``"activation"``, ``"dice_norm"`` and ``"offset"``.
+    """
+
+    old: T
+    old_place: Index
+    new: T
+    new_place: Index
 
     @property
-    def view(self) -> Tensor:
-        """The tensor as part of the stacked one, without gradient."""
-        return self.stacked.detach()[self.place]
+    def back(self) -> Move[T]:
+        """The way back."""
+        return Move(self.new, self.new_place, self.old, self.old_place)
 
 
-def layer_parts(layer: StackedLayer, row: int) -> Iterator[Part]:
+def tensor_named(module: nn.Module, name: str) -> Any:
+    """A parameter or buffer."""
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def layer_moves(layer: StackedLayer, row: int) -> Iterator[Move[str]]:
     """Every tensor of MLP ``row`` in a stacked layer, in the order of an ordinary stack."""
     units = layer.spec.units
     columns = slice(row * units, (row + 1) * units)
-    yield Part("linear", "weight", layer.weight, row)
+    yield Move("linear.weight", ..., "weight", row)
     if layer.bias is not None:
-        yield Part("linear", "bias", layer.bias, row)
+        yield Move("linear.bias", ..., "bias", row)
     if layer.norm is not None:
-        yield from _norm_parts("norm", layer.norm, row if isinstance(layer.norm, StackedLayerNorm) else columns)
+        yield from _norm_moves("norm", layer, "norm", row if isinstance(layer.norm, StackedLayerNorm) else columns)
     if isinstance(layer.activation, StackedDice):
-        yield from _norm_parts("dice_norm", layer.activation.norm, columns)
-        yield Part("activation", "alpha", layer.activation.alpha, row)
+        yield from _norm_moves("dice_norm", layer, "activation.norm", columns)
+        yield Move("activation.alpha", ..., "activation.alpha", row)
     elif layer.activation is not None:
-        yield from _norm_parts("activation", layer.activation, slice(row, row + 1))
+        yield from _norm_moves("activation", layer, "activation", slice(row, row + 1))
 
 
-def gate_parts(gate: Gate, rows: slice) -> Iterator[Part]:
+def gate_moves(gate: Gate, rows: slice) -> Iterator[Move[str]]:
     """Every tensor that ends the gate whose logits are ``rows``."""
     if gate.weight is not None:
-        yield Part("linear", "weight", gate.weight, rows)
+        yield Move("linear.weight", ..., "weight", rows)
     if gate.bias is not None:
-        yield Part("linear", "bias", gate.bias, rows)
+        yield Move("linear.bias", ..., "bias", rows)
     if gate.norm is not None:
-        yield from _norm_parts("norm", gate.norm, rows)
+        yield from _norm_moves("norm", gate, "norm", rows)
 
 
-def offset_part(level: ExtractionNetwork, o: int) -> Part | None:
-    """The learned scalars of mixture ``o``, or None."""
+def offset_move(level: ExtractionNetwork, o: int) -> Move[str] | None:
+    """The learned scalars of mixture ``o``, whose new name is from the gate on, or None."""
     marks = level.topology.mixture_offset
     assert marks is not None
     if level.gate.offset is None or not any(marks[o]):
         return None
     start = sum(map(sum, marks[:o]))
-    return Part("offset", "weight", level.gate.offset, slice(start, start + sum(marks[o])))
+    return Move("offset.weight", ..., "offset", slice(start, start + sum(marks[o])))
 
 
-def _norm_parts(role: str, norm: nn.Module, index: int | slice) -> Iterator[Part]:
+def _norm_moves(role: str, layer: nn.Module, path: str, index: int | slice) -> Iterator[Move[str]]:
+    norm = layer.get_submodule(path)
     for name, tensor in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
-        yield Part(role, name, tensor, index if tensor.dim() else ...)
+        yield Move(f"{role}.{name}", ..., f"{path}.{name}", index if tensor.dim() else ...)
 
 
 @torch.inference_mode(False)
@@ -138,8 +152,8 @@ def _layer(layer: StackedLayer, row: int) -> list[nn.Module]:
         norm, dice_norm = layer.activation.norm, parts["dice_norm"]
         assert isinstance(dice_norm, nn.BatchNorm1d)
         dice_norm.training, dice_norm.track_running_stats = norm.training, norm.track_running_stats
-    for part in layer_parts(layer, row):
-        _set(parts[part.role], part)
+    for move in layer_moves(layer, row):
+        _set(parts, layer, move)
     order = ["linear", "norm", "activation"] if spec.norm_position == "before" else ["linear", "activation", "norm"]
     modules = [parts[role] for role in order if role in parts]
     if spec.dropout:
@@ -186,7 +200,7 @@ def _gate(level: ExtractionNetwork, o: int) -> nn.Sequential | None:
     topology, gate = level.topology, level.gate
     modules: list[nn.Module] = []
     assert topology.mixture_offset is not None
-    offset = offset_part(level, o)
+    offset = offset_move(level, o)
     if o in topology.gated_mixtures:
         assert gate.weight is not None
         where: dict[str, Any] = {"device": "meta", "dtype": gate.weight.dtype}
@@ -197,16 +211,17 @@ def _gate(level: ExtractionNetwork, o: int) -> nn.Sequential | None:
         parts["linear"].training = gate.training
         if gate.norm is not None:
             parts["norm"] = _batch_norm(gate.norm, count, where)
-        for part in gate_parts(gate, slice(first, first + count)):
-            _set(parts[part.role], part)
+        for move in gate_moves(gate, slice(first, first + count)):
+            _set(parts, gate, move)
         modules = [*_mlp(gate.layers, topology.gated_mixtures.index(o)), *parts.values()]
         if level.gate_spec.temperature != 1.0:
             modules.append(Temperature(level.gate_spec.temperature).train(gate.training))
         if offset is not None:
             modules.append(nn.Softmax(dim=1).train(gate.training))
     if offset is not None:
-        last = WeightOffset(topology.mixture_offset[o], device="meta", dtype=offset.stacked.dtype)
-        _set(last, offset)
+        assert gate.offset is not None
+        last = WeightOffset(topology.mixture_offset[o], device="meta", dtype=gate.offset.dtype)
+        _set({"offset": last}, gate, offset)
         modules.append(last.train(gate.training))
     if not modules:
         return None
@@ -215,10 +230,10 @@ def _gate(level: ExtractionNetwork, o: int) -> nn.Sequential | None:
     return stack
 
 
-def _set(module: nn.Module, part: Part) -> None:
-    """Put a contiguous copy in the place of a parameter or buffer."""
-    copy = part.view.clone(memory_format=torch.contiguous_format)
-    if part.name in module._buffers:
-        setattr(module, part.name, copy)
-    else:
-        setattr(module, part.name, nn.Parameter(copy, requires_grad=part.stacked.requires_grad))
+def _set(parts: dict[str, nn.Module], stacked: nn.Module, move: Move[str]) -> None:
+    """Put a contiguous copy in the place of a parameter or buffer of one of the modules, which are by role."""
+    role, _, name = move.old.partition(".")
+    whole = tensor_named(stacked, move.new)
+    copy = whole.detach()[move.new_place].clone(memory_format=torch.contiguous_format)
+    is_buffer = name in parts[role]._buffers
+    setattr(parts[role], name, copy if is_buffer else nn.Parameter(copy, requires_grad=whole.requires_grad))

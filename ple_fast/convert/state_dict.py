@@ -9,37 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pieces import Piece
-from .trunk import (
-    CHILD,
-    FusedTrunk,
-    Record,
-    all_pieces,
-    assembled,
-    by_original,
-    part_of,
-    record_of,
-    skeleton_tensor,
-    tensors_of,
-)
+from ..modules.unpack import Move
+from .fused_trunk import CHILD, FusedTrunk, part_of, tensors_of
 
 
 def to_original(trunk: FusedTrunk, state: dict[str, Any], prefix: str) -> None:
     """Rename and cut the entries of a site in ``state``, which end up in the library's order."""
-    record, own = record_of(trunk), f"{prefix}{CHILD}."
+    own, moves = f"{prefix}{CHILD}.", trunk.by_original()
     section = {name: state.pop(name) for name in [*state] if name.startswith(prefix)}
-    parts = by_original(record)
-    whole = Counter(piece.fused for piece in all_pieces(record) if piece.place is ...)
-    for name in record.names:
-        if name in parts:
-            first = parts[name][0]
-            value = (
-                part_of(section[own + first.fused], first.place)
-                if first.inside is ...
-                else assembled(record, trunk, name, parts[name])
-            )
+    whole = Counter(move.new for move in trunk.moves if move.new_place is ...)
+    for name in trunk.entries:
+        if name in moves:
+            first = moves[name][0]
+            is_whole = first.old_place is ...
+            value = part_of(section[own + first.new], first.new_place) if is_whole else trunk.assembled(moves[name])
             # A counter that several layers share: each entry has memory of its own, or safetensors would refuse them.
-            state[prefix + name] = value.clone() if whole[first.fused] > 1 else value
+            state[prefix + name] = value.clone() if whole[first.new] > 1 else value
         elif prefix + name in section:
             state[prefix + name] = section.pop(prefix + name)
     state.update({name: value for name, value in section.items() if not name.startswith(own)})
@@ -47,7 +32,7 @@ def to_original(trunk: FusedTrunk, state: dict[str, Any], prefix: str) -> None:
     if metadata is not None:
         for name in [name for name in metadata if name == own[:-1] or name.startswith(own)]:
             del metadata[name]
-        for child, module in record.skeleton.items():
+        for child, module in trunk.skeleton.items():
             for name, inner in module.named_modules():
                 metadata[f"{prefix}{child}{'.' if name else ''}{name}"] = {"version": inner._version}
 
@@ -63,51 +48,49 @@ def to_fused(
     errors: list[str],
 ) -> None:
     """Put fused entries in the place of the library's, as far as ``state`` has them; the rest keeps its value."""
-    record = record_of(trunk)
-    groups: dict[str, list[Piece]] = {}
-    for piece in all_pieces(record):
-        groups.setdefault(piece.fused, []).append(piece)
-    given = {name: state.pop(name) for name in [prefix + p.original for p in all_pieces(record)] if name in state}
+    groups: dict[str, list[Move[str]]] = {}
+    for move in trunk.moves:
+        groups.setdefault(move.new, []).append(move)
+    given = {name: state.pop(name) for name in [prefix + move.old for move in trunk.moves] if name in state}
     values = {name: tensor.detach() for name, tensor in tensors_of(trunk)}
-    for name, pieces in groups.items():
-        fitting = _fitting(record, pieces, given, prefix, errors)
+    for name, moves in groups.items():
+        fitting = _fitting(trunk, moves, given, prefix, errors)
         if not fitting:
             continue
-        lost = [prefix + piece.original for piece in pieces if prefix + piece.original not in given]
+        lost = [prefix + move.old for move in moves if prefix + move.old not in given]
         if assign and lost and values[name].is_meta:
             errors.append(f"{', '.join(lost)}: missing; the rest of the stacked tensor cannot leave the meta device")
             continue
         fused = _begun(values[name], fitting[0][1] if assign else values[name])
-        for piece, value in fitting:
-            part_of(fused, piece.place).copy_(part_of(value, piece.inside))
+        for move, value in fitting:
+            fused[move.new_place].copy_(value[move.old_place])
         values[name] = fused
-    saved = set(record.names)
-    absent = sorted(piece.original for piece in all_pieces(record) if prefix + piece.original not in given)
-    missing += [prefix + name for name in absent if name in saved]
+    absent = sorted({move.old for move in trunk.moves if prefix + move.old not in given})
+    missing += [prefix + name for name in absent if name in trunk.entries]
     like = next((value for value in given.values() if value.is_floating_point()), None)
-    for name, place, number in record.constants if like is not None else ():
+    for name, place, number in trunk.constants if like is not None else ():
         fused = values[name]
         values[name] = fused = _begun(fused, like if assign and fused.is_meta else fused)
-        part_of(fused, place).fill_(number)
+        fused[place].fill_(number)
     state.update({f"{prefix}{CHILD}.{name}": value for name, value in values.items()})
 
 
 def _fitting(
-    record: Record, pieces: Sequence[Piece], given: Mapping[str, Tensor], prefix: str, errors: list[str]
-) -> list[tuple[Piece, Tensor]]:
+    trunk: FusedTrunk, moves: Sequence[Move[str]], given: Mapping[str, Tensor], prefix: str, errors: list[str]
+) -> list[tuple[Move[str], Tensor]]:
     """What a checkpoint has of a fused tensor; what does not fit is an error."""
-    found: list[tuple[Piece, Tensor]] = []
-    for piece in pieces:
-        name = prefix + piece.original
+    found: list[tuple[Move[str], Tensor]] = []
+    for move in moves:
+        name = prefix + move.old
         if name not in given:
             continue
-        value, expected = given[name], skeleton_tensor(record, piece.original).shape
+        value, expected = given[name], trunk.original(move.old).shape
         if value.shape != expected:
             errors.append(f"size mismatch for {name}: expected {tuple(expected)}, got {tuple(value.shape)}")
             continue
-        found.append((piece, value))
+        found.append((move, value))
         first = found[0][1]
-        if piece.place is ... and piece.inside is ... and not value.is_meta and not value.equal(first):
+        if move.new_place is ... and move.old_place is ... and not value.is_meta and not value.equal(first):
             errors.append(
                 f"{name}: expected {first}, as in the experts that share its stacked layer, got {value}; "
                 "restore(model), load, and accelerate again"

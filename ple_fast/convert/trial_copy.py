@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .stacks import HOOKS
+from .plain_layers import HOOKS
 
 EMPTIED = (*HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 """Hooks of a module, and what PyTorch notes of each."""

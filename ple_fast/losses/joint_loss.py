@@ -1,81 +1,16 @@
-"""The joint loss of the PLE paper (section 4.3, eq. 8-10): each task averaged over its own sample space.
-
-A task's *sample space* is the set of samples that it learns from: those with a label, or what a mask says. ESMM's pair
-over the entire space is a composition: :func:`entire_space` gives the logit of pCTCVR = pCTR * pCVR, for a binary task.
-"""
+"""The weighted sum of the tasks' losses (eq. 8-10)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scalars import check_count, check_number, own_scalar, shown
-
-__all__ = ["MISSING_CLASS", "JointLoss", "JointLossResult", "TaskLoss", "entire_space"]
-
-Kind = Literal["binary", "regression", "multiclass"]
-MISSING_CLASS = -1
-"""The class label that takes a sample out of the sample space of a multi-class task."""
-
-
-@dataclass(frozen=True)
-class TaskLoss:
-    """The loss of one task: binary (cross-entropy on logits), regression (squared error) or multiclass (cross-entropy).
-
-    Args:
-        name: the key of the task in predictions, labels and masks.
-        num_classes: C, at least 2, for a multi-class task; None otherwise.
-        weight: the loss weight w_k,0 at epoch 0, above 0.
-        gamma: the ratio gamma_k, above 0, by which the weight changes per epoch (eq. 10).
-
-    Numbers may be NumPy's; they are kept as int and float.
-
-    Raises:
-        TypeError: the name is no string, the classes are no int, or a weight or ratio is no number.
-        ValueError: an unknown kind, classes that do not fit it, or a weight or ratio that is not above 0 and finite.
-    """
-
-    name: str
-    kind: Kind = "binary"
-    num_classes: int | None = None
-    weight: float = 1.0
-    gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", own_scalar(self.name))
-        if not isinstance(self.name, str):
-            raise TypeError(f"name: expected a string, got {shown(self.name)}")
-        if self.kind not in get_args(Kind):
-            raise ValueError(
-                f"task {self.name!r}: expected a kind of {', '.join(get_args(Kind))}, got {shown(self.kind)}"
-            )
-        if self.kind == "multiclass":
-            where = f"task {self.name!r}: num_classes of kind='multiclass'"
-            if self.num_classes is None:
-                raise ValueError(f"{where}: expected 2 or more, got None")
-            object.__setattr__(self, "num_classes", check_count(where, self.num_classes, least=2))
-        elif self.num_classes is not None:
-            raise ValueError(
-                f"task {self.name!r}: num_classes={self.num_classes!r} is for kind='multiclass'; "
-                f"leave it out for {self.kind!r}"
-            )
-        for field in ("weight", "gamma"):
-            value = check_number(f"task {self.name!r}: {field}", getattr(self, field))
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(f"task {self.name!r}: expected a finite {field} above 0, got {value!r}")
-            object.__setattr__(self, field, value)
-
-    @property
-    def num_outputs(self) -> int:
-        """Width of the tower's output: one logit or value, or C logits."""
-        return self.num_classes or 1
+from ..scalars import shown
+from .task_loss import MISSING_CLASS, TaskLoss, check_tensor, task_sum
 
 
 class JointLossResult(NamedTuple):
@@ -179,7 +114,7 @@ class JointLoss(nn.Module):
                 absent = "predictions" if name not in predictions else "labels"
                 given = predictions if name not in predictions else labels
                 raise ValueError(f"{absent}: expected an entry for task {name!r}, got {sorted(given)}")
-            total, count = _task_sum(task, predictions[name], labels[name], masks.get(name))
+            total, count = task_sum(task, predictions[name], labels[name], masks.get(name))
             sums.append(total)
             counts.append(count)
         count_of = torch.stack(counts)
@@ -207,7 +142,7 @@ class JointLoss(nn.Module):
         for task in self.tasks:
             if task.name not in labels:
                 raise ValueError(f"labels: expected an entry for task {task.name!r}, got {sorted(labels)}")
-            _check_tensor(f"labels[{task.name!r}]", labels[task.name])
+            check_tensor(f"labels[{task.name!r}]", labels[task.name])
             label = labels[task.name].to(torch.float64)  # in uint8, -1 is 255
             label = label[~label.isnan()]
             if task.kind == "binary":
@@ -248,108 +183,6 @@ class JointLoss(nn.Module):
         return task.weight if task.gamma == 1 else task.weight * task.gamma ** self.epoch.to(dtype)
 
 
-def entire_space(ctr_logit: Tensor, cvr_logit: Tensor) -> Tensor:
-    """The logit of pCTCVR = pCTR * pCVR (ESMM), from the logits of the two towers.
-
-    With ``p = sigmoid(a) sigmoid(b)``: ``1 / p - 1 = exp(-a) + exp(-b) + exp(-a - b)``, and ``logit(p)`` is minus its
-    logarithm, taken so that values and gradients are exact to rounding however large the logits are. Give it to a
-    binary task over all impressions, beside that of the click: ``{"ctr": a, "ctcvr": entire_space(a, b)}``; its
-    sigmoid is the probability.
-
-    Args:
-        ctr_logit, cvr_logit: floating, of one shape and device.
-
-    Returns:
-        The same shape; float32, or float64 where an argument is.
-
-    Raises:
-        TypeError: an argument is no tensor, or not floating.
-        ValueError: the shapes differ: ``(B,)`` and ``(B, 1)`` would silently become ``(B, B)``.
-    """
-    for name, logit in (("ctr_logit", ctr_logit), ("cvr_logit", cvr_logit)):
-        _check_tensor(name, logit)
-        if not logit.is_floating_point():
-            raise TypeError(f"{name}: expected floating logits, got {logit.dtype}")
-    if ctr_logit.shape != cvr_logit.shape:
-        raise ValueError(f"expected logits of one shape, got {tuple(ctr_logit.shape)} and {tuple(cvr_logit.shape)}")
-    a, b = _wide(ctr_logit), _wide(cvr_logit)
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    # The largest term goes out of the sum: exp(-low) where high >= 0, exp(-low - high) elsewhere. Both cases are one
-    # formula in min(high, 0), so that all its uses take the derivative of the same side at 0. A logsumexp would not do:
-    # its derivative exp(term - result) is off by the rounding of large logits.
-    negative = high.clamp(max=0)
-    return low + negative - torch.log1p(torch.exp(low - high + negative) + torch.exp(2 * negative - high))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: bfloat16 has 8 bits for a probability near 1."""
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
-def _task_sum(task: TaskLoss, prediction: Tensor, label: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of a task's losses over its sample space, and the size of the space (int64)."""
-    where = f"[{task.name!r}]"
-    _check_tensor("predictions" + where, prediction)
-    _check_tensor("labels" + where, label)
-    if not prediction.is_floating_point():
-        raise TypeError(f"predictions{where}: expected floating {task.kind} outputs, got {prediction.dtype}")
-    if label.is_complex():
-        raise TypeError(f"labels{where}: expected a real dtype, got {label.dtype}")
-    if task.kind == "multiclass":
-        if prediction.ndim != 2 or prediction.shape[1] != task.num_classes:
-            raise ValueError(
-                f"predictions{where}: expected logits (B, {task.num_classes}), got shape {tuple(prediction.shape)}"
-            )
-    else:
-        prediction = _column("predictions" + where, prediction)
-    label = _column("labels" + where, label)
-    valid = ~label.isnan()
-    if task.kind == "multiclass":
-        if not label.is_floating_point():
-            label = label.to(torch.int64)  # in uint8, -1 is 255
-        valid = valid & (label != MISSING_CLASS)
-    rows = {f"predictions{where}": prediction, f"labels{where}": label}
-    if mask is not None:
-        _check_tensor("masks" + where, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"masks{where}: expected bool, got {mask.dtype}; say `mask.bool()`")
-        rows[f"masks{where}"] = mask = _column("masks" + where, mask)
-    for name, given in rows.items():
-        if given.shape[0] != prediction.shape[0]:
-            raise ValueError(
-                f"{name}: expected as many samples as predictions ({prediction.shape[0]}), got {given.shape[0]}"
-            )
-        if given.device != prediction.device:
-            raise ValueError(f"{name}: expected the device of the predictions, {prediction.device}, got {given.device}")
-    if mask is not None:
-        valid = valid & mask
-    # Predictions and labels are replaced before the loss: afterwards 0 * NaN would still be NaN in the gradients.
-    prediction = _wide(prediction)
-    if task.kind == "multiclass":
-        target = torch.where(valid, label, 0).to(torch.int64)
-        loss = F.cross_entropy(torch.where(valid.unsqueeze(1), prediction, 0.0), target, reduction="none")
-    else:
-        prediction = torch.where(valid, prediction, 0.0)
-        target = torch.where(valid, label.to(prediction.dtype), 0.0)
-        per_sample = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
-        loss = per_sample(prediction, target, reduction="none")
-    return torch.where(valid, loss, 0.0).sum(), valid.sum()
-
-
 def _check_named(source: str, given: object, task: str) -> None:
     if isinstance(given, (Tensor, list, tuple)):
         raise TypeError(f"{source}: expected tensors by task, such as {{{task!r}: tensor}}, got {type(given).__name__}")
-
-
-def _check_tensor(name: str, given: object) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; torch.as_tensor makes one")
-
-
-def _column(name: str, x: Tensor) -> Tensor:
-    """``(B,)`` from ``(B,)`` or ``(B, 1)``: both together would silently broadcast to ``(B, B)``."""
-    if x.ndim == 2 and x.shape[1] == 1:
-        return x.squeeze(1)
-    if x.ndim != 1:
-        raise ValueError(f"{name}: expected shape (B,) or (B, 1), got {tuple(x.shape)}")
-    return x

@@ -1,41 +1,33 @@
-"""From old parameters to new ones: in optimizers, with their state, and their gradients."""
+"""What goes with a parameter when others take its place: its entry and state in optimizers, gradient, attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from types import EllipsisType
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Index = int | slice | EllipsisType
+from ..modules.unpack import Move
 
+Moves = Sequence[Move[nn.Parameter]]
 ELEMENTWISE = (
     "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD", "Adadelta", "FusedAdam",
 )  # fmt: skip
 """Optimizers that treat every element on its own, so that stacking changes nothing."""
 
 
-class Move(NamedTuple):
-    """A part of an old parameter becomes a part of a new one."""
-
-    old: nn.Parameter
-    old_place: Index
-    new: nn.Parameter
-    new_place: Index
-
-
-def by_new(moves: Iterable[Move]) -> list[list[Move]]:
+def by_new(moves: Moves) -> list[list[Move[nn.Parameter]]]:
     """The moves to one new parameter together."""
-    groups: dict[int, list[Move]] = {}
+    groups: dict[int, list[Move[nn.Parameter]]] = {}
     for move in moves:
         groups.setdefault(id(move.new), []).append(move)
     return list(groups.values())
 
 
-def successors(moves: Iterable[Move]) -> dict[int, list[nn.Parameter]]:
+def successors(moves: Moves) -> dict[int, list[nn.Parameter]]:
     """The new parameters of every old one, by the id of that, each once."""
     found: dict[int, dict[int, nn.Parameter]] = {}
     for move in moves:
@@ -43,7 +35,7 @@ def successors(moves: Iterable[Move]) -> dict[int, list[nn.Parameter]]:
     return {old: list(news.values()) for old, news in found.items()}
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], moves: Moves) -> None:
     """Whether every optimizer can take the new parameters; nothing is changed.
 
     Raises:
@@ -64,7 +56,29 @@ def check_optimizers(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> 
             _check_one(optimizer, homes, group)
 
 
-def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Names of a model's parameters, by id."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def following(optimizers: Sequence[Optimizer], model: nn.Module, moves: Moves) -> Iterator[None]:
+    """Around a swap in a model: the optimizers, checked before, then hold the new parameters in the place of the old.
+
+    They have the state of the old ones, the model's order in groups that were in it, and names where they had any.
+    """
+    before = list(model.parameters())
+    ordered = _ordered_groups(optimizers, before)
+    names, known = names_of(model), [_names_in(optimizer) for optimizer in optimizers]
+    yield
+    _remap(optimizers, moves)
+    _settle(optimizers, moves, before, dict(model.named_parameters()), ordered)
+    after = names_of(model)
+    for optimizer, own in zip(optimizers, known, strict=True):
+        _rename(optimizer, moves, names, after, own)
+
+
+def _remap(optimizers: Sequence[Optimizer], moves: Moves) -> None:
     """Put the new parameters in the place of the old ones, with the optimizers' state. Checked before."""
     news = successors(moves)
     for optimizer in optimizers:
@@ -83,7 +97,7 @@ def remap(optimizers: Sequence[Optimizer], moves: Sequence[Move]) -> None:
                 optimizer.state[new] = state
 
 
-def ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+def _ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     """The groups that hold a model's parameters in its order; those of others may stand among them."""
     index = {id(p): i for i, p in enumerate(parameters)}
     found = []
@@ -95,14 +109,14 @@ def ordered_groups(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Para
     return found
 
 
-def settle(
+def _settle(
     optimizers: Sequence[Optimizer],
-    moves: Sequence[Move],
+    moves: Moves,
     before: Sequence[nn.Parameter],
     after: Mapping[str, nn.Parameter],
     ordered: Sequence[dict[str, Any]],
 ) -> None:
-    """After ``remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
+    """After ``_remap``: what an optimizer built now would hold, so that its state dict fits into one and back.
 
     What is no parameter of the model any more goes. What became one joins those of its kind, where they are in one
     group, or else the rest where that is. The groups of ``ordered`` are in the model's order again, between what they
@@ -135,39 +149,33 @@ def settle(
         group["params"] = [next(own) if id(p) in index else p for p in group["params"]]
 
 
-def rename(
-    optimizers: Sequence[Optimizer],
-    moves: Iterable[Move],
-    before: Mapping[int, str],
-    after: Mapping[int, str],
-    named: Sequence[Mapping[int, str]],
+def _rename(
+    optimizer: Optimizer, moves: Moves, before: Mapping[int, str], after: Mapping[int, str], known: Mapping[int, str]
 ) -> None:
-    """After ``settle``: ``param_names`` of optimizers that were built of named parameters.
+    """After ``_settle``: ``param_names`` of an optimizer that was built of named parameters.
 
     Args:
         before, after: names in the model, by id.
-        named: ``names_in`` of the optimizers before anything was changed.
+        known: ``_names_in`` of the optimizer before anything was changed.
     """
     olds = {id(move.new): id(move.old) for move in moves}
-    for optimizer, known in zip(optimizers, named, strict=True):
-        # The names may begin with what stands before the model's own: those of a model that this one is a part of.
-        own = ((name, before[key]) for key, name in known.items() if key in before)
-        prefix = next((name.removesuffix(inner) for name, inner in own if name.endswith(inner)), "")
-        for group in optimizer.param_groups:
-            if "param_names" in group:
-                group["param_names"] = [
-                    known[id(p)] if id(p) in known and id(p) not in olds else prefix + after[id(p)]
-                    for p in group["params"]
-                ]
+    # The names may begin with what stands before the model's own: those of a model that this one is a part of.
+    own = ((name, before[key]) for key, name in known.items() if key in before)
+    prefix = next((name.removesuffix(inner) for name, inner in own if name.endswith(inner)), "")
+    for group in optimizer.param_groups:
+        if "param_names" in group:
+            group["param_names"] = [
+                known[id(p)] if id(p) in known and id(p) not in olds else prefix + after[id(p)] for p in group["params"]
+            ]
 
 
-def names_in(optimizer: Optimizer) -> dict[int, str]:
+def _names_in(optimizer: Optimizer) -> dict[int, str]:
     """Names of the parameters of an optimizer that was built of named ones, by id."""
     rows = [zip(g["params"], g["param_names"], strict=True) for g in optimizer.param_groups if "param_names" in g]
     return {id(p): name for row in rows for p, name in row}
 
 
-def _held(held: Container[int], moves: Sequence[Move]) -> list[list[Move]]:
+def _held(held: Container[int], moves: Moves) -> list[list[Move[nn.Parameter]]]:
     """``by_new`` of the moves of parameters that an optimizer holds.
 
     A parameter of which only some parts are held counts as a whole: ``_check_one`` refuses it.
@@ -175,7 +183,7 @@ def _held(held: Container[int], moves: Sequence[Move]) -> list[list[Move]]:
     return [group for group in by_new(moves) if any(id(move.old) in held for move in group)]
 
 
-def _check_one(optimizer: Optimizer, homes: Mapping[int, int], group: list[Move]) -> None:
+def _check_one(optimizer: Optimizer, homes: Mapping[int, int], group: Moves) -> None:
     """``homes``: per held parameter, by id, the number of its group."""
     places = {homes.get(id(move.old)) for move in group}
     if len(places) > 1:
@@ -200,7 +208,7 @@ def _check_one(optimizer: Optimizer, homes: Mapping[int, int], group: list[Move]
             )
 
 
-def _state(optimizer: Optimizer, group: list[Move]) -> dict[str, Any]:
+def _state(optimizer: Optimizer, group: Moves) -> dict[str, Any]:
     """The state of the new parameter."""
     first: Mapping[str, Any] = optimizer.state.get(group[0].old, {})
     made: dict[str, Any] = {}
@@ -235,7 +243,7 @@ def attributes_of(parameter: Tensor) -> dict[str, Any]:
     return {name: value for name, value in vars(parameter).items() if not name.startswith("_dynamo")}
 
 
-def check_attributes(moves: Sequence[Move]) -> None:
+def check_attributes(moves: Moves) -> None:
     """Parameters that become one have equal attributes of a user's.
 
     Raises:
@@ -257,13 +265,13 @@ def check_attributes(moves: Sequence[Move]) -> None:
                 )
 
 
-def move_attributes(moves: Iterable[Move]) -> None:
+def move_attributes(moves: Moves) -> None:
     """Carry attributes over. Checked before."""
     for move in moves:
         vars(move.new).update(attributes_of(move.old))
 
 
-def move_gradients(moves: Sequence[Move]) -> None:
+def move_gradients(moves: Moves) -> None:
     """Carry gradients over.
 
     Raises:

@@ -1,16 +1,50 @@
-"""The classes of other libraries whose trunk can be fused: who reads them, and what the fused model does instead."""
+"""What is known of classes of other libraries: how their levels are read, and what the fused model does instead."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..modules.unpack import Index, Move
 from ..scalars import shown
-from .moves import Move
-from .pieces import LevelSource
+from ..topology import Topology
+from .pack import Packed, packed
+
+
+@dataclass
+class LevelSource:
+    """One level of a library's network, as ``pack`` takes it."""
+
+    topology: Topology
+    experts: Sequence[Any]
+    """One stack per expert: modules, in any nesting of lists."""
+    gates: Sequence[Any]
+    """One stack per mixture, None for a static one."""
+    gate_input: Literal["previous", "raw"] | None = None
+    unread: Sequence[nn.Module | Tensor] = ()
+    """Tensors, and modules with tensors, that the library keeps beside the level and never reads."""
+    offsets: Mapping[int, tuple[str, Index]] = field(default_factory=dict)
+    """Per mixture whose gate ends in a ``WeightOffset`` made by the reader: the name of the library's tensor, and where
+    in it the scalars lie. One that is missing here stands for constants of the library, and should be frozen."""
+    constant: float | None = None
+    """What those constants are, all of them: a model on the meta device does not show it."""
+
+    def unread_tensors(self) -> Iterator[Tensor]:
+        """All tensors of ``unread``."""
+        for item in self.unread:
+            yield from [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+
+    def pack(self) -> Packed:
+        """The fused level.
+
+        Raises:
+            TypeError, ValueError: as ``pack``.
+        """
+        return packed(self.experts, self.gates, self.topology, gate_input=self.gate_input)
 
 
 class Converter(ABC):
@@ -64,7 +98,7 @@ class Converter(ABC):
         """Parameters of ``LevelSource.unread`` that get a gradient all the same, from a penalty, say."""
         return ()
 
-    def renewed(self, site: nn.Module, moves: Sequence[Move]) -> dict[str, Any]:
+    def renewed(self, site: nn.Module, moves: Sequence[Move[nn.Parameter]]) -> dict[str, Any]:
         """Values of the site's attributes that hold parameters, with new ones in the place of old ones.
 
         It is called before a swap in either direction, and leaves the site as it is.
