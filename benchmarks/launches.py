@@ -149,7 +149,7 @@ def recording(
     those that load by pointers.
     """
     from ple_fast import backend, use_backend
-    from ple_fast.triton_backend import fusion, run
+    from ple_fast.triton_backend import fused, inputs
 
     tiles = importlib.import_module("ple_fast_kernels._tiles")
     table = (TABLE_OF.get(architecture, architecture), PROCESSORS[architecture])
@@ -169,7 +169,7 @@ def recording(
         else:
             stack.enter_context(mock.patch.object(module, "_product", library))
         stack.enter_context(mock.patch.object(backend, "_why_no_triton", return_value=None))
-        stack.enter_context(mock.patch.object(run, "matmul_precision", return_value=precision))
-        stack.enter_context(mock.patch.object(fusion, "matmul_precision", return_value=precision))
+        stack.enter_context(mock.patch.object(inputs, "matmul_precision", return_value=precision))
+        stack.enter_context(mock.patch.object(fused, "matmul_precision", return_value=precision))
         stack.enter_context(use_backend("triton"))
         yield

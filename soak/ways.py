@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ple_fast.torch_backend import level as by_hand
+from ple_fast.torch_backend import prepared
 from ple_fast.torch_backend.dropout import keep_mask
 from soak.make_ups import Trial
 from tests.helpers import FORMS, Run, by_operator
@@ -202,10 +202,10 @@ def _drop_alike(layers: Any, position: int, row: int, count: int) -> None:
 @contextmanager
 def settings_of(trial: Trial) -> Iterator[None]:
     """One seed for all dropout, and the row blocks that the trial asks for."""
-    step, size = (4, 1) if trial.row_blocks else (by_hand.ROW_STEP, by_hand.BLOCK_BYTES)
+    step, size = (4, 1) if trial.row_blocks else (prepared.ROW_STEP, prepared.BLOCK_BYTES)
     seed = torch.tensor(SEED)
     with (
-        mock.patch.multiple(by_hand, ROW_STEP=step, BLOCK_BYTES=size),
+        mock.patch.multiple(prepared, ROW_STEP=step, BLOCK_BYTES=size),
         mock.patch("ple_fast.modules.network.draw_seed", return_value=seed),
         mock.patch("ple_fast.ops.operators.draw_seed", return_value=seed),
     ):

@@ -16,7 +16,7 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from ple_fast import PLE
 from ple_fast.reference import PLEReference, correspondence
-from ple_fast.torch_backend import level as by_hand
+from ple_fast.torch_backend import prepared
 from tests.helpers import assert_close, randomise
 
 TASKS, WIDTH, UNITS = 2, 7, 4
@@ -91,8 +91,8 @@ def test_gradients_per_task_are_those_of_the_reference(
     case: str, rows: int, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the input and of parameters, task after task through one graph, twice; then the whole loss frees it."""
-    monkeypatch.setattr(by_hand, "ROW_STEP", 48)  # many rows are several blocks, which share buffers
-    monkeypatch.setattr(by_hand, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(prepared, "ROW_STEP", 48)  # many rows are several blocks, which share buffers
+    monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
     fused, heads = trunk(backend, recompute=recompute, **CASES[case]), towers()
     x = batch(rows).requires_grad_()
     losses, inputs = losses_of(fused(x).unbind(1), heads), [x, *fused.parameters()]

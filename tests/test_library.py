@@ -195,7 +195,7 @@ def test_nan_is_not_hidden_and_stays_in_its_row(device: torch.device, taken: lis
 def test_low_precision(
     experts: str, dtype: torch.dtype, device: torch.device, taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ple_fast.triton_backend.run.matmul_precision", lambda: "tf32")
+    monkeypatch.setattr("ple_fast.triton_backend.inputs.matmul_precision", lambda: "tf32")
     module = level(TOPOLOGIES["ple-even"], MLPSpec((48, 32), experts), in_features=40).to(device)
     leaves = [leaf.to(device) for leaf in draw("one", 64, 1, 40)]
     compare_low_precision(module, leaves, dtype=dtype, slots=3)

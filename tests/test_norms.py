@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec
-from ple_fast.torch_backend import level as by_hand
+from ple_fast.torch_backend import prepared
 from tests.helpers import (
     EXPERTS,
     GATES,
@@ -38,8 +38,8 @@ BLOCKS: dict[str, tuple[MLPSpec, ...]] = {
 @pytest.fixture
 def four_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row blocks of four rows."""
-    monkeypatch.setattr(by_hand, "ROW_STEP", 4)
-    monkeypatch.setattr(by_hand, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(prepared, "ROW_STEP", 4)
+    monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
 
 
 def _compare(experts: Any, gate: GateSpec, batch: int, *, topology: str = "ple", **how: Any) -> None:
@@ -68,13 +68,13 @@ def test_experts_of_several_make_ups_meet_too(name: str, gate: str) -> None:
 
 def test_levels_with_batch_norm_have_row_blocks(monkeypatch: pytest.MonkeyPatch, four_rows: None) -> None:
     seen: list[int] = []
-    whole = by_hand.row_blocks
+    whole = prepared.row_blocks
 
     def spy(inputs: Any, own: Any) -> list[slice]:
         seen.append(len(whole(inputs, own)))
         return whole(inputs, own)
 
-    monkeypatch.setattr(by_hand, "row_blocks", spy)
+    monkeypatch.setattr(prepared, "row_blocks", spy)
     x = torch.randn(14, 7, dtype=torch.float64)
     for spec, blocks in ((EXPERTS["batch-norm"], 4), (EXPERTS["dice"], 1)):
         level(TOPOLOGIES["ple-last"], spec, GATES["logits-norm"]).train()(x)

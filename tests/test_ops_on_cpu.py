@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
-from ple_fast.torch_backend import level as by_hand
+from ple_fast.torch_backend import prepared
 from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, by_operator, draw, has_dropout, level
 from tests.operator_checks import check_operators
 
@@ -66,8 +66,8 @@ def assert_same(module: ExtractionNetwork, form: str, rows: int, dtype: torch.dt
 @pytest.mark.parametrize("case", CASES)
 def test_the_operator_computes_what_an_eager_call_does(case: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "many blocks":
-        monkeypatch.setattr(by_hand, "ROW_STEP", 4)
-        monkeypatch.setattr(by_hand, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(prepared, "ROW_STEP", 4)
+        monkeypatch.setattr(prepared, "BLOCK_BYTES", 1)
     topology, experts, gate = CASES[case]
     module = level(TOPOLOGIES[topology], experts, gate)
     assert_same(module.train(), "stacked", 11)

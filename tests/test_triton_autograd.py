@@ -12,8 +12,8 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology, use_backend
-from ple_fast.triton_backend import fusion
-from ple_fast.triton_backend.fusion import Fusion
+from ple_fast.triton_backend import fused
+from ple_fast.triton_backend.fused import Fusion
 from ple_fast_kernels import launches
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, saved, saved_bytes
 from tests.test_autograd import CASES
@@ -274,7 +274,7 @@ def test_fused_equals_not_fused(
     name: str, activation: str, chosen: Fusion, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inference; of one layer the step too, which reads what the fused launch has kept."""
-    monkeypatch.setattr("ple_fast.triton_backend.forward.choose_fusion", lambda *_, **how: forced(**how))
+    monkeypatch.setattr("ple_fast.triton_backend.level.choose_fusion", lambda *_, **how: forced(**how))
     gate = GateSpec(temperature=0.5)
     module = level(TOPOLOGIES[name], MLPSpec((6, 5, 4)[-LAYERS[chosen] :], activation), gate, dtype=torch.float32).to(
         device
@@ -313,10 +313,10 @@ def test_only_what_the_kernel_serves_is_fused(experts: Any, gate: GateSpec, fuse
     with pytest.MonkeyPatch.context() as patch:
 
         def spy(*args: Any, **how: Any) -> Fusion | None:
-            seen.append(fusion.choose_fusion(*args, **how))
+            seen.append(fused.choose_fusion(*args, **how))
             return seen[-1]
 
-        patch.setattr("ple_fast.triton_backend.forward.choose_fusion", spy)
+        patch.setattr("ple_fast.triton_backend.level.choose_fusion", spy)
         module = level(PLE, experts, gate, dtype=torch.float32).to(device)
         module(input_of(module, device))
     assert seen == [Fusion.LEVEL if fuses else None]

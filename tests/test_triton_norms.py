@@ -34,7 +34,7 @@ def no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a layer left the kernels")
 
-    monkeypatch.setattr("ple_fast.triton_backend.run.Run.in_operators", refuse)
+    monkeypatch.setattr("ple_fast.triton_backend.inputs.Run.in_operators", refuse)
 
 
 def both(module: ExtractionNetwork, device: torch.device, rows: int = 9) -> list[dict[str, Any]]:

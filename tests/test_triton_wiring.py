@@ -13,7 +13,7 @@ from ple_fast.slots import Place, Slots
 
 pytest.importorskip("triton")
 
-from ple_fast.triton_backend.wiring import gate_runs, matmul_precision, source_grads, source_of
+from ple_fast.triton_backend.inputs import gate_runs, matmul_precision, source_grads, source_of
 
 
 @pytest.fixture

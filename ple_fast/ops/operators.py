@@ -24,6 +24,7 @@ from ..torch_backend.dropout import draw_seed
 from ..torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves, serves_state
 from ..torch_backend.layer import RowBlock
 from ..torch_backend.norms import take_up
+from ..torch_backend.prepared import prepared
 from .arguments import Arguments, arguments_of, for_backward, numbers_of, statistics_of
 
 _INPUTS = (
@@ -172,7 +173,7 @@ def _backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
 
 def _by_block(inputs: LevelInput, wants: Wants, kept: Sequence[Tensor]) -> list[Tensor | None]:
     """What each row block kept, block after block, out of whole tensors."""
-    level = by_hand.prepared(inputs, wants)
+    level = prepared(inputs, wants)
     return [
         rows_of(tensor, block.rows) if value.by_row else tensor
         for block in level.blocks(inputs)

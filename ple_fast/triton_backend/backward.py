@@ -13,10 +13,9 @@ from ..call import LevelInput, Wants
 from ..grads import GateGrads, LevelGrads
 from ..plan import MLPPlan
 from ..torch_backend.mix import index_of
+from .ends import NormOf, at_norm, dropout_of, end_backward, end_of, from_sums, logits_norm_of, norm_of
 from .gradients import InputGrads, Product, WeightGrads
-from .norms import NormOf, at_norm, dropout_of, end_backward, end_of, from_sums, logits_norm_of, norm_of
-from .run import IDENTITY, Run, in_epilogue, in_kernels
-from .wiring import Source, columns_of, offset_columns, readers_of
+from .inputs import IDENTITY, Run, Source, columns_of, in_epilogue, in_kernels, offset_columns, readers_of
 
 
 class BackwardRun(Run):

@@ -1,4 +1,4 @@
-"""A level forward: a launch per layer and one that mixes, or a fused launch."""
+"""A level forward: a launch per layer and one that mixes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ple_fast_kernels import (
     LayerEnd,
     Norm,
     Tile,
-    fused_level_fwd,
-    fused_two_layers_fwd,
     gate_combine_fwd,
     grouped_linear_fwd,
     layer_end_fwd,
@@ -28,10 +26,8 @@ from ..plan import MLPPlan
 from ..state import LevelState
 from ..tensors import LayerTensors
 from ..torch_backend.mix import index_of
-from .fusion import Fusion, choose_fusion
-from .norms import NormOf, after_product, dropout_of, folded, in_product, logits_norm_of, merged, norm_of
-from .run import IDENTITY, Run, dense, in_kernels
-from .wiring import Source, columns_of, offset_columns
+from .ends import NormOf, after_product, dropout_of, in_product, logits_norm_of, merged, norm_of
+from .inputs import IDENTITY, Run, Source, columns_of, dense, in_kernels, offset_columns
 
 
 class _Product(NamedTuple):
@@ -66,7 +62,7 @@ class ForwardRun(Run):
         """Of the experts' last layer, where the mixtures do it."""
         self.kept: list[Tensor | None] = [None] * len(self.saved.values)
 
-    def _keep(self, number: int, tensor: Tensor | None) -> None:
+    def keep(self, number: int, tensor: Tensor | None) -> None:
         if number >= 0:
             self.kept[number] = tensor
 
@@ -99,12 +95,12 @@ class ForwardRun(Run):
         )
         return y, z, None if logits is None else _Product(logits, logits_norm, tile)
 
-    def _logits_norm(self) -> NormOf | None:
+    def logits_norm(self) -> NormOf | None:
         return logits_norm_of(self.inputs.gate, self.state.gate_norm)
 
     def _norm_beside(self, a: Tensor, tile: Tile) -> Norm | None:
         """What the launch that computes the logits does of their norm."""
-        norm = self._logits_norm()
+        norm = self.logits_norm()
         if norm is None or (self.wants.logits and not norm.state.batch):
             return None  # backward reads the logits as they were
         return in_product(norm, a.shape[0], tile, wide_of(a.dtype), a.device, keeps=False)
@@ -128,7 +124,7 @@ class ForwardRun(Run):
                 assert product is not None
                 inputs = self.inputs._replace(state=self.state)
                 y = self.in_operators(mlp, i).after_product(inputs, self.all_rows(self.kept), product).contiguous()
-                self._keep(self.saved.layers[number].h, y)
+                self.keep(self.saved.layers[number].h, y)
             logits = found if logits is None else logits
             a, columns = y, tuple(range(len(mlp.slots)))
         if out is not None and count == len(mlp.layers) and a is not out:
@@ -158,21 +154,21 @@ class ForwardRun(Run):
             y, z, found = self._product(a, asked, tile, out, with_gates=with_gates)
             assert y is not None
             if keeps_input:
-                self._keep(at.act, z)
+                self.keep(at.act, z)
         else:
             met = in_product(norm, a.shape[0], tile, wide_of(a.dtype), a.device, keeps=want.output)
             asked = asked._replace(norm=met, keep_input=want.output)
             y, z, found = self._product(a, asked, tile, out, with_gates=with_gates)
             assert y is not None
             defers = i == len(mlp.layers) - 1 and self.defers_end(mlp)
-            done = after_product(y, z, met, norm, activation, dropout, tile, out, defers=defers)
+            done = after_product(y, z, met, norm, LayerEnd(activation, dropout), tile, out, defers=defers)
             if defers:
                 self.end = done.end
             y = done.y
-            self._keep(at.z, done.z)
-            self._keep(at.mean, done.mean)
-            self._keep(at.rstd, done.spread)
-        self._keep(at.h, y)  # of several blocks of experts a part: ``experts_forward`` keeps all of them
+            self.keep(at.z, done.z)
+            self.keep(at.mean, done.mean)
+            self.keep(at.rstd, done.spread)
+        self.keep(at.h, y)  # of several blocks of experts a part: ``experts_forward`` keeps all of them
         return y, found
 
     def experts_forward(self) -> tuple[Tensor, _Product | None]:
@@ -192,7 +188,7 @@ class ForwardRun(Run):
                 h = done
         assert h is not None
         if len(blocks) > 1:
-            self._keep(self.saved.layers[blocks[-1].position + len(blocks[-1].layers) - 1].h, h)
+            self.keep(self.saved.layers[blocks[-1].position + len(blocks[-1].layers) - 1].h, h)
         return h, logits
 
     def logits_forward(self, found: _Product | None) -> Tensor | None:
@@ -206,7 +202,7 @@ class ForwardRun(Run):
                 a, _ = self.mlp_forward(plan.gate, self.gate_x, None, with_gates=False)
             _, _, found = self._product(a, None, None, with_gates=True)
         assert found is not None
-        norm, logits = self._logits_norm(), found.logits
+        norm, logits = self.logits_norm(), found.logits
         if norm is None or (found.met is not None and found.met.kind == "batch"):
             return logits
         state = norm.state
@@ -219,94 +215,23 @@ class ForwardRun(Run):
             mean, rstd = merged(found.met.first, state, logits.shape[0], found.tile)
             end = end._replace(mean=mean, spread=rstd, is_variance=False)
         normed, _ = layer_end_fwd(logits.unsqueeze(1), end)
-        self._keep(at.z, logits)
-        self._keep(at.mean, end.mean)
-        self._keep(at.rstd, end.spread)
+        self.keep(at.z, logits)
+        self.keep(at.mean, end.mean)
+        self.keep(at.rstd, end.spread)
         return normed.squeeze(1)
 
-    def forward(self, *, keeps: bool, listed: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """``y (B, O, H)``, the softmax weights ``(B, W)`` if anybody reads them, what backward reads."""
-        wants, plan = self.wants, self.plan
-        weights_wanted = listed or wants.experts or wants.logits
-        fusion = choose_fusion(self.inputs, self.x, self.gates_beside_experts, keeps=keeps)
-        if fusion is not None:
-            y, p = self.fused_forward(fusion, weights_wanted)
-        else:
-            h, found = self.experts_forward()
-            y, p = gate_combine_fwd(
-                h,
-                self.logits_forward(found),
-                self.mixtures,
-                end=self.end,
-                offset=self.offset,
-                temperature=plan.gate_spec.temperature,
-                keep_weights=weights_wanted,
-            )
-        self._keep(self.saved.mix.p, p)
-        return y, p, self.kept
-
-    def fused_forward(self, fusion: Fusion, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """The level in one launch, or its last layer with gates and mixtures."""
-        inputs, plan, gate = self.inputs, self.plan, self.inputs.gate
-        block = plan.blocks[0]
-        part = slice(block.position, block.position + len(block.layers))
-        tensors, spec, at = inputs.layers[part], block.layers[-1], self.saved.layers[part][-1]
-        slots = tuple(self.x.columns[s] for s in plan.topology.mixture_slot)
-        weight, bias = dense(gate.weight), dense(gate.bias)
-        norms = [folded(norm_of(*layer)) for layer in zip(block.layers, tensors, self.state.layers[part], strict=True)]
-        logits_norm = folded(self._logits_norm())
-        if fusion is Fusion.TWO_LAYERS:
-            first, second = tensors
-            return fused_two_layers_fwd(
-                self.x.tensor,
-                (first.weight.contiguous(), second.weight.contiguous()),
-                (dense(first.bias), dense(second.bias)),
-                columns_of(block.slots, self.x.columns),
-                self.mixtures,
-                activations=(tuple(block.layers[0].activation), tuple(spec.activation)),  # type: ignore[arg-type]
-                norms=(norms[0], norms[1]),
-                x=self.x.tensor,
-                gate_weight=weight,
-                gate_bias=bias,
-                logits_norm=logits_norm,
-                mixture_slots=slots,
-                offset=self.offset,
-                temperature=plan.gate_spec.temperature,
-                keep_weights=weights_wanted,
-                precision=self.precision,
-            )
-        a, columns = self.x.tensor, columns_of(block.slots, self.x.columns)
-        logits: Tensor | None = None
-        if fusion is Fusion.LAST_LAYER:
-            a, found = self.mlp_forward(block, self.x, None, with_gates=True, layers=len(block.layers) - 1)
-            logits = None if found is None else found.logits
-            columns = tuple(range(len(block.slots)))
-        keeps_input = at.act >= 0 and at.act != at.h
-        y, h, z, p = fused_level_fwd(
-            a,
-            tensors[-1].weight.contiguous(),
-            dense(tensors[-1].bias),
-            columns,
+    def forward(self, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """``y (B, O, H)`` and, if they are wanted, the softmax weights ``(B, W)``."""
+        h, found = self.experts_forward()
+        return gate_combine_fwd(
+            h,
+            self.logits_forward(found),
             self.mixtures,
-            activation=(spec.activation[0], spec.activation[1]),
-            norm=norms[-1],
-            logits=logits,
-            x=None if logits is not None else self.x.tensor,
-            gate_weight=None if logits is not None else weight,
-            gate_bias=None if logits is not None else bias,
-            logits_norm=None if logits is not None else logits_norm,
-            mixture_slots=slots,
+            end=self.end,
             offset=self.offset,
-            temperature=plan.gate_spec.temperature,
-            keep_output=at.h >= 0,
-            keep_input=keeps_input,
+            temperature=self.plan.gate_spec.temperature,
             keep_weights=weights_wanted,
-            precision=self.precision,
         )
-        self._keep(at.h, h)
-        if keeps_input:
-            self._keep(at.act, z)
-        return y, p
 
     def listed(self, p: Tensor) -> Tensor:
         """The weights as users see them: with the learned scalars."""

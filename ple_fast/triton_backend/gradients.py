@@ -21,8 +21,7 @@ from ple_fast_kernels import (
 from ..call import LayerWants
 from ..grads import LevelGrads, plus
 from ..tensors import LayerTensors
-from .run import Run, dense
-from .wiring import Source
+from .inputs import Run, Source, dense
 
 
 class InputGrads:

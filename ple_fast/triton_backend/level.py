@@ -1,6 +1,6 @@
 """A whole extraction network in Triton kernels, forward and backward: the twin of ``torch_backend/level.py``.
 
-One layer is one launch for all experts of a block, activation and dropout included; ``norms.py`` says what a norm adds.
+One layer is one launch for all experts of a block, activation and dropout included; ``ends.py`` says what a norm adds.
 A layer whose activation has learned parameters runs what follows its product in PyTorch's operators.
 """
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..call import LevelInput, Wants, nothing_wanted
 from .backward import BackwardRun
 from .forward import ForwardRun
+from .fused import choose_fusion, fused_forward
+from .inputs import source_grads
 from .repeat import repeated as repeated
-from .wiring import source_grads
 
 
 def level_forward(
@@ -25,12 +26,21 @@ def level_forward(
     That is in the order of ``saved_by_kernels``. Without ``wants`` nothing is kept.
     """
     run = ForwardRun(inputs, nothing_wanted(inputs.plan) if wants is None else wants)
-    y, p, kept = run.forward(keeps=wants is not None, listed=listed)
+    y, p = _forward(run, keeps=wants is not None, listed=listed)
     weights = None
     if listed:
         assert p is not None
         weights = run.listed(p)
-    return y, weights, kept
+    return y, weights, run.kept
+
+
+def _forward(run: ForwardRun, *, keeps: bool, listed: bool) -> tuple[Tensor, Tensor | None]:
+    """``y (B, O, H)``, and the softmax weights ``(B, W)`` if anybody reads them."""
+    weights_wanted = listed or run.wants.experts or run.wants.logits
+    fusion = choose_fusion(run.inputs, run.x, run.gates_beside_experts, keeps=keeps)
+    y, p = run.forward(weights_wanted) if fusion is None else fused_forward(run, fusion, weights_wanted)
+    run.keep(run.saved.mix.p, p)
+    return y, p
 
 
 def level_backward(
@@ -38,7 +48,9 @@ def level_backward(
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
     if not kept:
-        kept = ForwardRun(inputs, wants, again=True).forward(keeps=True, listed=False)[2]
+        again = ForwardRun(inputs, wants, again=True)
+        _forward(again, keeps=True, listed=False)
+        kept = again.kept
     run = BackwardRun(inputs, wants, kept)
     dx, dgate_x, flat = run.backward(dy, dlisted)
     nothing: list[Tensor | None] = [None] * len(inputs.x.tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ple_fast_kernels import replayed
 
 from ..state import LevelState
-from .wiring import matmul_precision
+from .inputs import matmul_precision
 
 Results = Sequence[Tensor | None]
 

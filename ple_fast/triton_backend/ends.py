@@ -26,7 +26,7 @@ from ..grads import RowGrads, plus
 from ..specs import LayerSpec
 from ..state import LayerState, NormState
 from ..tensors import GateTensors, LayerTensors
-from .run import IDENTITY, dense
+from .inputs import IDENTITY, dense
 
 
 class NormOf(NamedTuple):
@@ -126,18 +126,17 @@ def after_product(
     z: Tensor | None,
     met: Norm,
     norm: NormOf,
-    activation: tuple[str, float],
-    dropout: Dropout | None,
+    end: LayerEnd,
     tile: Tile,
     out: Tensor | None,
     *,
     defers: bool,
 ) -> Ended:
-    """What is left of a layer after its product's launch, which returned ``y`` and ``z``."""
+    """What is left of a layer after its product's launch, which returned ``y`` and ``z``; ``end``: without the norm."""
     if met.kind in ("batch", "row"):
         return Ended(y, z, met.first, met.second, NO_END)
     assert met.first is not None
-    end = LayerEnd(activation, dropout, met.weight, met.bias, eps=met.eps, after=met.after)
+    end = end._replace(weight=met.weight, bias=met.bias, eps=met.eps, after=met.after)
     if met.kind == "moments":
         mean, rstd = merged(met.first, norm.state, y.shape[0], tile)
         end = end._replace(mean=mean, spread=rstd)

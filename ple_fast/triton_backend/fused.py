@@ -1,14 +1,18 @@
-"""Which levels run in one launch: where the model of ``docs/performance.md`` says that it is faster."""
+"""Levels in one launch: which ones, where the model of ``docs/performance.md`` says that it is faster, and how."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-from ple_fast_kernels import FUSED, fused_tile, fused_width
+from torch import Tensor
+
+from ple_fast_kernels import FUSED, fused_level_fwd, fused_tile, fused_two_layers_fwd, fused_width
 
 from ..call import LevelInput
 from ..state import NormState
-from .wiring import Source, matmul_precision, mixtures_of
+from .ends import folded, norm_of
+from .forward import ForwardRun
+from .inputs import Source, columns_of, dense, matmul_precision, mixtures_of
 
 
 class Fusion(Enum):
@@ -81,3 +85,67 @@ def choose_fusion(inputs: LevelInput, x: Source, gates_beside_experts: bool, *, 
         if can_fuse(inputs, fusion, x, gates_beside_experts, keeps=keeps):
             return fusion
     return None
+
+
+def fused_forward(run: ForwardRun, fusion: Fusion, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """The level in one launch, or its last layer with gates and mixtures."""
+    inputs, plan, gate = run.inputs, run.plan, run.inputs.gate
+    block = plan.blocks[0]
+    part = slice(block.position, block.position + len(block.layers))
+    tensors, spec, at = inputs.layers[part], block.layers[-1], run.saved.layers[part][-1]
+    slots = tuple(run.x.columns[s] for s in plan.topology.mixture_slot)
+    weight, bias = dense(gate.weight), dense(gate.bias)
+    norms = [folded(norm_of(*layer)) for layer in zip(block.layers, tensors, run.state.layers[part], strict=True)]
+    logits_norm = folded(run.logits_norm())
+    if fusion is Fusion.TWO_LAYERS:
+        first, second = tensors
+        return fused_two_layers_fwd(
+            run.x.tensor,
+            (first.weight.contiguous(), second.weight.contiguous()),
+            (dense(first.bias), dense(second.bias)),
+            columns_of(block.slots, run.x.columns),
+            run.mixtures,
+            activations=(tuple(block.layers[0].activation), tuple(spec.activation)),  # type: ignore[arg-type]
+            norms=(norms[0], norms[1]),
+            x=run.x.tensor,
+            gate_weight=weight,
+            gate_bias=bias,
+            logits_norm=logits_norm,
+            mixture_slots=slots,
+            offset=run.offset,
+            temperature=plan.gate_spec.temperature,
+            keep_weights=weights_wanted,
+            precision=run.precision,
+        )
+    a, columns = run.x.tensor, columns_of(block.slots, run.x.columns)
+    logits: Tensor | None = None
+    if fusion is Fusion.LAST_LAYER:
+        a, found = run.mlp_forward(block, run.x, None, with_gates=True, layers=len(block.layers) - 1)
+        logits = None if found is None else found.logits
+        columns = tuple(range(len(block.slots)))
+    keeps_input = at.act >= 0 and at.act != at.h
+    y, h, z, p = fused_level_fwd(
+        a,
+        tensors[-1].weight.contiguous(),
+        dense(tensors[-1].bias),
+        columns,
+        run.mixtures,
+        activation=(spec.activation[0], spec.activation[1]),
+        norm=norms[-1],
+        logits=logits,
+        x=None if logits is not None else run.x.tensor,
+        gate_weight=None if logits is not None else weight,
+        gate_bias=None if logits is not None else bias,
+        logits_norm=None if logits is not None else logits_norm,
+        mixture_slots=slots,
+        offset=run.offset,
+        temperature=plan.gate_spec.temperature,
+        keep_output=at.h >= 0,
+        keep_input=keeps_input,
+        keep_weights=weights_wanted,
+        precision=run.precision,
+    )
+    run.keep(at.h, h)
+    if keeps_input:
+        run.keep(at.act, z)
+    return y, p
