@@ -106,6 +106,8 @@ def _choose(wanted: str, device: torch.device) -> Choice:
         return _TRITON
     if wanted == "torch":
         return Choice("torch", "asked for")
+    if device.type == "cpu":
+        return _CPU
     if device.type != "cuda":
         return Choice("torch", f"{device.type} tensors")
     missing = _why_no_triton(device)
@@ -119,6 +121,7 @@ def _choose(wanted: str, device: torch.device) -> Choice:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by the tracer
 
 _TRITON = Choice("triton", "asked for")
+_CPU = Choice("torch", "cpu tensors")
 OLDEST_CAPABILITY = (8, 0)
 
 

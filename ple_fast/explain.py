@@ -15,7 +15,6 @@ from .backend import Choice, last_backend
 from .modules import ExtractionNetwork
 from .routes import Asked, Route, watching
 from .scalars import shown
-from .tensors import unflatten
 from .torch_backend.few_rows import uses_wide_product
 from .torch_backend.products import grouped_library, linear_library
 
@@ -228,7 +227,7 @@ def _backward_launches(seen: _Seen) -> int:
 
 def _products(asked: Asked, x: Tensor, *, few_rows: bool) -> Iterator[str]:
     """Forward's products on the torch backend, layer by layer, then the gates'."""
-    layers, gate = unflatten(asked.parameters)
+    layers, gate = asked.layers, asked.gate
 
     is_shared = isinstance(asked.x, Tensor) and x.dim() == 2
     for mlp in asked.plan.mlps():

@@ -154,16 +154,16 @@ def extraction_level(
         )
     is_traced = must_see_operators(weight)
     choice = resolve(weight.device, backend)
-    batch = (x if isinstance(x, Tensor) else x[0]).shape[0]
-    parameters = flatten(layers, gate)
     is_special = gate_input is not None or return_gates or autocast is not None
     records = torch.is_grad_enabled()
+    parameters = flatten(layers, gate) if records else ()
     now = _bare_state(plan.num_layers)
     if plan.has_state:  # what is refused must have moved no statistics
         _check(plan, layers, gate, x, gate_input, gate_features)
-        now = state(batch, choice.name)
+        now = state((x if isinstance(x, Tensor) else x[0]).shape[0], choice.name)
     asked = Asked(
-        plan, now, x, parameters, choice.name, backend == "torch", is_traced, records, is_special, recompute
+        plan, now, x, layers, gate, parameters, choice.name, backend == "torch", is_traced, records, is_special,
+        recompute,
     )  # fmt: skip
     way = route_of(asked).name
     if way == "few rows":  # whose products refuse what does not fit
@@ -183,12 +183,12 @@ def extraction_level(
         gate_tensors, gate_places = _place(gate_input, slots)
     if autocast is not None:
         layers, gate = _cast_layers(layers, gate, autocast, once=way == "by hand")
-        parameters = flatten(layers, gate)
         tensors = tuple(t.to(autocast) for t in tensors)
         gate_tensors = tuple(t.to(autocast) for t in gate_tensors)
     call = LevelCall(
         plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute, choice.name
     )
+    parameters = parameters if records and autocast is None else flatten(layers, gate)
     flat = (*tensors, *gate_tensors, *parameters)
     if autocast is None:
         y, listed = _run(call, flat, way)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from .backend import is_exporting
 from .plan import LevelPlan
 from .state import LevelState
+from .tensors import GateTensors, LayerTensors
 from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, serves, serves_state
 
 _TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -28,8 +29,10 @@ class Asked(NamedTuple):
     state: LevelState
     x: Any
     """A tensor, or one for each slot."""
+    layers: Sequence[LayerTensors]
+    gate: GateTensors
     parameters: tuple[Tensor | None, ...]
-    """The flat tuple of the level's tensors."""
+    """The flat tuple of both, where a backward may follow."""
     backend: str
     """That was chosen, ``"torch"`` or ``"triton"``."""
     is_plain: bool
@@ -64,21 +67,15 @@ def must_see_operators(weight: Tensor) -> bool:
     )
 
 
-def _rows(asked: Asked) -> int:
-    x = asked.x if isinstance(asked.x, Tensor) else asked.x[0]
-    rows: int = x.shape[0]
-    return rows
-
-
 def _is_operator(asked: Asked) -> bool:
     """``torch.compile`` traces a CPU level, or any program with kernels a level without norms and dropout."""
-    weight = asked.parameters[0]
+    weight = asked.layers[0].weight
     # What else must see through an operator: function transforms, and tensors that have no memory.
+    if not asked.is_traced:
+        return False
     if not (
-        asked.is_traced
-        and torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and weight is not None
         and not weight.is_meta
         and type(weight) in _TRACED
     ):
@@ -93,24 +90,31 @@ def _is_operator(asked: Asked) -> bool:
 
 def _is_differentiable(asked: Asked) -> bool:
     """Another tracer, a transform or a tensor subclass is at work, a norm is not ours, or there is no row."""
-    return asked.is_traced or asked.state.has_foreign_norm or _rows(asked) == 0
+    if asked.is_traced or (asked.plan.has_state and asked.state.has_foreign_norm):
+        return True
+    x = asked.x if isinstance(asked.x, Tensor) else asked.x[0]
+    return bool(x.shape[0] == 0)
 
 
 def _has_few_rows(asked: Asked) -> bool:
     """A CPU batch below 32 rows, 96 in training, of a level of one block and plain gates."""
     x = asked.x
-    if asked.backend != "torch" or asked.is_special or not isinstance(x, Tensor):
-        return False
     records = asked.records
-    if not (
-        x.shape[0] < (MAX_TRAIN_ROWS if records else MAX_ROWS)
-        and x.dtype in (torch.float32, torch.float64)
-        and serves(asked.plan, x.dim() == 3, trains=records)
+    if (
+        asked.backend != "torch"
+        or asked.is_special
+        or not isinstance(x, Tensor)
+        or x.shape[0] >= (MAX_TRAIN_ROWS if records else MAX_ROWS)
+        or x.dtype not in (torch.float32, torch.float64)
+        or not serves(asked.plan, x.dim() == 3, trains=records)
     ):
         return False
     if records:
-        return not asked.recompute and all(t is None or t.requires_grad for t in asked.parameters)
-    return serves_state(asked.state)
+        for tensor in asked.parameters:  # a plain loop: a small batch waits for this
+            if tensor is not None and not tensor.requires_grad:
+                return False
+        return not asked.recompute
+    return not asked.plan.has_state or serves_state(asked.state)
 
 
 def _is_any(asked: Asked) -> bool:
@@ -126,28 +130,29 @@ ROUTES = (
 )
 
 
-class _Watch(threading.local):
-    watcher: Callable[[Route, Asked], None] | None = None
-
-
-_watch = _Watch()
+_watchers: dict[int, Callable[[Route, Asked], None]] = {}
+"""By thread. Nearly always empty, which costs a call next to nothing to see."""
 
 
 @contextmanager
 def watching(watcher: Callable[[Route, Asked], None]) -> Iterator[None]:
-    """Tell ``watcher`` of every route that a call of this thread takes."""
-    before, _watch.watcher = _watch.watcher, watcher
+    """Tell ``watcher`` of every route that a call of this thread takes; of traced calls nobody is told."""
+    thread = get_ident()
+    before = _watchers.get(thread)
+    _watchers[thread] = watcher
     try:
         yield
     finally:
-        _watch.watcher = before
+        del _watchers[thread]
+        if before is not None:
+            _watchers[thread] = before
 
 
 def route_of(asked: Asked) -> Route:
     """The first route whose condition holds."""
     for route in ROUTES:
         if route.condition(asked):
-            if not asked.is_traced and _watch.watcher is not None:
-                _watch.watcher(route, asked)
+            if not asked.is_traced and _watchers and (watcher := _watchers.get(get_ident())) is not None:
+                watcher(route, asked)
             return route
     raise AssertionError("the last route takes every call")

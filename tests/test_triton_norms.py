@@ -199,3 +199,14 @@ def test_the_same_step_twice_is_bit_for_bit_the_same(name: str, device: torch.de
     second = outcome(module, x, everything)
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]), key
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_gates_learn_beside_experts_that_are_frozen(norm: Any, position: Any, device: torch.device) -> None:
+    """What the mixtures' weights read of the experts is there, although no gradient reaches the experts."""
+    module = level(SMALL, MLPSpec((6, 4), norm=norm, norm_position=position), GateSpec()).train()
+    module.blocks.requires_grad_(False)
+    module.to(device)
+    outcomes = both(module, device)
+    assert_equal_outcomes(outcomes[0], outcomes[1], 1e-9)
