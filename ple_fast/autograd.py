@@ -145,13 +145,13 @@ def _by_hand_backward(
         dfirst, dflat = few_rows_train_backward(
             call.plan, layers, gate, tensors[0], flat, dy, want_x=needed[0], want_tensors=any(needed[1:])
         )
-        return dfirst, *(grad if wanted else None for grad, wanted in zip(dflat, needed[1:], strict=True))
+        return dfirst, *dflat  # of all tensors that there are
 
     def run() -> Gradients:
         inputs, wants = call.inputs(tensors), call.wants(needed)
         dx, dgate_x, dtensors = arithmetic_of(call).level_backward(inputs, wants, flat, dy, dlisted)
         grads = (*dx, *dgate_x, *dtensors)
-        return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+        return tuple([grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)])
 
     return _repeated(call, run, "backward", (*tensors, *flat, dy, dlisted), needed)
 

@@ -69,7 +69,8 @@ def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Te
         return run_op(call, flat)
     if way == "differentiable":
         return run_differentiable(call, flat)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat)):
+    # On the short path every parameter has been seen to require a gradient.
+    if not (call.few_rows or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat))):
         return run_without_grad(call, flat)
     out: Any = ExtractionLevelFunction.apply(call, *flat)  # type: ignore[no-untyped-call]  # untyped in torch
     return out if call.listed else (out, None)

@@ -177,14 +177,13 @@ def few_rows_train_backward(
                 below = kept[at - 1 if from_output(specs[i - 1].activation) else at - 2]
                 grads[WIDTH * i] = torch.bmm(d.transpose(1, 2), below)
                 if layers[i].bias is not None:
-                    grads[WIDTH * i + 1] = d.sum(1)
+                    grads[WIDTH * i + 1] = d[:, 0] if rows == 1 else d.sum(1)  # of one row the row itself
             d = torch.bmm(d, layers[i].weight)
     assert dlogits is not None
     weight = layers[0].weight
     count, units, width = weight.shape
     d = d.transpose(0, 1).reshape(rows, -1)
     if want_tensors:
-        # Of one row the sum is the row itself.
         if layers[0].bias is not None:
             grads[1] = (d if rows == 1 else d.sum(0)).view(count, units)
         if gate.bias is not None:
