@@ -12,16 +12,9 @@ from torch import Tensor, nn
 from ..specs import GateSpec, LayerSpec, MLPSpec
 from ..state import NormState
 from ..torch_backend.folding import fold_input, fold_output, scale_and_shift
-from .layers import (
-    ExpertBlock,
-    Gate,
-    StackedBatchNorm,
-    StackedDice,
-    StackedLayer,
-    StackedLayerNorm,
-    StackedPReLU,
-    StackedRowDice,
-)
+from .activations import StackedDice, StackedPReLU, StackedRowDice
+from .layers import ExpertBlock, Gate, StackedLayer
+from .norms import StackedBatchNorm, StackedLayerNorm
 
 if TYPE_CHECKING:
     from .network import ExtractionNetwork

@@ -19,7 +19,8 @@ from ..state import LevelState
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
-from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
+from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer
+from .norms import norm_state
 from .symbolic import call_module, fixed, is_symbolic
 from .uncalled import Holder, StackedModules
 from .unpack import unpack

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..specs import Activation
-from .layers import ExpertBlock, Gate, StackedBatchNorm, StackedDice, StackedLayer, StackedLayerNorm
+from .activations import StackedDice
+from .layers import ExpertBlock, Gate, StackedLayer
+from .norms import StackedBatchNorm, StackedLayerNorm
 from .plain import Dice, RowDice, Temperature, WeightOffset
 
 if TYPE_CHECKING:
