@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..specs import LayerSpec
+from ..specs import GateSpec, LayerSpec, MLPSpec
 from ..state import NO_STATE, LayerState
 from ..tensors import GateTensors, LayerTensors
+from ..topology import Topology
 from .activations import StackedDice, StackedPReLU, StackedRowDice
 from .norms import StackedBatchNorm, StackedLayerNorm, norm_state
-from .uncalled import StackedModules, Uncalled, computed_tensor
+from .uncalled import Holder, StackedModules, Uncalled, computed_tensor
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -218,3 +219,13 @@ class Gate(Uncalled):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]} logits" + (
             "" if self.bias is not None else ", bias=False"
         )
+
+
+class LevelParts(Holder):
+    """What a level holds: its make-up and its tensors, without the call."""
+
+    topology: Topology
+    expert_specs: tuple[MLPSpec, ...]
+    gate_spec: GateSpec
+    blocks: StackedModules
+    gate: Gate
