@@ -172,21 +172,19 @@ class Gate(Uncalled):
         count: int,
         in_features: int,
         logits: int,
-        layers: tuple[LayerSpec, ...],
+        spec: GateSpec,
         *,
-        bias: bool,
-        logits_norm: bool,
         offset: OffsetStart,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.layers = stacked_layers(count, in_features, layers if count else (), **where)
-        width = layers[-1].units if layers else in_features
+        self.layers = stacked_layers(count, in_features, spec.layers if count else (), **where)
+        width = spec.units[-1] if spec.units else in_features
         self.weight = nn.Parameter(torch.empty(logits, width, **where)) if logits else None
-        self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and bias else None
-        self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and logits_norm else None
+        self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and spec.bias else None
+        self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and spec.logits_norm else None
         self.offset_start = offset
         if not offset.low:
             self.offset = None

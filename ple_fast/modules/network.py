@@ -149,9 +149,7 @@ class ExtractionNetwork(CheckedModule, LevelParts):
             len(topology.gated_mixtures),
             self.gate_features,
             topology.num_logits,
-            gate.layers,
-            bias=gate.bias,
-            logits_norm=gate.logits_norm is not None,
+            gate,
             offset=OffsetStart(zeros, zeros) if _offset is None else _offset,
             **where,
         )
