@@ -40,8 +40,8 @@ class UngatedOptions(TypedDict, total=False):
         Any,
         Option(
             "relu",
-            "of experts (one, or one per layer) and of gates' hidden layers: relu, leaky_relu, prelu, gelu, gelu_tanh, "
-            "silu, tanh, sigmoid, dice, row_dice, identity, or a ``torch.nn`` class or instance.",
+            "of experts, one or one per layer: relu, leaky_relu, prelu, gelu, gelu_tanh, silu, tanh, sigmoid, dice, "
+            "row_dice, identity, or a ``torch.nn`` class or instance.",
         ),
     ]
     norm: Annotated[
@@ -59,7 +59,12 @@ class LevelOptions(UngatedOptions, total=False):
     """Keywords of every trunk that has gates."""
 
     gate_units: Annotated[
-        Sequence[int], Option((), "widths of the gates' hidden layers; ``()`` is the paper's single linear layer.")
+        Sequence[int],
+        Option(
+            (),
+            "widths of the gates' hidden layers, whose activation is the (first) one of experts; ``()`` is the paper's "
+            "single linear layer.",
+        ),
     ]
     gate_bias: Annotated[bool, Option(True, "bias of the gates' last layer.")]
 
