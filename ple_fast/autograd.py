@@ -191,7 +191,7 @@ def _differentiable_backward(
     dy: Tensor | None,
     dlisted: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients that are themselves differentiable (or batched): through the composed level, computed again."""
+    """Gradients that are themselves differentiable (or batched): through the differentiable level, computed again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: a tensor may also reach another one (a weight used in two levels), and that path is not this node's.

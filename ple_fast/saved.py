@@ -237,7 +237,10 @@ def saved_by_kernels(plan: LevelPlan, wants: Wants, kind: LevelKind) -> Saved:
             else:
                 h = found.keep(is_output or _above(plan, mlp, number, wants), members, spec.units)
             normed = want.output or (deferred and wants.weights)
-            mean, rstd = found.statistics(own.norm if normed else None, members, spec.units, number)
+            if normed and own.norm == "layer" and in_kernels:
+                mean, rstd = found.keep(True, members, wide=True), found.keep(True, members, wide=True)
+            else:
+                mean, rstd = found.statistics(own.norm if normed else None, members, spec.units, number)
             layers.append(LayerSaved(z, h if is_output else act, h, mean, rstd, dice_mean, dice_rstd))
     z = found.keep(wants.logits and kind.gate_norm is not None, t.num_logits)
     mean, rstd = found.statistics(kind.gate_norm if wants.logits else None, 1, t.num_logits, -1)

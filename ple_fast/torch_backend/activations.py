@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..specs import Activation
+from ..specs import LEARNED, Activation
 from ..state import NormState
 from .norms import BatchNormSaved, batch_norm_backward, batch_norm_forward, batch_normalised
 from .row_dice import row_dice_backward, row_dice_forward
@@ -14,29 +17,75 @@ from .row_dice import row_dice_backward, row_dice_forward
 aten = torch.ops.aten
 
 
-def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, *, keep_input: bool) -> Tensor:
-    """``f(z)``, every activation but dice; in place unless ``keep_input``. ``slope``: of prelu, row_dice, ``(n,)``."""
+class Function(NamedTuple):
+    """An activation with its constant; all but dice, which looks at the batch."""
+
+    forward: Callable[[Tensor, float], Tensor]
+    """Differentiable, and changes nothing."""
+    in_place: Callable[[Tensor, float], Tensor] | None
+    """The same into its input, where that saves memory."""
+    backward: Callable[[Tensor, Tensor, float], object]
+    """Turns the gradient of the output into that of the input, in place; what it reads is ``kept`` in ``saved.py``."""
+
+
+FUNCTIONS: dict[str, Function] = {
+    "identity": Function(lambda z, _: z, None, lambda d, kept, _: d),
+    "relu": Function(
+        lambda z, _: F.relu(z),
+        lambda z, _: z.relu_(),
+        lambda d, kept, _: aten.threshold_backward.grad_input(d, kept, 0, grad_input=d),
+    ),
+    "leaky_relu": Function(
+        F.leaky_relu,
+        lambda z, slope: F.leaky_relu(z, slope, inplace=True),
+        lambda d, kept, slope: aten.leaky_relu_backward.grad_input(d, kept, slope, slope > 0, grad_input=d),
+    ),
+    "tanh": Function(
+        lambda z, _: torch.tanh(z),
+        lambda z, _: z.tanh_(),
+        lambda d, kept, _: aten.tanh_backward.grad_input(d, kept, grad_input=d),
+    ),
+    "sigmoid": Function(
+        lambda z, _: torch.sigmoid(z),
+        lambda z, _: z.sigmoid_(),
+        lambda d, kept, _: aten.sigmoid_backward.grad_input(d, kept, grad_input=d),
+    ),
+    "gelu": Function(
+        lambda z, _: F.gelu(z),
+        None,
+        lambda d, kept, _: aten.gelu_backward.grad_input(d, kept, approximate="none", grad_input=d),
+    ),
+    "gelu_tanh": Function(
+        lambda z, _: F.gelu(z, approximate="tanh"),
+        None,
+        lambda d, kept, _: aten.gelu_backward.grad_input(d, kept, approximate="tanh", grad_input=d),
+    ),
+    "silu": Function(
+        lambda z, _: F.silu(z),
+        lambda z, _: F.silu(z, inplace=True),
+        lambda d, kept, _: aten.silu_backward.grad_input(d, kept, grad_input=d),
+    ),
+}
+
+
+def activate(z: Tensor, activation: Activation, slope: Tensor | None) -> Tensor:
+    """``f(z)`` in differentiable operators. ``slope``: of prelu and row_dice, ``(n,)``."""
     name, value = activation
-    if name == "identity":
-        return z
-    if name == "relu":
-        return F.relu(z) if keep_input else z.relu_()
-    if name == "tanh":
-        return torch.tanh(z) if keep_input else z.tanh_()
-    if name == "sigmoid":
-        return torch.sigmoid(z) if keep_input else z.sigmoid_()
-    if name == "leaky_relu":
-        return F.leaky_relu(z, value, inplace=not keep_input)
-    if name == "gelu":
-        return F.gelu(z)
-    if name == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    if name == "silu":
-        return F.silu(z, inplace=not keep_input)
-    if name == "row_dice" and slope is not None:
+    if name == "prelu":
+        assert slope is not None
+        return torch.prelu(z, slope)
+    if name == "row_dice":
+        assert slope is not None
         return row_dice_forward(z, slope, value)
-    assert name == "prelu" and slope is not None, name
-    return torch.prelu(z, slope)
+    return FUNCTIONS[name].forward(z, value)
+
+
+def activation_forward(z: Tensor, activation: Activation, slope: Tensor | None, *, keep_input: bool) -> Tensor:
+    """``activate``, in place unless ``keep_input``."""
+    function = FUNCTIONS.get(activation.name)
+    if keep_input or function is None or function.in_place is None:
+        return activate(z, activation, slope)
+    return function.in_place(z, activation.value)
 
 
 def activation_backward(
@@ -47,35 +96,19 @@ def activation_backward(
     ``kept``: the output where ``from_output``, else the input.
     """
     name, value = activation
-    if name == "relu":
-        aten.threshold_backward.grad_input(d, kept, 0, grad_input=d)
-    elif name == "tanh":
-        aten.tanh_backward.grad_input(d, kept, grad_input=d)
-    elif name == "sigmoid":
-        aten.sigmoid_backward.grad_input(d, kept, grad_input=d)
-    elif name == "leaky_relu":
-        aten.leaky_relu_backward.grad_input(d, kept, value, value > 0, grad_input=d)
-    elif name in ("gelu", "gelu_tanh"):
-        aten.gelu_backward.grad_input(d, kept, approximate="tanh" if name == "gelu_tanh" else "none", grad_input=d)
-    elif name == "silu":
-        aten.silu_backward.grad_input(d, kept, grad_input=d)
-    elif name == "prelu":
-        assert slope is not None
-        negative = ~(kept > 0)  # NaN too
-        ds = None
-        if slope_grad:
-            wide = torch.promote_types(d.dtype, torch.float32)
-            ds = (d.to(wide) * kept).masked_fill_(~negative, 0).sum(2).sum(0).to(slope.dtype)
-        d.mul_(torch.where(negative, slope.view(-1, 1), torch.ones((), dtype=d.dtype, device=d.device)))
-        return ds
-    elif name == "row_dice":
-        assert slope is not None
+    if slope is None or name not in LEARNED:
+        FUNCTIONS[name].backward(d, kept, value)
+        return None
+    if name == "row_dice":
         dz, ds = row_dice_backward(d, kept, slope, value, alpha_grad=slope_grad)
         d.copy_(dz)
         return ds
-    else:
-        assert name == "identity", name
-    return None
+    negative, ds = ~(kept > 0), None  # NaN too
+    if slope_grad:
+        wide = torch.promote_types(d.dtype, torch.float32)
+        ds = (d.to(wide) * kept).masked_fill_(~negative, 0).sum(2).sum(0).to(slope.dtype)
+    d.mul_(torch.where(negative, slope.view(-1, 1), torch.ones((), dtype=d.dtype, device=d.device)))
+    return ds
 
 
 def dice_forward(z: Tensor, alpha: Tensor, norm: NormState) -> tuple[Tensor, BatchNormSaved]:

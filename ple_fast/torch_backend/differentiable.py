@@ -19,8 +19,8 @@ from ..specs import LayerSpec
 from ..state import LayerState, LevelState, NormState
 from ..tensors import GateTensors, LayerTensors
 from . import mix
+from .activations import activate
 from .dropout import keep_mask
-from .row_dice import row_dice_forward
 
 
 def level(
@@ -130,7 +130,7 @@ def _after_linear(
         p = torch.sigmoid(_batch_norm(z.flatten(1), None, None, state.dice, moves_statistics).view(z.shape))
         z = p * z - (p - 1) * tensor.slope * z  # the exporter to ONNX of torch 2.11 fails on 1 - p
     else:
-        z = activate(z, spec, tensor.slope)
+        z = activate(z, spec.activation, tensor.slope)
     if spec.norm_position == "after":
         z = _norm(z, spec, tensor, state, moves_statistics)
     if state.dropout:
@@ -139,24 +139,6 @@ def _after_linear(
         else:
             z = z * keep_mask(seed, position, 0, z, state.dropout) / (1.0 - state.dropout)
     return z
-
-
-def activate(z: Tensor, spec: LayerSpec, slope: Tensor | None) -> Tensor:
-    """The layer's activation, all but dice, on ``(B, n, H)``; ``slope``: prelu's or row_dice's, ``(n,)``."""
-    name, value = spec.activation
-    if name == "prelu":
-        assert slope is not None
-        return torch.prelu(z, slope)
-    if name == "row_dice":
-        assert slope is not None
-        return row_dice_forward(z, slope, value)
-    if name == "leaky_relu":
-        return F.leaky_relu(z, value)
-    if name in ("gelu", "gelu_tanh"):
-        return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
-    functions = {"identity": lambda t: t, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-    result: Tensor = functions[name](z)
-    return result
 
 
 def _norm(z: Tensor, spec: LayerSpec, tensor: LayerTensors, state: LayerState, moves_statistics: bool) -> Tensor:
