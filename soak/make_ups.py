@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.model.trunks import TRUNKS
-from ple_fast.modules.layers import StackedLayerNorm
+from ple_fast.modules.norms import StackedLayerNorm
 from ple_fast.specs import ACTIVATIONS, Activation, LayerSpec
 from tests.helpers import FORMS, draw, randomise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -108,6 +109,22 @@ def test_a_module_imports_only_from_the_layers_below_it(file: Path) -> None:
     assert "reference" not in used, (
         "the reference is the oracle of tests and benchmarks: no part of the library uses it"
     )
+
+
+# In model/ functions name the class whose methods call them, for type checkers only.
+PACKAGES = sorted({file.parent for file in OURS} - {ROOT / "ple_fast" / "model"})
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=name_of)
+def test_no_modules_of_a_package_import_each_other_in_a_ring(package: Path) -> None:
+    """Not even lazily, or for types: what two need of each other has a place of its own, below both."""
+    graph: dict[str, set[str]] = {}
+    for file in package.glob("*.py"):
+        statements = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        own = [node for node in statements if node.level == 1]
+        graph[file.stem] = {name for node in own for name in ([node.module] if node.module else [])}
+        graph[file.stem] |= {alias.name for node in own if not node.module for alias in node.names}
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the ring
 
 
 @pytest.mark.parametrize("file", OURS, ids=name_of)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ple_fast import CGC, PLE, ExtractionNetwork, MLPSpec, MMoE, Topology, pack, use_backend
-from ple_fast.modules.layers import StackedBatchNorm, StackedLayerNorm
+from ple_fast.modules.norms import StackedBatchNorm, StackedLayerNorm
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, draw, level, randomise
 
 LEVEL = TOPOLOGIES["ple"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import CGC, PLE, ExtractionNetwork, GateSpec, MLPSpec, MMoE, Topology
-from ple_fast.modules.layers import StackedBatchNorm, StackedDice, StackedLayerNorm, StackedPReLU
+from ple_fast.modules.activations import StackedDice, StackedPReLU
+from ple_fast.modules.norms import StackedBatchNorm, StackedLayerNorm
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, compare, draw, level, randomise
 
 LEVEL = TOPOLOGIES["ple"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ple_fast import PLE, GateSpec, MLPSpec, Topology
-from ple_fast.modules.layers import StackedLayerNorm
+from ple_fast.modules.norms import StackedLayerNorm
 from ple_fast.reference import PLEReference
 from ple_fast.specs import ACTIVATIONS, Activation
 from tests.helpers import FORMS, compare, compare_low_precision, draw, level, randomise

@@ -17,7 +17,7 @@ from benchmarks.environment import ROOT
 from benchmarks.result_files import load
 from ple_fast.model import MultiTaskModel, storage
 from ple_fast.model.trunks import TRUNKS
-from ple_fast.modules import layers
+from ple_fast.modules import layers, norms
 from ple_fast.plan import LevelPlan
 from ple_fast.state import NormState
 from ple_fast.torch_backend import layer, mix
@@ -81,7 +81,7 @@ def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norms take up half of what they should."""
-    right = layers.norm_state
+    right = norms.norm_state
 
     def wrong(norm: nn.Module | None, batch: int) -> NormState | None:
         state = right(norm, batch)

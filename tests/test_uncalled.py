@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ple_fast import PLE, ExtractionNetwork
-from ple_fast.modules.layers import ExpertBlock, Gate, StackedBatchNorm, StackedLayer, StackedLayerNorm
+from ple_fast.modules.layers import ExpertBlock, Gate, StackedLayer
+from ple_fast.modules.norms import StackedBatchNorm, StackedLayerNorm
 
 INSIDE = [ExpertBlock, Gate, StackedLayer, StackedLayerNorm]
 

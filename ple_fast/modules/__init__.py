@@ -1,10 +1,8 @@
 """What users hold: parameters and their initialisation. The arithmetic is one call into ``functional``."""
 
-from .adatt import AdaTT, CrossStitch
-from .mmoe import MLMMoE, MMoE
+from .gated import CGC, PLE, AdaTT, MLMMoE, MMoE
 from .network import ExtractionNetwork
-from .ple import CGC, PLE
-from .sharing import AsymmetricSharing, CustomizedSharing, HardSharing, SingleTask
+from .ungated import AsymmetricSharing, CrossStitch, CustomizedSharing, HardSharing, SingleTask
 
 __all__ = [
     "CGC",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,9 @@ from torch import Tensor, nn
 from ..specs import GateSpec, LayerSpec, MLPSpec
 from ..state import NormState
 from ..torch_backend.folding import fold_input, fold_output, scale_and_shift
-from .layers import (
-    ExpertBlock,
-    Gate,
-    StackedBatchNorm,
-    StackedDice,
-    StackedLayer,
-    StackedLayerNorm,
-    StackedPReLU,
-    StackedRowDice,
-)
-
-if TYPE_CHECKING:
-    from .network import ExtractionNetwork
+from .activations import StackedDice, StackedPReLU, StackedRowDice
+from .layers import ExpertBlock, Gate, LevelParts, StackedLayer
+from .norms import StackedBatchNorm, StackedLayerNorm
 
 
 @dataclass
@@ -74,7 +64,7 @@ class _Layer:
         return None if self.norm is None else self.norm.eps, None if self.dice is None else self.dice.eps
 
 
-def for_inference(level: ExtractionNetwork) -> tuple[dict[str, Any], Callable[[ExtractionNetwork], None]]:
+def for_inference(level: LevelParts) -> tuple[dict[str, Any], Callable[[LevelParts], None]]:
     """Arguments and content of the level that computes what ``level`` computes in eval mode.
 
     Returns:
@@ -97,7 +87,7 @@ def for_inference(level: ExtractionNetwork) -> tuple[dict[str, Any], Callable[[E
     settings = [[layer.settings() for layer in layers] for layers in blocks]
     splits = {start for j, (start, _) in enumerate(ranges) if j and settings[j] != settings[j - 1]}
 
-    def fill(new: ExtractionNetwork) -> None:
+    def fill(new: LevelParts) -> None:
         with torch.no_grad():
             for block in new.blocks:
                 assert isinstance(block, ExpertBlock)

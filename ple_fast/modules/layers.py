@@ -1,4 +1,4 @@
-"""Owners of the stacked parameters: layers of a block of experts, norms, learned activations, the gates' end."""
+"""Owners of the stacked parameters: layers of a block of experts, and the gates' end."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..checks import check_more_than_one
-from ..specs import LayerSpec
-from ..state import NO_STATE, LayerState, NormState
+from ..specs import GateSpec, LayerSpec, MLPSpec
+from ..state import NO_STATE, LayerState
 from ..tensors import GateTensors, LayerTensors
-from .plain import row_dice
-from .uncalled import StackedModules, Uncalled, computed_tensor
+from ..topology import Topology
+from .activations import StackedDice, StackedPReLU, StackedRowDice
+from .norms import StackedBatchNorm, StackedLayerNorm, norm_state
+from .uncalled import Holder, StackedModules, Uncalled, computed_tensor
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -26,157 +26,6 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
             hook(module, ())
     tensor: Tensor | None = getattr(module, name)
     return tensor
-
-
-class StackedBatchNorm(Uncalled, nn.BatchNorm1d):
-    """Batch norm of ``n`` stacked layers, over ``n * H`` features; layer ``e`` has ``e H`` to ``(e + 1) H``."""
-
-
-class StackedLayerNorm(Uncalled):
-    """Layer norm of ``n`` stacked layers: ``(B, n, H)``, normalised over H, with weight and bias ``(n, H)``."""
-
-    def __init__(
-        self,
-        count: int,
-        units: int,
-        *,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``(B, n, H)`` to the same."""
-        return F.layer_norm(z, z.shape[-1:], eps=self.eps) * self.weight + self.bias
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
-
-
-class StackedPReLU(Uncalled):
-    """PReLU of ``n`` stacked layers, one slope each: ``weight (n,)``."""
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        init: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.init = init
-        self.weight = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Every slope at its initial value."""
-        nn.init.constant_(self.weight, self.init)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``(B, n, H)`` to the same."""
-        return torch.where(z > 0, z, z * self.weight.view(-1, 1))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, init={self.init}"
-
-
-class StackedDice(Uncalled):
-    """Dice of ``n`` stacked layers (Zhou et al., KDD 2018, eq. 3): ``alpha (n, H)`` and a batch norm without weight."""
-
-    def __init__(
-        self,
-        count: int,
-        units: int,
-        *,
-        eps: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.norm = StackedBatchNorm(count * units, eps=eps, affine=False, device=device, dtype=dtype)
-        self.alpha = nn.Parameter(torch.empty(count, units, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Alpha 0, statistics as new."""
-        nn.init.zeros_(self.alpha)
-        self.norm.reset_parameters()
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``(B, n, H)`` to the same."""
-        p = torch.sigmoid(self.norm(z.flatten(1)).view(z.shape))
-        return p * z + (1 - p) * self.alpha * z
-
-
-class StackedRowDice(Uncalled):
-    """The dice of torch-rechub in ``n`` stacked layers: ``alpha (n,)``; mean and scatter are those of each row."""
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        eps: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.alpha = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Alpha 0."""
-        nn.init.zeros_(self.alpha)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``(B, n, H)`` to the same."""
-        return row_dice(z, self.alpha.view(-1, 1), self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.alpha.shape[0]}, eps={self.eps}"
-
-
-def norm_state(norm: nn.Module | None, batch: int) -> NormState | None:
-    """Settings and buffers of a norm at one call; counts the call where it moves running statistics.
-
-    Raises:
-        ValueError: batch norm in train mode on one row, or running statistics of another shape.
-    """
-    if norm is None or isinstance(norm, nn.Identity):
-        return None
-    if isinstance(norm, StackedLayerNorm):
-        return NormState("layer", norm.eps)
-    if type(norm) not in (StackedBatchNorm, nn.BatchNorm1d):
-        return NormState("batch", 0.0, module=norm)
-    assert isinstance(norm, nn.BatchNorm1d)
-    for statistics in (norm.running_mean, norm.running_var):
-        if statistics is not None and statistics.shape != (norm.num_features,):
-            raise ValueError(
-                f"batch norm: size mismatch, expected running statistics of shape ({norm.num_features},), got "
-                f"{tuple(statistics.shape)}"
-            )
-    if norm.training or norm.running_mean is None:
-        check_more_than_one(batch, norm.num_features)
-        factor = 0.0
-        # The attribute is read too: some turn it off for a pass that must leave the statistics alone.
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            assert norm.num_batches_tracked is not None
-            norm.num_batches_tracked.add_(1)
-            # momentum=None asks for a plain average over all batches, as in PyTorch.
-            factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        return NormState("batch", norm.eps, True, factor, norm.running_mean, norm.running_var)
-    return NormState("batch", norm.eps, False, 0.0, norm.running_mean, norm.running_var)
 
 
 @torch.no_grad()
@@ -323,21 +172,19 @@ class Gate(Uncalled):
         count: int,
         in_features: int,
         logits: int,
-        layers: tuple[LayerSpec, ...],
+        spec: GateSpec,
         *,
-        bias: bool,
-        logits_norm: bool,
         offset: OffsetStart,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.layers = stacked_layers(count, in_features, layers if count else (), **where)
-        width = layers[-1].units if layers else in_features
+        self.layers = stacked_layers(count, in_features, spec.layers if count else (), **where)
+        width = spec.units[-1] if spec.units else in_features
         self.weight = nn.Parameter(torch.empty(logits, width, **where)) if logits else None
-        self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and bias else None
-        self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and logits_norm else None
+        self.bias = nn.Parameter(torch.empty(logits, **where)) if logits and spec.bias else None
+        self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and spec.logits_norm else None
         self.offset_start = offset
         if not offset.low:
             self.offset = None
@@ -370,3 +217,13 @@ class Gate(Uncalled):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]} logits" + (
             "" if self.bias is not None else ", bias=False"
         )
+
+
+class LevelParts(Holder):
+    """What a level holds: its make-up and its tensors, without the call."""
+
+    topology: Topology
+    expert_specs: tuple[MLPSpec, ...]
+    gate_spec: GateSpec
+    blocks: StackedModules
+    gate: Gate

@@ -19,9 +19,10 @@ from ..state import LevelState
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
-from .layers import ExpertBlock, Gate, OffsetStart, StackedLayer, norm_state
+from .layers import ExpertBlock, Gate, LevelParts, OffsetStart, StackedLayer
+from .norms import norm_state
 from .symbolic import call_module, fixed, is_symbolic
-from .uncalled import Holder, StackedModules
+from .uncalled import StackedModules
 from .unpack import unpack
 
 
@@ -89,7 +90,7 @@ def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> t
     return specs
 
 
-class ExtractionNetwork(CheckedModule, Holder):
+class ExtractionNetwork(CheckedModule, LevelParts):
     """One level (Tang et al., RecSys 2020, eq. 2-4): ``y_o = sum_{e in A(o)} softmax(gate_o(x_t(o)))_e MLP_e(x_s(e))``.
 
     Args:
@@ -148,9 +149,7 @@ class ExtractionNetwork(CheckedModule, Holder):
             len(topology.gated_mixtures),
             self.gate_features,
             topology.num_logits,
-            gate.layers,
-            bias=gate.bias,
-            logits_norm=gate.logits_norm is not None,
+            gate,
             offset=OffsetStart(zeros, zeros) if _offset is None else _offset,
             **where,
         )

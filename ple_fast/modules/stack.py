@@ -1,4 +1,4 @@
-"""A stack of extraction networks, and what its families share: options per level, specs, the building of levels."""
+"""A stack of extraction networks, and how its levels are built and checked."""
 
 from __future__ import annotations
 
@@ -6,63 +6,18 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import Input
-from ..scalars import as_tuple, check_count, is_sequence, shown
-from ..specs import Activation, GateSpec, MLPSpec
+from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
 from .layers import OffsetStart
 from .network import CheckedModule, ExtractionNetwork
+from .options import UngatedOptions
 from .symbolic import fixed, is_symbolic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Units = int | Sequence[int] | Sequence[Sequence[int]]
-
-
-def per_level(name: str, value: Any, levels: int, *, depth: int) -> list[Any]:
-    """``value`` for every level: the same one, or (nested ``depth`` sequences deep) one per level."""
-    nested, inner = 0, value
-    while is_sequence(inner):
-        nested += 1
-        inner = next(iter(as_tuple(inner)), None)
-    if nested < depth:
-        return [value] * levels
-    rows = as_tuple(value)
-    if len(rows) != levels:
-        raise ValueError(f"{name}: expected one per level ({levels}), got {len(rows)}: {shown(value)}")
-    return list(rows)
-
-
-def shared_per_level(shared_experts: int | Sequence[int], levels: int) -> list[int]:
-    """Shared experts of every level.
-
-    Raises:
-        ValueError: there are some at one level and none at another.
-    """
-    counts = per_level("shared_experts", shared_experts, levels, depth=1)
-    shared = [check_count("shared_experts", count, least=0) for count in counts]
-    if len({bool(count) for count in shared}) > 1:
-        raise ValueError(
-            "shared_experts: expected some at every level or none at any, because the shared mixture of a "
-            f"level is the shared slot of the next; got {shared}"
-        )
-    return shared
-
-
-def mlp_spec(units: Any, activation: Any, norm: Any, dropout: Any) -> MLPSpec:
-    """An expert behind the flat keywords."""
-    return MLPSpec(units, activation, norm=norm, dropout=dropout)
-
-
-def gate_spec(units: Any, activation: Any, bias: bool, **options: Any) -> GateSpec:
-    """The gate behind the flat keywords; its hidden layers have the (first) activation of the experts."""
-    several = is_sequence(activation) and not isinstance(activation, Activation)
-    single = as_tuple(activation)[0] if several else activation
-    return GateSpec(units, single, bias=bias, **options)
 
 
 class Stack(CheckedModule):
@@ -178,11 +133,8 @@ def build_levels(
     topologies: Sequence[Topology],
     experts: Sequence[MLPSpec | Sequence[MLPSpec]],
     gates: Sequence[GateSpec],
+    options: UngatedOptions,
     offsets: Sequence[OffsetStart | None] | None = None,
-    *,
-    recompute: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
 ) -> list[ExtractionNetwork]:
     """One level per topology, each as wide as the one below it puts out; raw gates read ``in_features``."""
     levels, width = [], in_features
@@ -194,11 +146,40 @@ def build_levels(
             experts=spec,
             gate=gate,
             gate_features=in_features if gate.input == "raw" else None,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
+            recompute=options["recompute"],
+            device=options["device"],
+            dtype=options["dtype"],
             _offset=start,
         )
         levels.append(level)
         width = level.out_features
     return levels
+
+
+def check_levels(levels: Sequence[ExtractionNetwork]) -> None:
+    """The mixtures of each level can be the slots of the next.
+
+    Raises:
+        TypeError: an entry is no ``ExtractionNetwork``.
+        ValueError: no levels, or levels that do not fit together.
+    """
+    if not levels:
+        raise ValueError("levels: expected at least one level, got none")
+    for i, level in enumerate(levels):
+        if not isinstance(level, ExtractionNetwork):
+            raise TypeError(f"levels[{i}]: expected an ExtractionNetwork, got {type(level).__name__}")
+    raw = levels[0].in_features
+    for i in range(1, len(levels)):
+        below, level = levels[i - 1], levels[i]
+        if below.out_features != level.in_features:
+            raise ValueError(
+                f"levels[{i}]: expected in_features={below.out_features}, the output width of the level below, "
+                f"got {level.in_features}"
+            )
+        if below.topology.num_mixtures != level.topology.num_slots:
+            raise ValueError(
+                f"levels[{i}]: expected {below.topology.num_mixtures} slots, the mixtures of the level below, "
+                f"got {level.topology.num_slots}"
+            )
+        if level.gate_spec.input == "raw" and level.gate_features != raw:
+            raise ValueError(f"levels[{i}]: its gates read the raw input of width {raw}, got {level.gate_features}")

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..specs import Activation
-from .layers import ExpertBlock, Gate, StackedBatchNorm, StackedDice, StackedLayer, StackedLayerNorm
+from .activations import StackedDice
+from .layers import ExpertBlock, Gate, LevelParts, StackedLayer
+from .norms import StackedBatchNorm, StackedLayerNorm
 from .plain import Dice, RowDice, Temperature, WeightOffset
-
-if TYPE_CHECKING:
-    from .network import ExtractionNetwork
-
 
 T = TypeVar("T")
 Index = int | slice | EllipsisType
@@ -74,7 +72,7 @@ def gate_moves(gate: Gate, rows: slice) -> Iterator[Move[str]]:
         yield from _norm_moves("norm", gate, "norm", rows)
 
 
-def offset_move(level: ExtractionNetwork, o: int) -> Move[str] | None:
+def offset_move(level: LevelParts, o: int) -> Move[str] | None:
     """The learned scalars of mixture ``o``, whose new name is from the gate on, or None."""
     marks = level.topology.mixture_offset
     assert marks is not None
@@ -91,7 +89,7 @@ def _norm_moves(role: str, layer: nn.Module, path: str, index: int | slice) -> I
 
 
 @torch.inference_mode(False)
-def unpack(level: ExtractionNetwork) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
+def unpack(level: LevelParts) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
     """Ordinary modules with copies of a level's weights and buffers; see ``ExtractionNetwork.unpack``."""
     _check_ours(level)
     experts = []
@@ -104,7 +102,7 @@ def unpack(level: ExtractionNetwork) -> tuple[list[nn.Sequential], list[nn.Seque
     return experts, [_gate(level, o) for o in range(level.topology.num_mixtures)]
 
 
-def _check_ours(level: ExtractionNetwork) -> None:
+def _check_ours(level: LevelParts) -> None:
     for name, module in level.named_modules():
         if is_parametrized(module):
             raise ValueError(
@@ -195,7 +193,7 @@ def _batch_norm(norm: nn.Module, units: int, where: dict[str, Any]) -> nn.BatchN
     return plain
 
 
-def _gate(level: ExtractionNetwork, o: int) -> nn.Sequential | None:
+def _gate(level: LevelParts, o: int) -> nn.Sequential | None:
     """The gate of mixture ``o``, ending in its logits; with learned scalars, in its weights."""
     topology, gate = level.topology, level.gate
     modules: list[nn.Module] = []
