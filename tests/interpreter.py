@@ -8,6 +8,7 @@ function, which takes longer than the function: ``_patch_once_a_launch``.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -59,11 +60,14 @@ def _patch_once_a_launch(interpreter: Any, language: Any) -> Callable[[Any], Any
 
     scope = Scope()
 
+    @functools.cache
+    def seen_by(fn: Any) -> frozenset[Any]:
+        return frozenset(value for value in fn.__globals__.values() if inspect.ismodule(value) and value in modules)
+
     def patched(fn: Any) -> Any:
-        seen = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in modules}
-        if not replaced or not seen <= replaced:
+        if not replaced or not seen_by(fn) <= replaced:
             scope._changes += patch(fn)._changes
-            replaced.update(seen)
+            replaced.update(seen_by(fn))
         return scope
 
     return patched
