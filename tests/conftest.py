@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+# Read when torch is loaded: a thread that waits for its partner sleeps, and does not take the time of another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch
