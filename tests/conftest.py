@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import random
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+# Read when torch is loaded: a thread that waits for its partner sleeps, and does not take the time of another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -83,6 +87,11 @@ def pytest_configure(config: pytest.Config) -> None:
     _device_constructors()
 
 
+def pytest_unconfigure() -> None:
+    """At the end of the process what was imported is freed as ever: libraries in C++ report what is not."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device under test, from ``--device``; a test fails, and is not skipped, where that device is absent."""
@@ -104,6 +113,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_there_stays() -> None:
+    """What the modules before have imported, the compiler say, is most of what is alive: collections of garbage, and
+    swaps, which look at all objects, leave it out. To go through it takes most of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -57,14 +56,6 @@ FIRST = [library.cases[0] for library in LIBRARIES]
 OTHERS = [case for case in CASES if case not in FIRST]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_holds_no_parameters() -> Iterator[None]:
-    """Every swap looks for optimizers among all objects; those of the imports are most of them."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @EACH

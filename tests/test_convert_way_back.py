@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +13,6 @@ from torch import nn
 from ple_fast import accelerate, restore
 from tests import test_convert_deepctr_torch as deepctr
 from tests.test_accelerate import make, step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_holds_no_parameters() -> Iterator[None]:
-    """Every swap looks for optimizers among all objects; those of the imports are most of them."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def dropouts_alone(model: Any) -> None:

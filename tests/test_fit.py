@@ -1,4 +1,4 @@
-"""What calls of fit leave behind: modes, threads that read meanwhile, the next call, warnings and scores."""
+"""What calls of fit leave behind: modes, what the next call goes on from, the optimizer."""
 
 from __future__ import annotations
 
@@ -6,134 +6,19 @@ import copy
 import functools
 import gc
 import pickle
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ple_fast.losses import TaskLoss
-from ple_fast.model import MultiTaskModel, Numeric, Step
-
-TASKS = (TaskLoss("click", gamma=0.9), TaskLoss("watch", "regression"), TaskLoss("rating", "multiclass", num_classes=3))
-COLUMNS = [Numeric("age", width=4), Numeric("amount")]
-OPTIONS = {"expert_units": ((8,), (6,)), "norm": "batch", "dropout": 0.5}
-
-
-def model(*, tasks: Any = TASKS, options: dict[str, Any] = OPTIONS, dropout: float = 0.5) -> MultiTaskModel:
-    """With all that has a mode."""
-    torch.manual_seed(0)
-    return MultiTaskModel(COLUMNS, tasks, trunk_options=options, tower_units=(5,), tower_dropout=dropout)
-
-
-def table(rows: int = 64, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    data = {"age": rng.normal(size=rows), "amount": rng.normal(size=rows)}
-    labels = {
-        "click": (data["age"] > 0).astype(float),
-        "watch": data["amount"] / 2,
-        "rating": (data["age"] > 0).astype(int) + (data["amount"] > 0),
-    }
-    return data, labels
-
-
-def modes(net: nn.Module) -> dict[str, bool]:
-    return {name: module.training for name, module in net.named_modules()}
-
-
-def state(net: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in net.state_dict().items()}
-
-
-def are_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(np.array_equal(value, second[name]) for name, value in first.items())
-
-
-# --- threads ---
-
-
-def test_threads_that_read_a_model_in_train_mode_agree_bit_for_bit_and_change_nothing() -> None:
-    data, labels = table(1000)
-    net = model()
-    net.fit(data, labels, batch_size=256)
-    assert net.training
-    kept, before = state(net), modes(net)
-    served = copy.deepcopy(net).eval()
-    expected, gates = served.predict(data, batch_size=256), served.gate_weights(data, batch_size=256)
-
-    def read(turn: int) -> bool:
-        if turn % 3:
-            return are_equal(net.predict(data, batch_size=256), expected)
-        found = net.gate_weights(data, batch_size=256)
-        return all(
-            torch.equal(g, e)
-            for ours, theirs in zip(found, gates, strict=True)
-            for g, e in zip(ours, theirs, strict=True)
-        )
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(24)))
-    assert are_equal(state(net), kept)
-    assert modes(net) == before
-
-
-def test_no_mode_is_flipped_while_a_model_is_read_or_scored() -> None:
-    """Seen from a hook in mid-call, where another thread would see it."""
-    data, labels = table()
-    net = model()
-    net.towers[1].eval()
-    seen: list[dict[str, bool]] = []
-
-    class Watched(nn.Module):
-        """Not registered as a hook, whose reference to the model would be led to the view."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(modes(net))
-            return x
-
-    tower: Any = net.towers[0]
-    tower.append(Watched())
-    before = modes(net)
-    net.predict(data)
-    net.gate_weights(data)
-    net.fit(data, labels, batch_size=16, epochs=2, validation=(data, labels))
-    assert seen == [before] * (2 + 2 * (4 + 1))
-
-
-def test_a_model_that_is_trained_is_served_meanwhile_and_trains_the_same() -> None:
-    data, labels = table(256)
-    expected = model()
-    expected.fit(data, labels, epochs=8, batch_size=16)
-    net = model()
-    before, done, failures = modes(net), threading.Event(), []
-
-    def serve() -> int:
-        calls = 0
-        while not done.is_set():
-            finite = all(np.isfinite(value).all() for value in net.predict(data).values())
-            if not finite or modes(net) != before:
-                failures.append(calls)
-            calls += 1
-        return calls
-
-    with ThreadPoolExecutor(2) as pool:
-        serving = [pool.submit(serve) for _ in range(2)]
-        net.fit(data, labels, epochs=8, batch_size=16)
-        done.set()
-        assert all(future.result() > 0 for future in serving)
-    assert not failures
-    assert are_equal(state(net), state(expected))
-    assert modes(net) == before
-
-
-# --- modes ---
+from ple_fast.model import MultiTaskModel, Step
+from tests.fit_helpers import are_equal, model, modes, state, table
 
 
 @pytest.mark.parametrize("is_validated", [False, True])
@@ -186,9 +71,6 @@ def test_fit_trains_in_a_region_without_gradients_and_warns_at_its_caller(mode: 
         net.fit(data, labels, batch_size=16)
     assert caught[0].filename == __file__
     assert are_equal(state(net), state(expected))
-
-
-# --- the next call ---
 
 
 def test_calls_of_fit_go_on_as_one_call_would() -> None:
@@ -382,95 +264,3 @@ def test_an_optimizer_that_is_not_kept_is_freed() -> None:
         _again(lr=lr)(net)
     gc.collect()
     assert optimizer() is None
-
-
-# --- labels and scores ---
-
-
-def test_a_task_without_any_label_is_named_in_one_warning() -> None:
-    data, labels = table()
-    gaps = labels | {"watch": np.full(64, np.nan), "rating": np.full(64, -1)}
-    with pytest.warns(
-        UserWarning, match=r"labels: .*none at all for 'watch', 'rating'; they are not trained"
-    ) as caught:
-        model().fit(data, gaps, epochs=3, batch_size=16)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        some = labels | {"watch": np.where(np.arange(64) == 5, 1.0, np.nan)}
-        model().fit(data, some, batch_size=16, validation=(data, some))
-
-
-def test_validation_labels_of_no_task_are_not_acted_on() -> None:
-    data, labels = table()
-    net = model(tasks=[TaskLoss("click")])
-    none = {"click": np.full(64, np.nan)}
-    with pytest.warns(UserWarning, match="validation labels: .*none at all for 'click'") as caught:
-        results = net.fit(data, labels, epochs=4, batch_size=16, patience=1, validation=(data, none))
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    assert [result.score for result in results] == [None] * 4
-    assert net._run is not None and net._run._kept is not None  # nothing was put back
-
-
-def test_a_task_without_validation_labels_leaves_the_score_to_the_others() -> None:
-    data, labels = table()
-    net = model()
-    with pytest.warns(UserWarning, match="'watch'"):
-        found = net.fit(data, labels, batch_size=64, validation=(data, labels | {"watch": np.full(64, np.nan)}))
-    targets = {name: torch.as_tensor(label) for name, label in labels.items()}
-    losses, weights = net.joint_loss(net.eval()(data), targets).per_task, net.joint_loss.weights()
-    expected = sum(weights[name] * losses[name].item() for name in ("click", "rating"))
-    assert found[0].score == pytest.approx(-expected, rel=1e-5)
-
-
-def test_a_score_that_puts_the_model_into_eval_mode_is_told() -> None:
-    data, labels = table()
-    net = model()
-
-    def careless(predictions: Any, _: Any) -> float:
-        net.eval()
-        return float(predictions["click"].mean())
-
-    with pytest.warns(UserWarning, match=r"score careless: it called eval\(\) on the model") as caught:
-        net.fit(data, labels, epochs=3, batch_size=16, validation=(data, labels), score=careless)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-
-
-def auc_of_one_class(_predictions: Any, _labels: Any) -> float:
-    return float("nan")
-
-
-def test_a_score_that_is_nan_is_named_and_the_learning_rate_is_not_blamed() -> None:
-    data, labels = table()
-    with pytest.raises(
-        FloatingPointError, match=r"validation score, got nan from auc_of_one_class; .*both classes"
-    ) as caught:
-        model().fit(data, labels, validation=(data, labels), score=auc_of_one_class)
-    assert "lr" not in str(caught.value)
-
-
-def test_a_validation_loss_that_is_not_finite_is_told_from_the_training_loss() -> None:
-    data, labels = table()
-    huge = labels | {"watch": np.full(64, 3e38)}
-    with pytest.raises(FloatingPointError, match="epoch 1: expected a finite validation loss, got inf") as caught:
-        model().fit(data, labels, validation=(data, huge))
-    assert "lr" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "score", [lambda p, y: {"auc": 0.5}, lambda p, y: "0.5", lambda p, y: np.ones(3), lambda p, y: None]
-)
-def test_a_score_that_is_no_number_is_refused(score: Any) -> None:
-    data, labels = table()
-    with pytest.raises(TypeError, match="score <lambda>: expected one number, higher is better, got"):
-        model().fit(data, labels, validation=(data, labels), score=score)
-
-
-@pytest.mark.parametrize("scalar", [np.float32, np.int64, torch.tensor, np.array])
-def test_a_score_may_be_any_scalar(scalar: Any) -> None:
-    data, labels = table()
-    results = model().fit(data, labels, validation=(data, labels), score=lambda p, y: scalar(2))
-    assert (results[0].score, type(results[0].score)) == (2.0, float)

@@ -20,20 +20,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ple_fast_kernels import (
-    LayerEnd,
-    Norm,
-    Tile,
-    batch_norm_merge,
-    batch_norm_sums,
-    gate_combine_bwd,
-    gate_combine_fwd,
-    grouped_linear_fwd,
-    layer_end_fwd,
-    layer_end_grad,
-    layer_norm_grad,
-    norm_sums_merge,
-)
+import ple_fast_kernels as kernels
 from ple_fast_kernels._activations import activate, derive
 from tests.helpers import TOPOLOGIES
 from tests.kernel_helpers import ACTIVATIONS, apply, chain, kept_of, mix, mixtures_of, softmaxes, values
@@ -207,28 +194,28 @@ def test_batch_norm_of_columns_of_every_scale(kind: str, dtype: torch.dtype, dev
     x = ((values(37, n, device=device) + 1) * COLUMNS.to(device)).to(dtype)
     d = values(37, n, device=device, seed=5).to(dtype)
     weight, bias = (values(n, device=device, seed=s).to(dtype) for s in (1, 2))
-    eye, tile = torch.eye(n, dtype=dtype, device=device).unsqueeze(0), Tile(16, 32, 32, 4, 1)
+    eye, tile = torch.eye(n, dtype=dtype, device=device).unsqueeze(0), kernels.Tile(16, 32, 32, 4, 1)
     truth, terms, rstd = normalised(x.double(), 0)
     wide = weight.double()
     if kind == "batch":
         moments = torch.empty(3, 2, n, dtype=dtype, device=device)
-        norm = Norm("moments", moments, None, weight, bias, EPS)
-        z, _, _ = grouped_linear_fwd(x.unsqueeze(1), eye, None, (0,), norm=norm, tile=tile)
+        norm = kernels.Norm("moments", moments, None, weight, bias, EPS)
+        z, _, _ = kernels.grouped_linear_fwd(x.unsqueeze(1), eye, None, (0,), norm=norm, tile=tile)
         assert z is not None
         assert torch.equal(z.squeeze(1), x)
-        mean, spread = batch_norm_merge(moments, 37, tile.rows, EPS)
-        y, end = layer_end_fwd(z, LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread))
+        mean, spread = kernels.batch_norm_merge(moments, 37, tile.rows, EPS)
+        y, end = kernels.layer_end_fwd(z, kernels.LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread))
     else:
         mean, spread = x.double().mean(0).to(dtype), x.double().var(0, unbiased=False).to(dtype)
-        norm = Norm("batch", mean, spread, weight, bias, EPS)
-        found, _, _ = grouped_linear_fwd(x.unsqueeze(1), eye, None, (0,), norm=norm, tile=tile)
+        norm = kernels.Norm("batch", mean, spread, weight, bias, EPS)
+        found, _, _ = kernels.grouped_linear_fwd(x.unsqueeze(1), eye, None, (0,), norm=norm, tile=tile)
         assert found is not None
         z, y = x.unsqueeze(1), found
-        end = LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread, is_variance=True, eps=EPS)
+        end = kernels.LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread, is_variance=True, eps=EPS)
     hold_terms("y", y.squeeze(1), truth * wide + bias.double(), terms * wide.abs() + bias.double().abs())
-    parts = batch_norm_sums(d.unsqueeze(1), z, end)
-    dweight, dbias, means = norm_sums_merge(parts, 37, weight, means=kind == "batch")
-    dx = layer_end_grad(d.unsqueeze(1), z, end, means).squeeze(1)
+    parts = kernels.batch_norm_sums(d.unsqueeze(1), z, end)
+    dweight, dbias, means = kernels.norm_sums_merge(parts, 37, weight, means=kind == "batch")
+    dx = kernels.layer_end_grad(d.unsqueeze(1), z, end, means).squeeze(1)
     g = d.double()
     if kind == "batch":
         expected, size = gradient(g, x.double(), wide, 0)
@@ -247,26 +234,28 @@ def test_layer_norm_of_rows_of_every_scale(columns: int, dtype: torch.dtype, dev
     x = ((values(rows, n, device=device) + 1) * COLUMNS.to(device)[:, None]).to(dtype)
     d = values(rows, n, device=device, seed=5).to(dtype)
     weight, bias = (values(n, device=device, seed=s).to(dtype) for s in (1, 2))
-    eye, tile = torch.eye(n, dtype=dtype, device=device).unsqueeze(0), Tile(16, columns, 32, 4, 1)
+    eye, tile = torch.eye(n, dtype=dtype, device=device).unsqueeze(0), kernels.Tile(16, columns, 32, 4, 1)
     given = x.unsqueeze(1)
     if columns >= n:
         mean, spread = torch.empty((2, rows, 1), dtype=dtype, device=device).unbind(0)
-        norm = Norm("row", mean, spread, weight, bias, EPS)
-        y, z, _ = grouped_linear_fwd(given, eye, None, (0,), norm=norm, keep_input=True, tile=tile)
-        end = LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread, eps=EPS)
+        norm = kernels.Norm("row", mean, spread, weight, bias, EPS)
+        y, z, _ = kernels.grouped_linear_fwd(given, eye, None, (0,), norm=norm, keep_input=True, tile=tile)
+        end = kernels.LayerEnd(weight=weight, bias=bias, mean=mean, spread=spread, eps=EPS)
     else:
         moments = torch.empty(rows, 1, -(-n // columns), 2, dtype=dtype, device=device)
-        norm = Norm("row_moments", moments, None, weight, bias, EPS)
-        z, _, _ = grouped_linear_fwd(given, eye, None, (0,), norm=norm, tile=tile)
+        norm = kernels.Norm("row_moments", moments, None, weight, bias, EPS)
+        z, _, _ = kernels.grouped_linear_fwd(given, eye, None, (0,), norm=norm, tile=tile)
         assert z is not None
-        y, end = layer_end_fwd(z, LayerEnd(weight=weight, bias=bias, eps=EPS), moments=moments, part_units=columns)
+        y, end = kernels.layer_end_fwd(
+            z, kernels.LayerEnd(weight=weight, bias=bias, eps=EPS), moments=moments, part_units=columns
+        )
     assert y is not None
     assert z is not None
     assert torch.equal(z, given)
     truth, terms, _ = normalised(x.double(), 1)
     wide = weight.double()
     hold_terms("y", y.squeeze(1), truth * wide + bias.double(), terms * wide.abs() + bias.double().abs())
-    dx, dweight, dbias = layer_norm_grad(d.unsqueeze(1), z, end, affine_grad=True)
+    dx, dweight, dbias = kernels.layer_norm_grad(d.unsqueeze(1), z, end, affine_grad=True)
     g = d.double()
     hold_terms("dx", dx.squeeze(1), *gradient(g, x.double(), wide, 1))
     assert dweight is not None
@@ -284,13 +273,13 @@ def test_softmax_and_mixtures_of_every_scale(temperature: float, dtype: torch.dt
     logits = (values(rows, t.num_logits, device=device) * scale.roll(9, 0)).to(dtype)
     logits[::3] = (values(rows, t.num_logits, device=device, seed=1)[::3] * 25).to(dtype)
     h = (values(rows, t.num_experts, 4, device=device, seed=2) * scale[..., None]).to(dtype)
-    y, p = gate_combine_fwd(h, logits, mixtures_of(t), temperature=temperature)
+    y, p = kernels.gate_combine_fwd(h, logits, mixtures_of(t), temperature=temperature)
     assert p is not None
     truth = softmaxes(t, logits.double(), temperature)
     hold_decades("weights", p, softmaxes(t, logits, temperature), truth, truth, truth)
     hold_terms("y", y, mix(t, p.double(), None, h.double()), mix(t, p.double(), None, h.double().abs()))
     dy = (values(rows, t.num_mixtures, 4, device=device, seed=3) / scale[..., None]).to(dtype)
-    dh, dp, dl = gate_combine_bwd(dy, None, h, p, mixtures_of(t), 4, dtype, temperature=temperature)
+    dh, dp, dl = kernels.gate_combine_bwd(dy, None, h, p, mixtures_of(t), 4, dtype, temperature=temperature)
     first = 0
     for o, mixed in enumerate(t.mixture_experts):
         own, of = slice(first, first + len(mixed)), list(mixed)
@@ -315,7 +304,7 @@ def test_levels_of_tanh_are_accurate_for_small_inputs(device: torch.device) -> N
     for scale in (1e-2, 1e-4, 1e-6):
         a = (values(64, 1, 8, device=device) * scale).float()
         w = values(2, 16, 8, device=device).mul(8**-0.5).float()
-        y, _, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=("tanh", 0.0))
+        y, _, _ = kernels.grouped_linear_fwd(a, w, None, (0, 0), activation=("tanh", 0.0))
         assert y is not None
         truth = torch.einsum("bsk,nhk->bnh", a.double(), w.double()).tanh()
         assert (y.double() - truth).abs().mean() <= 1e-6 * truth.abs().mean()

@@ -15,19 +15,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+import ple_fast_kernels as kernels
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
-from ple_fast_kernels import (
-    LayerEnd,
-    Norm,
-    Tile,
-    batch_norm_merge,
-    batch_norm_sums,
-    grouped_data_grad,
-    grouped_linear_fwd,
-    layer_end_fwd,
-    layer_end_grad,
-    norm_sums_merge,
-)
 from tests.helpers import TOPOLOGIES, assert_two_sided, reference_of
 from tests.kernel_helpers import values
 
@@ -35,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("guard_bands")
 
 HALF = [torch.bfloat16, torch.float16]
 EPS = 1e-5
-TILE = Tile(16, 32, 16, 4, 2)
+TILE = kernels.Tile(16, 32, 16, 4, 2)
 
 
 def halves(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -47,22 +36,24 @@ def halves(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 def test_moments_are_those_of_the_product_as_it_is_kept(dtype: torch.dtype, after: bool, device: torch.device) -> None:
     a, w = halves(37, 1, 24, dtype=dtype, device=device), halves(2, 20, 24, dtype=dtype, device=device, seed=1)
     moments = torch.empty(3, 2, 40, device=device)
-    norm, silu = Norm("moments", moments, None, None, None, EPS, after), ("silu", 0.0)
-    z, _, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, tile=TILE)
+    norm, silu = kernels.Norm("moments", moments, None, None, None, EPS, after), ("silu", 0.0)
+    z, _, _ = kernels.grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, tile=TILE)
     assert z is not None
     read = F.silu(z.float()) if after else z.float()
-    mean, rstd = batch_norm_merge(moments, 37, 16, EPS)
+    mean, rstd = kernels.batch_norm_merge(moments, 37, 16, EPS)
     torch.testing.assert_close(mean, read.flatten(1).mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd, (read.flatten(1).var(0, unbiased=False) + EPS).rsqrt(), rtol=1e-5, atol=0)
     rows = torch.empty(37, 2, 2, 2, device=device)
-    norm = Norm("row_moments", rows, None, None, None, EPS, after)
-    z, _, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, tile=Tile(16, 16, 16, 4, 2))
+    norm = kernels.Norm("row_moments", rows, None, None, None, EPS, after)
+    z, _, _ = kernels.grouped_linear_fwd(
+        a, w, None, (0, 0), activation=silu, norm=norm, tile=kernels.Tile(16, 16, 16, 4, 2)
+    )
     torch.testing.assert_close(rows[:, :, 0, 0], read[..., :16].mean(2), rtol=1e-5, atol=1e-6)
     first, second = torch.empty((2, 37, 2), device=device).unbind(0)
-    norm = Norm("row", first, second, None, None, EPS, after)
-    y, z, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, keep_input=True, tile=TILE)
+    norm = kernels.Norm("row", first, second, None, None, EPS, after)
+    y, z, _ = kernels.grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, keep_input=True, tile=TILE)
     torch.testing.assert_close(first, read.mean(2), rtol=1e-5, atol=1e-6)
-    alone, _, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, tile=TILE)
+    alone, _, _ = kernels.grouped_linear_fwd(a, w, None, (0, 0), activation=silu, norm=norm, tile=TILE)
     assert y is not None
     assert alone is not None
     assert torch.equal(alone, y), "inference gives the bits of training"
@@ -76,8 +67,8 @@ def test_sums_of_backward_are_those_of_the_gradient_as_it_is_stored(
     d, w = halves(37, 2, 24, dtype=dtype, device=device), halves(2, 24, 20, dtype=dtype, device=device, seed=1)
     z = halves(37, 2, 20, dtype=dtype, device=device, seed=2)
     mean, spread = z.float().flatten(1).mean(0), torch.full((40,), 300.0, device=device)
-    end = LayerEnd(("silu", 0.0), None, None, None, mean, spread, eps=EPS, after=after)
-    at, parts = grouped_data_grad(d, w, kept=z, end=end, tile=TILE)
+    end = kernels.LayerEnd(("silu", 0.0), None, None, None, mean, spread, eps=EPS, after=after)
+    at, parts = kernels.grouped_data_grad(d, w, kept=z, end=end, tile=TILE)
     assert parts is not None
     g = at.float().flatten(1)
     torch.testing.assert_close(parts[:, 0].sum(0), g.sum(0), rtol=1e-5, atol=1e-4)
@@ -90,12 +81,14 @@ def test_running_statistics_meet_the_product_that_backward_reads(dtype: torch.dt
     mean, var = a.new_zeros(40, dtype=torch.float32), a.new_zeros(40, dtype=torch.float32)
     z = torch.einsum("bk,nhk->bnh", a[:, 0].float(), w.float())
     mean += z[0].flatten()  # the first row is at ReLU's kink, to a unit of rounding of the product
-    norm = Norm("batch", mean, var, None, None, EPS)
-    y, kept, _ = grouped_linear_fwd(a, w, None, (0, 0), activation=("relu", 0.0), norm=norm, keep_input=True, tile=TILE)
+    norm = kernels.Norm("batch", mean, var, None, None, EPS)
+    y, kept, _ = kernels.grouped_linear_fwd(
+        a, w, None, (0, 0), activation=("relu", 0.0), norm=norm, keep_input=True, tile=TILE
+    )
     assert y is not None
     assert kept is not None
-    end = LayerEnd(("relu", 0.0), None, None, None, mean, var, is_variance=True, eps=EPS)
-    through = layer_end_grad(torch.ones_like(y), kept, end) != 0
+    end = kernels.LayerEnd(("relu", 0.0), None, None, None, mean, var, is_variance=True, eps=EPS)
+    through = kernels.layer_end_grad(torch.ones_like(y), kept, end) != 0
     assert torch.equal(y > 0, through)
     assert not through[0].all()
     assert through[0].any()
@@ -108,20 +101,20 @@ def test_batch_norm_of_equal_rows(dtype: torch.dtype, rows: int, device: torch.d
     a = halves(1, 1, 24, dtype=dtype, device=device).expand(rows, 1, 24)
     w = halves(2, 20, 24, dtype=dtype, device=device, seed=1)
     moments = torch.empty(-(-rows // 16), 2, 40, device=device)
-    norm = Norm("moments", moments, None, None, None, EPS)
-    z, _, _ = grouped_linear_fwd(a, w, None, (0, 0), norm=norm, tile=TILE)
+    norm = kernels.Norm("moments", moments, None, None, None, EPS)
+    z, _, _ = kernels.grouped_linear_fwd(a, w, None, (0, 0), norm=norm, tile=TILE)
     assert z is not None
-    mean, rstd = batch_norm_merge(moments, rows, 16, EPS)
-    y, end = layer_end_fwd(z, LayerEnd(mean=mean, spread=rstd, eps=EPS))
+    mean, rstd = kernels.batch_norm_merge(moments, rows, 16, EPS)
+    y, end = kernels.layer_end_fwd(z, kernels.LayerEnd(mean=mean, spread=rstd, eps=EPS))
     room = z.float().abs().max().item() * EPS**-0.5 * 2**-20  # of float32
     assert y.float().abs().max() <= room
     d = halves(1, 2, 16, dtype=dtype, device=device, seed=3).expand(rows, 2, 16).contiguous()
     back = halves(2, 16, 20, dtype=dtype, device=device, seed=4)
-    at, parts = grouped_data_grad(d, back, kept=z, end=end, tile=TILE)
+    at, parts = kernels.grouped_data_grad(d, back, kept=z, end=end, tile=TILE)
     assert parts is not None
-    for sums in (parts, batch_norm_sums(at, z, end)):
-        _, _, means = norm_sums_merge(sums, rows, None, means=True)
-        dz = layer_end_grad(at, z, end, means)
+    for sums in (parts, kernels.batch_norm_sums(at, z, end)):
+        _, _, means = kernels.norm_sums_merge(sums, rows, None, means=True)
+        dz = kernels.layer_end_grad(at, z, end, means)
         assert dz.float().abs().max() <= at.float().abs().max() * EPS**-0.5 * 2**-20
 
 

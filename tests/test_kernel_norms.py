@@ -12,27 +12,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+import ple_fast_kernels as kernels
 from ple_fast.torch_backend.dropout import keep_mask
-from ple_fast_kernels import (
-    NO_END,
-    Dropout,
-    GateRuns,
-    LayerEnd,
-    Norm,
-    Tile,
-    batch_norm_merge,
-    batch_norm_sums,
-    gate_combine_bwd,
-    gate_combine_fwd,
-    grouped_data_grad,
-    grouped_linear_fwd,
-    has_whole_rows,
-    layer_end_fwd,
-    layer_end_grad,
-    layer_norm_grad,
-    linear_tile,
-    norm_sums_merge,
-)
 from tests.helpers import TOPOLOGIES, assert_close
 from tests.kernel_helpers import ACTIVATIONS, DTYPES, apply, chain, guarded, hold, kept_of, linears, mixtures_of, values
 
@@ -68,21 +49,21 @@ def finished(
     return apply(normed(z, kind, weight, bias, running), activation)
 
 
-def masked(y: Tensor, dropout: Dropout | None) -> Tensor:
+def masked(y: Tensor, dropout: kernels.Dropout | None) -> Tensor:
     """``y`` after dropout, with the mask of the other backend."""
     if dropout is None:
         return y
     return y * keep_mask(int(dropout.seed), dropout.layer, 0, y, dropout.rate).to(y.dtype) / (1 - dropout.rate)
 
 
-def dropped(y: Tensor, dropout: Dropout, activation: tuple[str, float]) -> Tensor:
+def dropped(y: Tensor, dropout: kernels.Dropout, activation: tuple[str, float]) -> Tensor:
     """``masked`` of an activation's output as the kernels keep it: -0 where ReLU let nothing through."""
     out = masked(y, dropout)
     return torch.where(y == 0, -out.abs(), out) if activation[0] == "relu" else out
 
 
-def dropout_on(device: torch.device, layer: int = 3, rate: float = 0.4, seed: int = 2**31 - 5) -> Dropout:
-    return Dropout(torch.tensor(seed, device=device), layer, rate)
+def dropout_on(device: torch.device, layer: int = 3, rate: float = 0.4, seed: int = 2**31 - 5) -> kernels.Dropout:
+    return kernels.Dropout(torch.tensor(seed, device=device), layer, rate)
 
 
 def operands(rows: int, depth: int, units: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,8 +80,8 @@ def test_dropout_draws_the_mask_of_the_other_backend(units: int, rate: float, de
         dropout = dropout_on(device, 5, rate, seed)
         a, w = values(37, 3, 6, device=device).abs() + 1, values(3, units, 6, device=device).abs()
         expected = masked(linears(a, w, None, (0, 1, 2), ("identity", 0.0)), dropout)
-        for tile in (None, Tile(16, 16, 16, 4, 2)):
-            y, _, _ = grouped_linear_fwd(a, w, None, (0, 1, 2), dropout=dropout, tile=tile)
+        for tile in (None, kernels.Tile(16, 16, 16, 4, 2)):
+            y, _, _ = kernels.grouped_linear_fwd(a, w, None, (0, 1, 2), dropout=dropout, tile=tile)
             assert_close("y", y, expected, 1e-10)
             assert y is not None and torch.equal(y == 0, expected == 0)
 
@@ -115,13 +96,13 @@ def test_backward_of_dropout_and_activation(activation: tuple[str, float], devic
     read = None if kept is None else guarded(dropped(kept, dropout, activation) if by_output else kept, 2)
     dh = torch.einsum("bmh,mhk->bmk", d, w)
     expected = chain(masked(dh, dropout), kept, activation)
-    ours, _ = grouped_data_grad(guarded(d), w, kept=read, end=LayerEnd(activation, dropout))
+    ours, _ = kernels.grouped_data_grad(guarded(d), w, kept=read, end=kernels.LayerEnd(activation, dropout))
     assert_close("data_grad", ours, expected, 1e-10)
-    ours = layer_end_grad(guarded(dh, 1), read, LayerEnd(activation, dropout))
+    ours = kernels.layer_end_grad(guarded(dh, 1), read, kernels.LayerEnd(activation, dropout))
     assert_close("layer_end_grad", ours, expected, 1e-10)
     t = TOPOLOGIES["single-task"]
     ones, dy = torch.ones(21, t.num_weights, dtype=torch.float64, device=device), values(21, 3, 8, device=device)
-    found, _, _ = gate_combine_bwd(
+    found, _, _ = kernels.gate_combine_bwd(
         dy, None, None, ones, mixtures_of(t), 8, torch.float64, kept=read, activation=activation, dropout=dropout,
         weights_grad=False, logits_grad=False,
     )  # fmt: skip
@@ -138,12 +119,14 @@ def test_running_statistics_fold_into_the_product(
     a, w, b = operands(rows, depth, units, device)
     weight, bias = parameters(units, device)
     mean, var = values(2 * units, device=device) + 30, values(2 * units, device=device).square() + 0.1
-    gate_w, runs = values(8, depth, device=device), GateRuns((0, 1), (0, 3), (3, 5))
+    gate_w, runs = values(8, depth, device=device), kernels.GateRuns((0, 1), (0, 3), (3, 5))
     for gamma, beta in ((weight, bias), (None, None)):
-        norm = Norm("batch", mean, var, gamma, beta, EPS, after)
+        norm = kernels.Norm("batch", mean, var, gamma, beta, EPS, after)
         own = None if gamma is None else gamma.flatten()[:1].expand(8).contiguous()
-        logits_norm = Norm("batch", mean[:1].expand(8).contiguous(), var[:1].expand(8).contiguous(), own, own, EPS)
-        y, _, logits = grouped_linear_fwd(
+        logits_norm = kernels.Norm(
+            "batch", mean[:1].expand(8).contiguous(), var[:1].expand(8).contiguous(), own, own, EPS
+        )
+        y, _, logits = kernels.grouped_linear_fwd(
             guarded(a, 3), w, b, (0, 1), activation=activation, norm=norm, dropout=dropout_on(device),
             gate_weight=gate_w, gates=runs, logits_norm=logits_norm,
         )  # fmt: skip
@@ -161,63 +144,68 @@ def test_running_statistics_fold_into_the_product(
 @pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("activation", [RELU, SILU], ids=str)
-@pytest.mark.parametrize("tile", [None, Tile(16, 16, 16, 4, 2)], ids=str)
+@pytest.mark.parametrize("tile", [None, kernels.Tile(16, 16, 16, 4, 2)], ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), SIZES)
 def test_batch_statistics(
-    rows: int, depth: int, units: int, tile: Tile | None, activation: Any, after: bool, device: torch.device
+    rows: int, depth: int, units: int, tile: kernels.Tile | None, activation: Any, after: bool, device: torch.device
 ) -> None:
     """Moments beside the product, merged, applied; running statistics move as PyTorch's."""
     a, w, b = operands(rows, depth, units, device)
     weight, bias = parameters(units, device)
-    tile = linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
+    tile = kernels.linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
     tiles = -(-rows // tile.rows)
     moments, logit_moments = (
         torch.full((tiles, 2, c), float("nan"), dtype=a.dtype, device=device) for c in (2 * units, 4)
     )
-    gate_w, runs = values(4, depth, device=device), GateRuns((1, 0), (0, 1), (1, 3))
-    z, none, logits = grouped_linear_fwd(
-        guarded(a), w, b, (0, 1), activation=activation, norm=Norm("moments", moments, None, weight, bias, EPS, after),
-        gate_weight=gate_w, gates=runs, logits_norm=Norm("moments", logit_moments, None, None, None, EPS), tile=tile,
+    gate_w, runs = values(4, depth, device=device), kernels.GateRuns((1, 0), (0, 1), (1, 3))
+    z, none, logits = kernels.grouped_linear_fwd(
+        guarded(a), w, b, (0, 1), activation=activation, gate_weight=gate_w, gates=runs, tile=tile,
+        norm=kernels.Norm("moments", moments, None, weight, bias, EPS, after),
+        logits_norm=kernels.Norm("moments", logit_moments, None, None, None, EPS),
     )  # fmt: skip
     product = linears(a, w, b, (0, 1), ("identity", 0.0))
     assert none is None and z is not None and logits is not None
     assert_close("z", z, product, 1e-10)
     running = [values(2 * units, device=device), values(2 * units, device=device).square()]
     peers = [t.clone() for t in running]
-    mean, rstd = batch_norm_merge(
+    mean, rstd = kernels.batch_norm_merge(
         moments, rows, tile.rows, EPS, running_mean=running[0], running_var=running[1], factor=0.1
     )
     dropout = dropout_on(device)
-    y, _ = layer_end_fwd(z, LayerEnd(activation, dropout, weight, bias, mean, rstd, eps=EPS, after=after))
+    y, _ = kernels.layer_end_fwd(
+        z, kernels.LayerEnd(activation, dropout, weight, bias, mean, rstd, eps=EPS, after=after)
+    )
     assert_close("y", y, masked(finished(product, "batch", weight, bias, activation, after), dropout), 1e-9)
     value = apply(product, activation) if after else product
     F.batch_norm(value.flatten(1), peers[0], peers[1], training=True, momentum=0.1)
     for name, ours, other in zip(("mean", "variance"), running, peers, strict=True):
         assert_close(f"running {name}", ours, other, 1e-12)
-    mean, rstd = batch_norm_merge(logit_moments, rows, tile.rows, EPS)
-    normed_logits, _ = layer_end_fwd(logits.unsqueeze(1), LayerEnd(mean=mean, spread=rstd, eps=EPS))
+    mean, rstd = kernels.batch_norm_merge(logit_moments, rows, tile.rows, EPS)
+    normed_logits, _ = kernels.layer_end_fwd(logits.unsqueeze(1), kernels.LayerEnd(mean=mean, spread=rstd, eps=EPS))
     assert_close("logits", normed_logits.squeeze(1), F.batch_norm(logits, None, None, training=True, eps=EPS), 1e-10)
 
 
 @pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("tile", [None, Tile(16, 16, 16, 4, 2), Tile(16, 64, 16, 4, 2)], ids=str)
+@pytest.mark.parametrize("tile", [None, kernels.Tile(16, 16, 16, 4, 2), kernels.Tile(16, 64, 16, 4, 2)], ids=str)
 @pytest.mark.parametrize(("rows", "depth", "units"), SIZES)
-def test_layer_norm(rows: int, depth: int, units: int, tile: Tile | None, after: bool, device: torch.device) -> None:
+def test_layer_norm(
+    rows: int, depth: int, units: int, tile: kernels.Tile | None, after: bool, device: torch.device
+) -> None:
     """In the product's launch where a tile has all units; else its tiles leave moments, which a second one merges."""
     a, w, b = operands(rows, depth, units, device)
     weight, bias = parameters(units, device)
     dropout = dropout_on(device)
-    tile = linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
-    whole = has_whole_rows(tile, units)
+    tile = kernels.linear_tile(a, 2, units, "ieee", has_norm=True, has_dropout=False) if tile is None else tile
+    whole = kernels.has_whole_rows(tile, units)
     assert whole == (units <= tile.columns)
     if whole:
         mean, rstd = torch.full((2, rows, 2), float("nan"), dtype=a.dtype, device=device).unbind(0)
-        norm = Norm("row", mean, rstd, weight, bias, EPS, after)
+        norm = kernels.Norm("row", mean, rstd, weight, bias, EPS, after)
     else:
         moments = torch.full((rows, 2, -(-units // tile.columns), 2), float("nan"), dtype=a.dtype, device=device)
-        norm = Norm("row_moments", moments, None, weight, bias, EPS, after)
-    out, z, _ = grouped_linear_fwd(
+        norm = kernels.Norm("row_moments", moments, None, weight, bias, EPS, after)
+    out, z, _ = kernels.grouped_linear_fwd(
         guarded(a),
         w,
         b,
@@ -231,8 +219,8 @@ def test_layer_norm(rows: int, depth: int, units: int, tile: Tile | None, after:
     product = linears(a, w, b, (0, 1), ("identity", 0.0))
     assert out is not None
     if not whole:
-        z, end = out, LayerEnd(SILU, dropout, weight, bias, eps=EPS, after=after)
-        out, end = layer_end_fwd(z, end, moments=moments, part_units=tile.columns)
+        z, end = out, kernels.LayerEnd(SILU, dropout, weight, bias, eps=EPS, after=after)
+        out, end = kernels.layer_end_fwd(z, end, moments=moments, part_units=tile.columns)
         assert end.mean is not None and end.spread is not None
         mean, rstd = end.mean, end.spread
     assert_close("z", z, product, 1e-10)
@@ -250,14 +238,14 @@ def statistics(z: Tensor, kind: str, activation: Any, after: bool) -> tuple[Tens
     return (mean, rstd) if kind == "layer" else (mean.flatten(), rstd.flatten())
 
 
-def backward(d: Tensor, z: Tensor, end: LayerEnd, kind: str) -> dict[str, Tensor | None]:
+def backward(d: Tensor, z: Tensor, end: kernels.LayerEnd, kind: str) -> dict[str, Tensor | None]:
     """Gradients by the kernels."""
     if kind == "layer":
-        dz, dw, db = layer_norm_grad(d, z, end, affine_grad=True)
+        dz, dw, db = kernels.layer_norm_grad(d, z, end, affine_grad=True)
     else:
-        parts = batch_norm_sums(d, z, end)
-        dw, db, means = norm_sums_merge(parts, z.shape[0], end.weight, means=kind == "batch")
-        dz = layer_end_grad(d, z, end, means)
+        parts = kernels.batch_norm_sums(d, z, end)
+        dw, db, means = kernels.norm_sums_merge(parts, z.shape[0], end.weight, means=kind == "batch")
+        dz = kernels.layer_end_grad(d, z, end, means)
     return {"dz": dz, "dweight": dw, "dbias": db}
 
 
@@ -272,12 +260,14 @@ def test_data_grad_goes_on_to_a_batch_norm(rows: int, units: int, after: bool, k
     weight, bias = parameters(units, device)
     running = [values(2 * units, device=device), values(2 * units, device=device).square() + 0.1]
     mean, spread = running if kind == "running" else statistics(z, kind, SILU, after)
-    end = LayerEnd(SILU, dropout, weight, bias, mean, spread, kind == "running", EPS, after)
-    at, parts = grouped_data_grad(guarded(d), guarded(w), kept=guarded(z, 2), end=end, tile=Tile(16, 16, 16, 4, 2))
+    end = kernels.LayerEnd(SILU, dropout, weight, bias, mean, spread, kind == "running", EPS, after)
+    at, parts = kernels.grouped_data_grad(
+        guarded(d), guarded(w), kept=guarded(z, 2), end=end, tile=kernels.Tile(16, 16, 16, 4, 2)
+    )
     assert parts is not None
-    dweight, dbias, means = norm_sums_merge(parts, rows, weight, means=kind == "batch")
+    dweight, dbias, means = kernels.norm_sums_merge(parts, rows, weight, means=kind == "batch")
     rest = end._replace(dropout=None, activation=SILU if after else ("identity", 0.0))
-    ours = {"dz": layer_end_grad(at, z, rest, means), "dweight": dweight, "dbias": dbias}
+    ours = {"dz": kernels.layer_end_grad(at, z, rest, means), "dweight": dweight, "dbias": dbias}
     dy = torch.einsum("bmh,mhk->bmk", d, w)
     for name, expected in theirs(
         dy, z, weight, bias, kind, SILU, after, dropout, running if kind == "running" else ()
@@ -292,18 +282,19 @@ def test_mixtures_finish_the_last_layer_as_they_load_it(units: int, after: bool,
     members, p = t.num_experts, values(9, t.num_weights, device=device).softmax(1)
     z, logits = values(9, members, units, device=device) + 0.5, values(9, t.num_logits, device=device)
     weight, bias = parameters(units, device, members)
-    end = LayerEnd(
+    end = kernels.LayerEnd(
         SILU, dropout_on(device), weight, bias, *statistics(z, "batch", SILU, after), eps=EPS, after=after
     )  # fmt: skip
-    h, _ = layer_end_fwd(z, end)
+    h, _ = kernels.layer_end_fwd(z, end)
     dy = values(9, t.num_mixtures, units, device=device)
     (expected_y, _), (y, _) = (
-        gate_combine_fwd(read, logits, mixtures_of(t), end=how) for read, how in ((h, NO_END), (guarded(z), end))
+        kernels.gate_combine_fwd(read, logits, mixtures_of(t), end=how)
+        for read, how in ((h, kernels.NO_END), (guarded(z), end))
     )
     assert_close("y", y, expected_y, 1e-12)
     expected, ours = (
-        gate_combine_bwd(dy, None, read, p, mixtures_of(t), units, torch.float64, end=how)
-        for read, how in ((h, NO_END), (guarded(z), end))
+        kernels.gate_combine_bwd(dy, None, read, p, mixtures_of(t), units, torch.float64, end=how)
+        for read, how in ((h, kernels.NO_END), (guarded(z), end))
     )
     for name, a, b in zip(("dh", "dp", "dl"), ours, expected, strict=True):
         assert a is not None
@@ -330,7 +321,7 @@ def test_backward_of_norms(activation: tuple[str, float], after: bool, kind: str
     dropout = dropout_on(device)
     running = [values(12, device=device), values(12, device=device).square() + 0.1] if kind == "running" else []
     mean, spread = running or statistics(z, kind, activation, after)
-    end = LayerEnd(activation, dropout, weight, bias, mean, spread, kind == "running", EPS, after)
+    end = kernels.LayerEnd(activation, dropout, weight, bias, mean, spread, kind == "running", EPS, after)
     ours = backward(guarded(d, 3), guarded(z, 2), end, kind)
     for name, expected in theirs(d, z, weight, bias, kind, activation, after, dropout, running).items():
         assert_close(name, ours[name], expected, 1e-9)
@@ -344,7 +335,7 @@ def test_backward_of_sizes(rows: int, units: int, kind: str, device: torch.devic
     d, z = values(rows, 2, units, device=device), values(rows, 2, units, device=device, seed=3)
     weight, bias = parameters(units, device)
     mean, rstd = statistics(z, kind, TANH, False)
-    end = LayerEnd(TANH, None, weight, bias, mean, rstd, eps=EPS)
+    end = kernels.LayerEnd(TANH, None, weight, bias, mean, rstd, eps=EPS)
     ours = backward(guarded(d), guarded(z, 1), end, kind)
     for name, expected in theirs(d, z, weight, bias, kind, TANH, False, None).items():
         assert_close(name, ours[name], expected, 1e-9)
@@ -358,7 +349,7 @@ def test_dtypes(dtype: torch.dtype, kind: str, device: torch.device) -> None:
     for stored in {dtype, torch.float32}:
         weight, bias = (t.to(stored) for t in parameters(40, device))
         mean, rstd = (t.float() for t in statistics(z.double(), kind, RELU, False))
-        end = LayerEnd(RELU, None, weight, bias, mean, rstd, eps=EPS)
+        end = kernels.LayerEnd(RELU, None, weight, bias, mean, rstd, eps=EPS)
         ours = backward(d, z, end, kind)
 
         def plain(d: Tensor, z: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
@@ -375,7 +366,7 @@ def test_the_same_inputs_give_the_same_bits(device: torch.device) -> None:
     z, d = (values(300, 2, 8, dtype=torch.float32, device=device, seed=s) for s in (0, 1))
     weight, bias = (t.float() for t in parameters(8, device))
     for kind in ("batch", "layer"):
-        end = LayerEnd(SILU, dropout_on(device), weight, bias, *statistics(z, kind, SILU, False), eps=EPS)
+        end = kernels.LayerEnd(SILU, dropout_on(device), weight, bias, *statistics(z, kind, SILU, False), eps=EPS)
         first, second = (backward(d, z, end, kind) for _ in range(2))
         for name, tensor in first.items():
             other = second[name]

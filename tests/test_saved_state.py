@@ -260,7 +260,7 @@ def test_a_trunk_of_another_width_is_refused_with_the_file(tmp_path: Path) -> No
 
 
 def test_a_model_of_version_1_whose_tied_weights_were_written_once_is_loaded(tmp_path: Path) -> None:
-    from tests.test_storage import save_version_1
+    from tests.storage_helpers import save_version_1
 
     net = model()
     tie_towers(net)

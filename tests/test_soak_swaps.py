@@ -6,7 +6,7 @@ import gc
 import importlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,12 +25,10 @@ packing: Any = importlib.import_module("ple_fast.convert.pack")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_holds_no_parameters() -> Iterator[None]:
-    """Every swap looks at all objects; those of the imports are most of them, and an optimizer imports the compiler."""
+def _the_compiler_is_imported(_what_was_there_stays: None) -> None:
+    """By the first optimizer; its objects are most of those that every swap would look at."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_trials_are_of_every_kind() -> None:
