@@ -145,9 +145,9 @@ def test_a_log_lives_on_where_nobody_reads_the_output(machine: Machine) -> None:
 
 def test_a_stage_ends_and_packs_when_its_time_is_over(machine: Machine) -> None:
     begin = time.monotonic()
-    code, output = machine.run("check", "--commit", "abc", "--minutes", "0.1", SLEEPS="60")
+    code, output = machine.run("check", "--commit", "abc", "--minutes", "0.2", SLEEPS="60")
     assert code == 3, output
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 12
     assert len(machine.commands()) == 1, "nothing is started when no time is left"
     assert [line for line in output.splitlines() if line.startswith("NOT THROUGH")] == [
         f"NOT THROUGH: {name}" for name in ("ceilings", "first-step", "shipped-tiles", "sanitizer")
