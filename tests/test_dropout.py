@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ple_fast import GateSpec, MLPSpec
+from ple_fast.torch_backend import prepared
 from ple_fast.torch_backend.dropout import keep_mask
 from tests.helpers import TOPOLOGIES, assert_derivatives_agree, level, saved_bytes
 
@@ -95,3 +96,22 @@ def test_every_make_up_has_the_gradient_of_the_mask_that_it_used(
     module = level(TOPOLOGIES["ple-last"], spec, GateSpec((5,), activation, norm, dropout=0.4))
     x = torch.randn(40, 7, dtype=torch.float64)
     assert_derivatives_agree(module, x, 1e-10)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("gate", [GateSpec(), GateSpec((5,), dropout=0.3)])
+def test_every_row_block_drops_what_the_whole_batch_does(
+    activation: str, gate: GateSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward: a later block has the masks of its own rows."""
+    module = level(TOPOLOGIES["ple"], MLPSpec((6, 4), activation, dropout=0.4), gate).train()
+    outcomes = []
+    for step in (prepared.ROW_STEP, 4):
+        monkeypatch.setattr(prepared, "ROW_STEP", step)
+        monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
+        torch.manual_seed(3)
+        x = torch.randn(14, module.in_features, dtype=torch.float64, requires_grad=True)
+        y = module(x)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+    for whole, parts in zip(*outcomes, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
