@@ -130,3 +130,17 @@ def test_of_a_layer_with_a_norm_only_its_input_is_kept(activation: str, norm: st
     module = level(TOPOLOGIES["ple-last"], MLPSpec((6, 4), activation, norm=norm), dtype=torch.float32).train()
     inputs = module.topology.num_experts * 64 * (6 + 4) * 4
     assert inputs < saved_bytes(module, x) < 1.8 * inputs  # statistics and the gates' weights
+
+
+@pytest.mark.parametrize("experts", ["batch-norm", "batch-norm-after", "dice"])
+def test_a_derivative_of_a_derivative_moves_no_statistics(experts: str) -> None:
+    """Its backward runs the level again."""
+    statistics = []
+    for create_graph in (False, True):
+        module = level(TOPOLOGIES["ple"], EXPERTS[experts], GATES["logits-norm"]).train()
+        torch.manual_seed(5)
+        y = module(torch.randn(9, 7, dtype=torch.float64))
+        torch.autograd.grad(y.square().sum(), list(module.parameters()), create_graph=create_graph)
+        statistics.append({name: b.clone() for name, b in module.named_buffers()})
+    assert statistics[0].keys() == statistics[1].keys()
+    assert all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ple_fast import ExtractionNetwork, MLPSpec, use_backend
+from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
 from ple_fast.autograd import arithmetic_of
 from ple_fast.call import LevelCall
 from ple_fast.saved import saved_by_kernels, saved_by_rows
@@ -75,3 +75,19 @@ def test_what_is_kept_is_what_is_declared(name: str, frozen: str, backend: str, 
         assert tensor is not None, (number, saved.values[number])
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), (number, saved)
     assert len({t.data_ptr() for t in kept}) == len(kept)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_is_kept_that_no_wanted_gradient_reads(backend: str, device: torch.device) -> None:
+    """The last hidden layer of the gates is read by the gradient of the gates' weight alone."""
+    module = level(TOPOLOGIES["ple"], MLPSpec((4,), "gelu"), GateSpec((5,), "gelu")).to(device)
+    x = torch.randn(9, 7, dtype=torch.float64, device=device)
+    kept = []
+    for learns in (True, False):
+        assert module.gate.weight is not None
+        module.gate.weight.requires_grad_(learns)
+        call, flat = _call(module, x, backend)
+        wants = call.wants(tuple(t is not None and t.requires_grad for t in flat))
+        saved = (saved_by_rows if backend == "torch" else saved_by_kernels)(call.plan, wants, call.state.kind())
+        kept.append(len(saved.values))
+    assert kept[0] == kept[1] + 1
