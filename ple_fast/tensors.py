@@ -48,7 +48,7 @@ def flatten(layers: Sequence[LayerTensors], gate: GateTensors) -> tuple[Tensor |
     """The flat tuple of a level's differentiable tensors."""
     flat: list[Tensor | None] = []
     for row in layers:
-        flat += row
+        flat.extend(row)  # += is not traced by torch 2.11
     return *flat, *gate
 
 
