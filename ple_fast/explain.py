@@ -228,7 +228,6 @@ def _backward_launches(seen: _Seen) -> int:
 def _products(asked: Asked, x: Tensor, *, few_rows: bool) -> Iterator[str]:
     """Forward's products on the torch backend, layer by layer, then the gates'."""
     layers, gate = asked.layers, asked.gate
-
     is_shared = isinstance(asked.x, Tensor) and x.dim() == 2
     for mlp in asked.plan.mlps():
         what = "gates" if mlp is asked.plan.gate else "experts"

@@ -158,8 +158,9 @@ def extraction_level(
     is_special = gate_input is not None or return_gates or autocast is not None
     records = torch.is_grad_enabled()
     parameters = flatten(layers, gate) if records else ()
-    now = _bare_state(plan.num_layers)
-    if plan.has_state:  # what is refused must have moved no statistics
+    if not plan.has_state:
+        now = _bare_state(plan.num_layers)
+    else:  # what is refused must have moved no statistics
         _check(plan, layers, gate, x, gate_input, gate_features)
         now = state((x if isinstance(x, Tensor) else x[0]).shape[0], choice.name)
     asked = Asked(

@@ -16,7 +16,7 @@ from .backend import is_exporting
 from .plan import LevelPlan
 from .state import LevelState
 from .tensors import GateTensors, LayerTensors
-from .torch_backend.few_rows import MAX_ROWS, MAX_TRAIN_ROWS, serves, serves_state
+from .torch_backend.few_rows import serves_state, takes
 
 _TRACED = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 """What parameters are to a tracer."""
@@ -98,18 +98,11 @@ def _is_differentiable(asked: Asked) -> bool:
 
 def _has_few_rows(asked: Asked) -> bool:
     """A CPU batch below 32 rows, 96 in training, of a level of one block and plain gates."""
-    x = asked.x
-    records = asked.records
-    if (
-        asked.backend != "torch"
-        or asked.is_special
-        or not isinstance(x, Tensor)
-        or x.shape[0] >= (MAX_TRAIN_ROWS if records else MAX_ROWS)
-        or x.dtype not in (torch.float32, torch.float64)
-        or not serves(asked.plan, x.dim() == 3, trains=records)
-    ):
+    if asked.backend != "torch" or asked.is_special or not isinstance(asked.x, Tensor):
         return False
-    if records:
+    if not takes(asked.plan, asked.x, trains=asked.records):
+        return False
+    if asked.records:
         for tensor in asked.parameters:  # a plain loop: a small batch waits for this
             if tensor is not None and not tensor.requires_grad:
                 return False

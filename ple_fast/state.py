@@ -72,11 +72,6 @@ class LevelState(NamedTuple):
     """Seed of the dropout masks; None where nothing is dropped. A tensor: one int64 on the device of kernels."""
 
     @property
-    def uses_batch(self) -> bool:
-        """Whether any norm reads statistics of the whole batch."""
-        return any(n is not None and n.batch for n in self.norms())
-
-    @property
     def is_plain(self) -> bool:
         """Whether there are no norms and no dropout: nothing that a call changes or draws."""
         return all(n is None for n in self.norms()) and not any(layer.dropout for layer in self.layers)

@@ -21,7 +21,7 @@ from ..slots import rows_of
 from ..state import LevelState
 from ..torch_backend import level as by_hand
 from ..torch_backend.dropout import draw_seed
-from ..torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves, serves_state
+from ..torch_backend.few_rows import few_rows_forward, serves_state, takes
 from ..torch_backend.layer import RowBlock
 from ..torch_backend.norms import take_up
 from ..torch_backend.prepared import prepared
@@ -98,15 +98,12 @@ def _with_seed_read(call: LevelCall) -> LevelCall:
 
 
 def _has_few_rows(given: Arguments, call: LevelCall) -> bool:
-    """Whether the short path serves: ``extraction_level`` asks the same of an eager call."""
-    x = given.x[0]
+    """Whether the short path serves: ``routes.py`` asks the same of an eager call."""
     return (
         len(given.x) == 1
-        and given.batch < MAX_ROWS
         and not given.gate_places
         and not call.listed
-        and x.dtype in (torch.float32, torch.float64)
-        and serves(call.plan, x.dim() == 3, trains=False)
+        and takes(call.plan, given.x[0], trains=False)
         and serves_state(call.state)
     )
 

@@ -59,6 +59,15 @@ def uses_wide_product(x: Tensor) -> bool:
     return x.shape[0] > WIDE_ROWS and by_onednn(x)
 
 
+def takes(plan: LevelPlan, x: Tensor, *, trains: bool) -> bool:
+    """Whether a call of the plan on ``x`` is for this path: one that it ``serves``, of so few rows."""
+    return (
+        x.shape[0] < (MAX_TRAIN_ROWS if trains else MAX_ROWS)
+        and x.dtype in (torch.float32, torch.float64)
+        and serves(plan, x.dim() == 3, trains=trains)
+    )
+
+
 def serves_state(state: LevelState) -> bool:
     """Whether it can run the plan in this state: nothing is dropped, and every norm is ours."""
     return state.seed is None and not state.has_foreign_norm

@@ -19,10 +19,9 @@ from .layer import Gradients, Layer, RowBlock
 from .norms import (
     BatchNormSaved,
     Moments,
-    batch_norm_again,
+    batch_norm,
     batch_norm_backward,
     batch_norm_backward_by_sums,
-    batch_norm_forward,
     batch_norm_sums,
 )
 from .products import linear
@@ -63,7 +62,7 @@ class GateEnd:
         self.plan, self.want, self.at, self.hidden = plan, wants.gate, saved.mix, hidden
         self.groups = () if hidden is not None else _rows_by_slot(plan, groups)
         self.mixture_rows = _rows_by_mixture(plan) if hidden is not None else []
-        self.has_norm, self.waits = gate_norm is not None, gate_norm == "batch"
+        self.waits = gate_norm == "batch"
         self.temperature = plan.gate_spec.temperature
         self.goes_below = hidden is not None and hidden.want.output
 
@@ -86,11 +85,7 @@ class GateEnd:
         """The softmax ``(rows, O_gated, E)``; ``moments``: of the batch, where there are several blocks."""
         at, gate, norm = self.at, inputs.gate, inputs.state.gate_norm
         if norm is not None:
-            z = logits.unsqueeze(1)
-            if moments is None:
-                normed, moments = batch_norm_forward(z, gate.norm_weight, gate.norm_bias, norm)
-            else:
-                normed = batch_norm_again(z, gate.norm_weight, gate.norm_bias, norm, moments)
+            normed, moments = batch_norm(logits.unsqueeze(1), gate.norm_weight, gate.norm_bias, norm, moments)
             if at.z >= 0:
                 block.kept[at.z] = logits
             if at.mean >= 0:
@@ -116,9 +111,7 @@ class GateEnd:
         """What the norm read, and what forward normalised by."""
         z, norm = block.kept[self.at.z], inputs.state.gate_norm
         assert z is not None and norm is not None
-        if self.at.mean >= 0:
-            return z.unsqueeze(1), BatchNormSaved(block.kept[self.at.mean], block.kept[self.at.rstd])
-        return z.unsqueeze(1), BatchNormSaved(norm.running_mean, norm.running_var)
+        return z.unsqueeze(1), block.statistics(self.at.mean, self.at.rstd, norm)
 
     def sums(self, inputs: LevelInput, block: RowBlock, d: Tensor) -> Moments:
         """What the norm's backward needs to know of all row blocks."""

@@ -16,7 +16,7 @@ from ..plan import MLPPlan
 from ..saved import LayerSaved, is_replayed, relu_drops
 from ..slots import Groups, Slots
 from ..specs import from_output
-from ..state import LayerKind
+from ..state import LayerKind, NormState
 from .activations import activation_backward, activation_forward, dice_backward, dice_forward
 from .dropout import keep_mask
 from .finite import looks_finite
@@ -25,10 +25,10 @@ from .input_grads import InputGrads
 from .norms import (
     BatchNormSaved,
     Moments,
+    batch_norm,
     batch_norm_again,
     batch_norm_backward,
     batch_norm_backward_by_sums,
-    batch_norm_forward,
     batch_norm_sums,
     layer_norm_affine,
     layer_norm_backward,
@@ -68,6 +68,12 @@ class RowBlock:
         self.replayed: Replayed | None = None
         """The next layer of backward, where it has been computed again already."""
         self.dlogits: Tensor | None = None
+
+    def statistics(self, mean: int, rstd: int, norm: NormState) -> BatchNormSaved:
+        """What forward normalised by: kept under these numbers, or running statistics."""
+        if mean < 0:
+            return BatchNormSaved(norm.running_mean, norm.running_var)
+        return BatchNormSaved(self.kept[mean], self.kept[rstd])
 
     def take(self) -> Tensor:
         """``value``, which is then in nobody's hands but the caller's."""
@@ -111,6 +117,8 @@ class Layer:
         """The product applies it."""
         self.by_output = from_output(spec.activation)
         self.activates = self.has_dice or spec.activation.name != "identity"
+        self.activates_first = self.activates and not self.is_before
+        """Before the norm, or without one."""
         self.replays = is_replayed(kind, want)
         self.relu_drops = relu_drops(spec, kind)
         self.keeps_input = at.act >= 0 and not self.by_output
@@ -128,11 +136,11 @@ class Layer:
             z = slots_linear(slots, block.rows, self.groups, tensor.weight, tensor.bias, relu=self.relu)
         else:
             z = grouped(a, tensor.weight, tensor.bias, relu=self.relu)
-        return z if self.is_before or not self.activates else self.activation(inputs, block, z)
+        return self.activation(inputs, block, z) if self.activates_first else z
 
     def after_product(self, inputs: LevelInput, block: RowBlock, z: Tensor) -> Tensor:
         """The whole layer but its product, which has not applied ReLU."""
-        z = z if self.is_before or not self.activates else self.activation(inputs, block, z)
+        z = self.activation(inputs, block, z) if self.activates_first else z
         return self.end(inputs, block, z, None)
 
     def activation(self, inputs: LevelInput, block: RowBlock, z: Tensor) -> Tensor:
@@ -155,7 +163,7 @@ class Layer:
         """What ``product`` left, to the layer's output; ``moments``: of the batch, where there are several blocks."""
         if self.has_norm:
             z = self._norm(inputs, block, z, moments)
-            if self.is_before and self.activates:
+            if self.activates and not self.activates_first:
                 z = self.activation(inputs, block, z)
         if self.drops:
             seed, p = inputs.state.seed, inputs.state.layers[self.number].dropout
@@ -174,10 +182,8 @@ class Layer:
         if norm.kind == "layer":
             assert tensor.norm_weight is not None and tensor.norm_bias is not None
             y, mean, rstd = layer_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm.eps)
-        elif moments is None:
-            y, (mean, rstd) = batch_norm_forward(z, tensor.norm_weight, tensor.norm_bias, norm)
         else:
-            y, (mean, rstd) = batch_norm_again(z, tensor.norm_weight, tensor.norm_bias, norm, moments), moments
+            y, (mean, rstd) = batch_norm(z, tensor.norm_weight, tensor.norm_bias, norm, moments)
         if at.z >= 0:
             block.kept[at.z] = z
         if at.mean >= 0:
@@ -185,12 +191,9 @@ class Layer:
         return y
 
     def _statistics(self, inputs: LevelInput, block: RowBlock) -> BatchNormSaved:
-        """What forward normalised by."""
-        if self.at.mean >= 0:
-            return BatchNormSaved(block.kept[self.at.mean], block.kept[self.at.rstd])
         norm = inputs.state.layers[self.number].norm
         assert norm is not None
-        return BatchNormSaved(norm.running_mean, norm.running_var)
+        return block.statistics(self.at.mean, self.at.rstd, norm)
 
     def replay(self, inputs: LevelInput, block: RowBlock) -> Replayed:
         """The output of a layer that ``replays``, of what has been kept of it."""
@@ -262,9 +265,7 @@ class Layer:
         if self.has_dice:
             dice, at = inputs.state.layers[self.number].dice, self.at
             assert dice is not None and slope is not None
-            saved = BatchNormSaved(dice.running_mean, dice.running_var)
-            if at.dice_mean >= 0:
-                saved = BatchNormSaved(block.kept[at.dice_mean], block.kept[at.dice_rstd])
+            saved = block.statistics(at.dice_mean, at.dice_rstd, dice)
             d, dslope = dice_backward(d, act, slope, dice, saved, alpha_grad=self.want.slope)
         else:
             dslope = activation_backward(d, act, self.spec.activation, slope, slope_grad=self.want.slope)

@@ -289,7 +289,7 @@ def level_backward(
     again = None if kept else inputs._replace(state=inputs.state.still())
     for i, block in enumerate(blocks) if again is None else ():
         block.kept = list(kept[i * size : (i + 1) * size])
-    for together in [blocks] if len(blocks) == 1 else _one_by_one(level, blocks):
+    for together in _one_by_one(level, blocks):
         if again is not None:
             _rows_forward(level, again, together)
         _rows_backward(level, inputs, together, (dy, dlisted), grads)

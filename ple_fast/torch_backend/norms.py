@@ -105,6 +105,15 @@ def batch_norm_again(
     return torch.addcmul(shift.view(shape), _wide(z), scale.view(shape)).to(z.dtype)
 
 
+def batch_norm(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState, moments: BatchNormSaved | None
+) -> tuple[Tensor, BatchNormSaved]:
+    """``batch_norm_forward``; ``moments``: of the batch, where ``z`` is one row block of several."""
+    if moments is None:
+        return batch_norm_forward(z, weight, bias, norm)
+    return batch_norm_again(z, weight, bias, norm, moments), moments
+
+
 def batch_norm_backward(
     d: Tensor, z: Tensor, weight: Tensor | None, norm: NormState, saved: BatchNormSaved, *, affine: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -85,12 +85,11 @@ class Level:
         self.hidden = gate if gate.layers else None
         last = gate.layers[-1] if gate.layers else None
         self.gate = GateEnd(plan, wants, self.saved, kind.gate_norm, groups[-1], last) if plan.gate.slots else None
-        self.waits = kind.gate_norm == "batch" or any("batch" in (own.norm, own.dice) for own in kind.layers)
-        """Row blocks wait for each other, where there are several."""
+        self.waits = "batch" in (kind.gate_norm, *(own.norm for own in kind.layers))
+        """Row blocks wait for each other, where there are several; with such dice there is one."""
         self.has_batch_dice = any(own.dice == "batch" for own in kind.layers)
         self.width = sum(spec.units * len(mlp.slots) for mlp in plan.mlps() for spec in mlp.layers)
         """Activations of one row, over all layers."""
-        self.replays_experts = all(mlp.layers[-1].replays for mlp in experts)
 
     def blocks(self, inputs: LevelInput) -> list[RowBlock]:
         """All rows in blocks, which have kept nothing yet."""

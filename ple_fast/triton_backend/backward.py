@@ -23,7 +23,7 @@ class BackwardRun(Run):
 
     def __init__(self, inputs: LevelInput, wants: Wants, kept: Sequence[Tensor | None]) -> None:
         super().__init__(inputs, wants)
-        self.kept = kept
+        self.kept = list(kept)
         self.grads = LevelGrads(inputs.plan.num_layers)
         self.out = InputGrads(self)
         self.weights = WeightGrads(self, self.grads)
@@ -233,6 +233,6 @@ class BackwardRun(Run):
             return end_backward(
                 d, self._act(mlp, i) if norm is None else z, norm, self._end(mlp, i), own, affine=affine
             )
-        layer, rows = self.in_operators(mlp, i), self.all_rows(list(self.kept))
+        layer, rows = self.in_operators(mlp, i), self.all_rows(self.kept)
         d = layer.end_backward(self.inputs, rows, d.contiguous(), self.grads)
         return layer.norm_backward(self.inputs, rows, d, self.grads, None).contiguous()

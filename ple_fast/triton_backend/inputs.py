@@ -137,7 +137,8 @@ class Run:
 
     def __init__(self, inputs: LevelInput, wants: Wants) -> None:
         self.inputs, self.wants, self.plan = inputs, wants, inputs.plan
-        self.saved = saved_by_kernels(inputs.plan, wants, inputs.state.kind())
+        self.kind = inputs.state.kind()
+        self.saved = saved_by_kernels(inputs.plan, wants, self.kind)
         self.x = source_of(inputs.x)
         self.gate_x = self.x if inputs.gate_x is inputs.x else source_of(inputs.gate_x)
         self.mixtures = mixtures_of(inputs.plan)
@@ -160,8 +161,7 @@ class Run:
     def in_operators(self, mlp: MLPPlan, i: int) -> Layer:
         """Layer ``i``, which is not ``in_kernels``: all but its product runs in PyTorch's operators."""
         number = mlp.position + i
-        kind = self.inputs.state.kind().layers[number]
-        return Layer(mlp, number, self.wants.layers[number], kind, self.saved.layers[number])
+        return Layer(mlp, number, self.wants.layers[number], self.kind.layers[number], self.saved.layers[number])
 
     def all_rows(self, kept: list[Tensor | None]) -> RowBlock:
         """The batch, for such a layer."""
