@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .autocast import end_step, without_autocast
 from .call import LevelCall
-from .tensors import unflatten
+from .tensors import GateTensors, LayerTensors, flatten, unflatten
 from .torch_backend import differentiable
 from .torch_backend import level as by_hand
 from .torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward
@@ -61,14 +61,19 @@ def run_differentiable(
     return differentiable.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
 
 
-def run_without_grad(call: LevelCall, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """The level where no backward follows."""
+def run_without_grad(
+    call: LevelCall, given: tuple[Tensor, ...], layers: Sequence[LayerTensors], gate: GateTensors
+) -> tuple[Tensor, Tensor | None]:
+    """The level where no backward follows; ``given``: the tensors of ``x`` and those of the gates' input."""
 
     def run() -> Gradients:
-        y, listed, _ = arithmetic_of(call).level_forward(call.inputs(tensors), None, listed=call.listed)
+        y, listed, _ = arithmetic_of(call).level_forward(call.inputs_of(given, layers, gate), None, listed=call.listed)
         return y, listed
 
-    y, listed = _repeated(call, run, "inference", tensors)
+    if call.backend == "torch":  # a small batch waits for the tuple that is not made here
+        y, listed = run()
+    else:
+        y, listed = _repeated(call, run, "inference", (*given, *flatten(layers, gate)))
     return cast(Tensor, y), listed
 
 

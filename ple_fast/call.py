@@ -135,11 +135,14 @@ class LevelCall(NamedTuple):
 
     def inputs(self, tensors: Sequence[Tensor | None]) -> LevelInput:
         """The call with its tensors: those of ``x``, those of the gates' input, the flat tuple of the level."""
-        x = Slots(tensors[: self.num_x], self.places)  # type: ignore[arg-type]  # inputs are never None
-        gate_x, start = x, self.num_x + self.num_gate_x
+        start = self.num_x + self.num_gate_x
+        return self.inputs_of(tensors[:start], *unflatten(tensors[start:]))  # type: ignore[arg-type]  # inputs are never None
+
+    def inputs_of(self, given: Sequence[Tensor], layers: Sequence[LayerTensors], gate: GateTensors) -> LevelInput:
+        """The same; ``given``: the tensors of ``x`` and those of the gates' input."""
+        x = gate_x = Slots(given[: self.num_x], self.places)
         if self.gate_places is not None:
-            gate_x = Slots(tensors[self.num_x : start], self.gate_places)  # type: ignore[arg-type]
-        layers, gate = unflatten(tensors[start:])
+            gate_x = Slots(given[self.num_x :], self.gate_places)
         return LevelInput(self.plan, layers, gate, self.state, x, gate_x)
 
     def wants(self, needed: tuple[bool, ...]) -> Wants:

@@ -15,6 +15,7 @@ from .backend import Choice, last_backend
 from .modules import ExtractionNetwork
 from .routes import Asked, Route, watching
 from .scalars import shown
+from .slots import first_of
 from .torch_backend.few_rows import uses_wide_product
 from .torch_backend.products import grouped_library, linear_library
 
@@ -193,7 +194,7 @@ def _recorded(kernels: list[str]) -> Iterator[None]:
 def _report(seen: _Seen, saved_bytes: int) -> LevelReport:
     asked, route = seen.asked, seen.route
     when = (route.condition.__doc__ or "").strip().splitlines()[0].rstrip(".")
-    x = asked.x if isinstance(asked.x, Tensor) else asked.x[0]
+    x = first_of(asked.x)
     backward = 0
     if seen.backend.name == "triton":
         products = _kernels(seen)

@@ -17,7 +17,7 @@ from .checks import check_input, shape_of
 from .ops import run_op
 from .plan import LevelPlan
 from .routes import Asked, must_see_operators, route_of
-from .slots import Place, Slots
+from .slots import Place, Slots, first_of
 from .state import NO_STATE, LevelState
 from .tensors import GateTensors, LayerTensors, check_shapes, flatten
 from .torch_backend import differentiable
@@ -63,15 +63,19 @@ def _cast_layers(
     return rows, gate._replace(weight=cast(gate.weight), bias=cast(gate.bias))
 
 
-def _run(call: LevelCall, flat: tuple[Tensor | None, ...], way: str) -> tuple[Tensor, Tensor | None]:
+def _run(
+    call: LevelCall, given: tuple[Tensor, ...], layers: Sequence[LayerTensors], gate: GateTensors, way: str
+) -> tuple[Tensor, Tensor | None]:
     """Output and, where the call lists them, the weights. ``way``: the name of a route, but that of few rows."""
+    if way == "by hand" and not torch.is_grad_enabled():
+        return run_without_grad(call, given, layers, gate)
+    flat = (*given, *flatten(layers, gate))
     if way == "operator":
         return run_op(call, flat)
     if way == "differentiable":
         return run_differentiable(call, flat)
-    # On the short path every parameter has been seen to require a gradient.
-    if not (call.few_rows or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat))):
-        return run_without_grad(call, flat)
+    if not any(t is not None and t.requires_grad for t in flat):
+        return run_without_grad(call, given, layers, gate)
     out: Any = ExtractionLevelFunction.apply(call, *flat)  # type: ignore[no-untyped-call]  # untyped in torch
     return out if call.listed else (out, None)
 
@@ -100,11 +104,11 @@ def _check(
     gate_features: int,
 ) -> None:
     """What the checks of single inputs do not see: rows of both, and the shapes of parameters."""
-    first = x if isinstance(x, Tensor) else x[0]
+    first = first_of(x)
     if torch._C._get_tracing_state() is None:  # torch.jit.trace, to whom shapes are values
         check_shapes(plan, layers, gate, first.shape[-1], gate_features)
     if gate_input is not None:
-        other = gate_input if isinstance(gate_input, Tensor) else gate_input[0]
+        other = first_of(gate_input)
         if other.shape[0] != first.shape[0]:
             raise ValueError(f"gate_input: expected {first.shape[0]} rows like x, got {other.shape[0]}")
 
@@ -162,7 +166,7 @@ def extraction_level(
         now = _bare_state(plan.num_layers)
     else:  # what is refused must have moved no statistics
         _check(plan, layers, gate, x, gate_input, gate_features)
-        now = state((x if isinstance(x, Tensor) else x[0]).shape[0], choice.name)
+        now = state(first_of(x).shape[0], choice.name)
     asked = Asked(
         plan, now, x, layers, gate, parameters, choice.name, backend == "torch", is_traced, records, is_special,
         recompute,
@@ -172,7 +176,10 @@ def extraction_level(
         note(choice)
         if not records:
             return few_rows_forward(plan, layers, gate, x, now if plan.has_state else None), None  # type: ignore[arg-type]  # a tensor
-        return _run(_few_rows_call(plan, x.dim() == 3), (x, *parameters), way)[0], None  # type: ignore[union-attr, arg-type]
+        # Every parameter has been seen to require a gradient.
+        call = _few_rows_call(plan, x.dim() == 3)  # type: ignore[union-attr]
+        y: Tensor = ExtractionLevelFunction.apply(call, x, *parameters)  # type: ignore[no-untyped-call]  # untyped in torch
+        return y, None
     if not plan.has_state:
         _check(plan, layers, gate, x, gate_input, gate_features)
     if way == "differentiable" and choice.name == "triton":
@@ -190,14 +197,13 @@ def extraction_level(
     call = LevelCall(
         plan, now, places, len(tensors), gate_places, len(gate_tensors), return_gates, recompute, choice.name
     )
-    parameters = parameters if records and autocast is None else flatten(layers, gate)
-    flat = (*tensors, *gate_tensors, *parameters)
+    given = (*tensors, *gate_tensors)
     if autocast is None:
-        y, listed = _run(call, flat, way)
+        y, listed = _run(call, given, layers, gate, way)
     else:
         # What autocast asks for has been cast; the mixing stays in float32, forward and backward.
         with torch.autocast(weight.device.type, enabled=False):
-            y, listed = _run(call, flat, way)
+            y, listed = _run(call, given, layers, gate, way)
     if not return_gates:
         return y, None
     assert listed is not None

@@ -43,6 +43,11 @@ class LevelGrads:
         return [*found, gate.weight, gate.bias, gate.norm_weight, gate.norm_bias, gate.offset]
 
 
+def sum_of_rows(d: Tensor) -> Tensor:
+    """``d.sum(0)``; of one row the row itself, a view."""
+    return d[0] if d.shape[0] == 1 else d.sum(0)
+
+
 def plus(before: Tensor | None, value: Tensor | None) -> Tensor | None:
     """``before + value``, in the memory of ``before`` if there is some; None stands for 0."""
     if value is None or before is None:

@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .backend import is_exporting
 from .plan import LevelPlan
+from .slots import first_of
 from .state import LevelState
 from .tensors import GateTensors, LayerTensors
 from .torch_backend.few_rows import serves_state, takes
@@ -92,8 +93,7 @@ def _is_differentiable(asked: Asked) -> bool:
     """Another tracer, a transform or a tensor subclass is at work, a norm is not ours, or there is no row."""
     if asked.is_traced or (asked.plan.has_state and asked.state.has_foreign_norm):
         return True
-    x = asked.x if isinstance(asked.x, Tensor) else asked.x[0]
-    return bool(x.shape[0] == 0)
+    return first_of(asked.x).shape[0] == 0
 
 
 def _has_few_rows(asked: Asked) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .call import LayerWants, LevelInput, Wants
 from .plan import LevelPlan, MLPPlan
 from .specs import LEARNED, LayerSpec, from_output
-from .state import LayerKind, LevelKind
+from .state import LayerKind, LayerState, LevelKind
 
 
 class Value(NamedTuple):
@@ -95,6 +95,11 @@ def _statistics_dtype(inputs: LevelInput, layer: int, is_dice: bool) -> torch.dt
     if weight is None and norm is not None and norm.factor > 0.0:
         weight = norm.running_mean
     return inputs.layers[0].weight.dtype if weight is None else weight.dtype
+
+
+def in_kernels(spec: LayerSpec, own: LayerKind | LayerState) -> bool:
+    """Whether kernels do all that follows the product; else PyTorch's operators do, between two launches."""
+    return own.dice is None and spec.activation.name not in LEARNED
 
 
 class _List:
@@ -215,13 +220,13 @@ def saved_by_kernels(plan: LevelPlan, wants: Wants, kind: LevelKind) -> Saved:
         for i, spec in enumerate(mlp.layers):
             number = mlp.position + i
             want, own = wants.layers[number], kind.layers[number]
-            in_kernels = own.dice is None and spec.activation.name not in LEARNED
+            is_fused = in_kernels(spec, own)
             # The mixtures do norm, activation and dropout as they load the product, which is then the output.
-            deferred = number in lasts and not several and own.norm == "batch" and in_kernels
+            deferred = number in lasts and not several and own.norm == "batch" and is_fused
             z = found.keep(want.output and own.norm is not None, members, spec.units)
             act = h = dice_mean = dice_rstd = -1
             is_output = False
-            if not in_kernels:
+            if not is_fused:
                 act = found.keep(want.output, members, spec.units)
                 if want.output:
                     dice_mean, dice_rstd = found.statistics(own.dice, members, spec.units, number, is_dice=True)
@@ -237,7 +242,7 @@ def saved_by_kernels(plan: LevelPlan, wants: Wants, kind: LevelKind) -> Saved:
             else:
                 h = found.keep(is_output or _above(plan, mlp, number, wants), members, spec.units)
             normed = want.output or (deferred and wants.weights)
-            if normed and own.norm == "layer" and in_kernels:
+            if normed and own.norm == "layer" and is_fused:
                 mean, rstd = found.keep(True, members, wide=True), found.keep(True, members, wide=True)
             else:
                 mean, rstd = found.statistics(own.norm if normed else None, members, spec.units, number)

@@ -14,6 +14,11 @@ Groups = tuple[tuple[int, int, int], ...]
 """Runs ``(slot, first, last + 1)`` of members, or of rows of a weight, that read one slot."""
 
 
+def first_of(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """An input, or the first of those of its slots."""
+    return x if isinstance(x, Tensor) else x[0]
+
+
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
     """Some rows of a tensor: itself where they are all of them, which takes no operator."""
     return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]

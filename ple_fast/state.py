@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class LevelKind(NamedTuple):
     gate_norm: str | None
 
 
+@lru_cache(maxsize=1024)
+def _bare_kind(num_layers: int) -> LevelKind:
+    """Of a level that has neither norms nor dropout."""
+    return LevelKind((NO_KIND,) * num_layers, None)
+
+
 def _kind_of(norm: NormState | None) -> str | None:
     return None if norm is None else "running" if norm.kind == "batch" and not norm.batch else norm.kind
 
@@ -87,6 +94,8 @@ class LevelState(NamedTuple):
 
     def kind(self) -> LevelKind:
         """What decides which arithmetic runs."""
+        if self.gate_norm is None and self.layers.count(NO_STATE) == len(self.layers):
+            return _bare_kind(len(self.layers))
         layers = tuple([
             NO_KIND if own is NO_STATE else LayerKind(_kind_of(own.norm), _kind_of(own.dice), own.dropout > 0.0)
             for own in self.layers

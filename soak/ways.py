@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ple_fast.torch_backend import prepared
 from ple_fast.torch_backend.dropout import keep_mask
 from soak.make_ups import Trial
-from tests.helpers import FORMS, Run, by_operator
+from tests.helpers import FORMS, Run, by_route
 
 SEED = 5
 """Of every mask of dropout."""
@@ -99,7 +99,7 @@ class Step:
         return outs
 
     def _operator(self) -> Any:
-        with by_operator():
+        with by_route("operator"):
             outs = self.outputs()
         self._backward(outs)
         return outs

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
-from ple_fast.functional import _run
 from ple_fast.reference import ExtractionNetworkReference, Pair, PLEReference, correspondence
+from ple_fast.routes import ROUTES
 
 TOPOLOGIES: dict[str, Topology] = {
     "ple": Topology.ple(3, [2, 1, 3], 2, last=False),
@@ -324,9 +324,10 @@ def compare(
 
 
 @contextmanager
-def by_operator() -> Iterator[None]:
-    """Eager calls go where compiled ones go."""
-    with mock.patch("ple_fast.functional._run", lambda call, flat, way: _run(call, flat, "operator")):
+def by_route(name: str) -> Iterator[None]:
+    """Eager calls take this route, whichever they would take."""
+    (route,) = (route for route in ROUTES if route.name == name)
+    with mock.patch("ple_fast.functional.route_of", return_value=route):
         yield
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ple_fast import ExtractionNetwork
 from ple_fast.ops.arguments import Arguments, arguments_of, for_backward, numbers_of, statistics_of
 from ple_fast.ops.operators import level_backward, level_forward
+from ple_fast.tensors import flatten
 
 
 class _Recorded(Exception):
@@ -22,8 +23,8 @@ def arguments_of_call(module: ExtractionNetwork, x: Any) -> Arguments:
     """The operators' arguments for a call of ``module``."""
     found: list[Any] = []
 
-    def record(call: Any, flat: Any, way: str) -> Any:
-        found.append((call, tuple(None if t is None else t.detach() for t in flat)))
+    def record(call: Any, given: Any, layers: Any, gate: Any, way: str) -> Any:
+        found.append((call, tuple(None if t is None else t.detach() for t in (*given, *flatten(layers, gate)))))
         raise _Recorded
 
     with mock.patch("ple_fast.functional._run", record), pytest.raises(_Recorded):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from ple_fast import specs
 from ple_fast_kernels import FUSED, MAX_RUN, NO_GATES, GateRuns, LayerEnd, Tile, grouped_data_grad, grouped_linear_fwd
 from tests.kernel_helpers import (
     ACTIVATIONS,
@@ -42,6 +43,11 @@ def logits_of(a: Tensor, weight: Tensor, bias: Tensor | None, runs: GateRuns) ->
 
 def test_every_fused_activation_has_a_case() -> None:
     assert {name for name, _ in ACTIVATIONS} == set(FUSED)
+
+
+def test_kernels_know_every_activation_that_learns_nothing() -> None:
+    """``saved.py`` declares what kernels keep without asking them."""
+    assert set(FUSED) == set(specs.ACTIVATIONS) - set(specs.LEARNED)
 
 
 @pytest.mark.parametrize("keep_input", [False, True])

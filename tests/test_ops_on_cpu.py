@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
 from ple_fast.torch_backend import prepared
-from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, by_operator, draw, has_dropout, level
+from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, by_route, draw, has_dropout, level
 from tests.operator_checks import check_operators
 
 TWO_BLOCKS = [MLPSpec((6, 4), "gelu", norm="batch")] * 4 + [MLPSpec((5, 3, 4), dropout=0.5)] * 2
@@ -52,7 +52,7 @@ def assert_same(module: ExtractionNetwork, form: str, rows: int, dtype: torch.dt
     ):
         other = copy.deepcopy(module)
         expected = outcome(module, FORMS[form].build(leaves, slots), leaves)
-        with by_operator():
+        with by_route("operator"):
             found = outcome(other, FORMS[form].build(leaves, slots), leaves)
     # A gradient that is nowhere else is zero in one flat result.
     for name in expected | found:
@@ -98,13 +98,13 @@ def test_the_operator_infers(case: str, form: str, rows: int) -> None:
     x = FORMS[form].build(draw(form, rows, slots, 7), slots)
     with torch.no_grad():
         expected, gates = module(x, return_gates=True)
-        with by_operator():
+        with by_route("operator"):
             assert_close("y", module(x), expected, 1e-12)
             y, found = module(x, return_gates=True)
         for ours, theirs in zip([y, *found], [expected, *gates], strict=True):
             assert_close("y and weights", ours, theirs, 1e-12)
         if has_dropout(experts, gate):  # in train mode it drops, gradients or not
-            with by_operator():
+            with by_route("operator"):
                 first, second = module.train()(x), module(x)
             assert rows == 0 or not torch.equal(first, second)
 
@@ -112,7 +112,7 @@ def test_the_operator_infers(case: str, form: str, rows: int) -> None:
 def test_no_rows_give_gradients_of_zero() -> None:
     module = level(TOPOLOGIES["ple"], EXPERTS["2-layers"])
     x = torch.empty(0, 7, dtype=torch.float64, requires_grad=True)
-    with by_operator():
+    with by_route("operator"):
         module(x).sum().backward()
     assert x.grad is not None and x.grad.shape == (0, 7)
     for name, parameter in module.named_parameters():
@@ -129,7 +129,7 @@ def test_no_rows_leave_running_statistics_as_they_are(case: str, momentum: float
             child.momentum = momentum
     before = copy.deepcopy(dict(module.named_buffers()))
     for x in (torch.empty(0, 7, dtype=torch.float64), torch.empty(0, 7, dtype=torch.float64, requires_grad=True)):
-        with by_operator():
+        with by_route("operator"):
             module(x)
     for name, buffer in module.named_buffers():
         if "running" in name:  # they take up themselves, which may round

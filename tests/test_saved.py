@@ -15,7 +15,8 @@ from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
 from ple_fast.autograd import arithmetic_of
 from ple_fast.call import LevelCall
 from ple_fast.saved import saved_by_kernels, saved_by_rows
-from tests.helpers import EXPERTS, GATES, TOPOLOGIES, level
+from ple_fast.tensors import flatten
+from tests.helpers import EXPERTS, GATES, TOPOLOGIES, by_route, level
 
 FROZEN: dict[str, Callable[[ExtractionNetwork], Any]] = {
     "nothing": lambda module: None,
@@ -41,14 +42,15 @@ def _call(module: ExtractionNetwork, x: Tensor, backend: str) -> tuple[LevelCall
     """The call of a level and its tensors, and no result."""
     seen: list[Any] = []
 
-    def stop(call: LevelCall, flat: tuple[Any, ...], way: str) -> None:
-        seen.extend((call, flat))
+    def stop(*given: Any) -> None:
+        seen.extend(given[:-1])
         raise _Seen
 
-    with mock.patch("ple_fast.functional._run", stop), use_backend(backend), suppress(_Seen):  # type: ignore[arg-type]  # a literal
+    stopped = mock.patch("ple_fast.functional._run", stop)
+    with stopped, by_route("by hand"), use_backend(backend), suppress(_Seen):  # type: ignore[arg-type]  # a literal
         module(x)
-    call, flat = seen
-    return call._replace(few_rows=False), flat
+    call, given, layers, gate = seen
+    return call, (*given, *flatten(layers, gate))
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
-from ple_fast.functional import _run
 from ple_fast.modules.layers import OffsetStart
-from tests.helpers import randomise
+from tests.helpers import by_route, randomise
 
 TWO_BLOCKS = [MLPSpec((6, 4), norm="batch"), *[MLPSpec((5, 4), "gelu")] * 4]
 MAKE_UPS: dict[str, dict[str, Any]] = {
@@ -46,7 +44,7 @@ def going(way: str) -> AbstractContextManager[Any]:
     """Eager calls go where compiled or transformed ones go."""
     if way not in ("differentiable", "operator"):
         return nullcontext()
-    return mock.patch("ple_fast.functional._run", lambda call, flat, _: _run(call, flat, way))
+    return by_route(way)
 
 
 def statistics(level: nn.Module) -> dict[str, Tensor]:

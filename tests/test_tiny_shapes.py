@@ -19,7 +19,7 @@ from tests.helpers import (
     TOPOLOGIES,
     assert_close,
     assert_derivatives_agree,
-    by_operator,
+    by_route,
     compare,
     draw,
     level,
@@ -82,7 +82,7 @@ def test_every_way_drops_the_same_of_tiny_shapes(width: int, rows: int) -> None:
         assert isinstance(module, Stack)
         expected = step(module, x)
         found = {"gates": step(module, x, gates=True)}
-        with by_operator():
+        with by_route("operator"):
             found["operator"] = step(module, x)
         for one in module.levels:
             one.recompute = True  # type: ignore[assignment]  # a bool of ExtractionNetwork

@@ -187,7 +187,7 @@ class Gate(Uncalled):
         self.norm: nn.Module | None = StackedBatchNorm(logits, **where) if logits and spec.logits_norm else None
         self.offset_start = offset
         if not offset.low:
-            self.offset = None
+            self.register_parameter("offset", None)
         elif offset.learned:
             self.offset = nn.Parameter(torch.empty(len(offset.low), **where))
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import LevelInput, Wants
-from ..grads import plus
+from ..grads import plus, sum_of_rows
 from ..plan import LevelPlan
 from ..saved import Saved
 from ..slots import Groups
@@ -105,7 +105,8 @@ class GateEnd:
         d = mix.gate_softmax_backward(self.plan, mix.gated_part(self.plan, dweights), p)
         if self.temperature != 1.0:
             d = d / self.temperature
-        return d.to(inputs.gate_x.tensors[0].dtype)
+        dtype = inputs.gate_x.tensors[0].dtype
+        return d if d.dtype == dtype else d.to(dtype)
 
     def _norm_input(self, inputs: LevelInput, block: RowBlock) -> tuple[Tensor, BatchNormSaved]:
         """What the norm read, and what forward normalised by."""
@@ -140,13 +141,12 @@ class GateEnd:
         gate, own, want = inputs.gate, grads.gate, self.want
         assert gate.weight is not None
         if want.bias:
-            own.bias = plus(own.bias, d.sum(0))
+            own.bias = plus(own.bias, sum_of_rows(d))
         if self.hidden is None:
             dweight = slots_linear_backward(
-                inputs.gate_x, block.rows, self.groups, d.unsqueeze(2), gate.weight.unsqueeze(1), grads.gate_x,
-                weight_grad=want.weight,
-            )  # fmt: skip
-            own.weight = plus(own.weight, None if dweight is None else dweight.squeeze(1))
+                inputs.gate_x, block.rows, self.groups, d, gate.weight, grads.gate_x, weight_grad=want.weight
+            )
+            own.weight = plus(own.weight, dweight)
             return None
         a = self.hidden.output(inputs, block) if want.weight else None
         dweight = torch.empty_like(gate.weight, memory_format=torch.contiguous_format) if want.weight else None

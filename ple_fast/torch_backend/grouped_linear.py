@@ -45,14 +45,18 @@ def slots_linear_backward(
 ) -> Tensor | None:
     """Backward of ``slots_linear`` for ``d (rows, n, H)``: adds to ``dslots`` where wanted.
 
-    Returns the weight's gradient of these rows, if wanted; it may be a transposed view.
+    Gates come as ``(rows, G)`` with a weight ``(G, D)``. Returns the weight's gradient of these rows, if wanted; it may
+    be a transposed view.
     """
-    n, units, width = weight.shape
-    wide, flat = d.reshape(d.shape[0], n * units), weight.reshape(n * units, width)
+    if d.dim() == 2:
+        (members, width), units, wide, flat = weight.shape, 1, d, weight
+    else:
+        members, units, width = weight.shape
+        wide, flat = d.reshape(d.shape[0], members * units), weight.reshape(members * units, width)
     stack = slots.even_stack(groups, rows)
     s = len(groups)
     if stack is not None and dslots.is_even:
-        dslots.add_even(groups[0][0], rows, wide.view(d.shape[0], s, n * units // s), flat.view(s, -1, width))
+        dslots.add_even(groups[0][0], rows, wide.view(d.shape[0], s, members * units // s), flat.view(s, -1, width))
     else:
         for slot, first, last in groups:
             if dslots.wants(slot):
@@ -65,17 +69,17 @@ def slots_linear_backward(
         if by_onednn(x) and x.shape[0] * flat.numel() >= LINEAR_WORK:
             # oneDNN wants one of its inputs transposed in memory: x is the smaller, but then the result is transposed.
             if x.shape[0] <= FEW_ROWS:
-                return linear(wide.t().contiguous(), x.t()).view(n, units, width)
-            return linear(x.t().contiguous(), wide.t()).t().view(n, units, width)
-        return torch.mm(wide.t(), x).view(n, units, width)
+                return linear(wide.t().contiguous(), x.t()).view(weight.shape)
+            return linear(x.t().contiguous(), wide.t()).t().view(weight.shape)
+        return torch.mm(wide.t(), x).view(weight.shape)
     if stack is not None:
-        parts = wide.view(d.shape[0], s, n * units // s)
-        return torch.bmm(parts.permute(1, 2, 0), stack.transpose(0, 1)).view(n, units, width)
+        parts = wide.view(d.shape[0], s, members * units // s)
+        return torch.bmm(parts.permute(1, 2, 0), stack.transpose(0, 1)).view(weight.shape)
     dweight = torch.empty_like(flat, memory_format=torch.contiguous_format)
     for slot, first, last in groups:
         part = slice(first * units, last * units)
         torch.mm(wide[:, part].t(), slots.at(slot, rows), out=dweight[part])
-    return dweight.view(n, units, width)
+    return dweight.view(weight.shape)
 
 
 def stacked_linear_backward(

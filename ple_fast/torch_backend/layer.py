@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..call import LayerWants, LevelInput
-from ..grads import LevelGrads, plus
+from ..grads import LevelGrads, plus, sum_of_rows
 from ..plan import MLPPlan
 from ..saved import LayerSaved, is_replayed, relu_drops
 from ..slots import Groups, Slots
@@ -59,7 +60,7 @@ class Gradients(LevelGrads):
 class RowBlock:
     """A block of rows on its way through a level, forward or backward."""
 
-    __slots__ = ("dlogits", "kept", "replayed", "rows", "value")
+    __slots__ = ("dlogits", "experts", "kept", "replayed", "rows", "value")
 
     def __init__(self, rows: slice, kept: list[Tensor | None]) -> None:
         self.rows, self.kept = rows, kept
@@ -67,6 +68,8 @@ class RowBlock:
         """What the next step of the level reads."""
         self.replayed: Replayed | None = None
         """The next layer of backward, where it has been computed again already."""
+        self.experts: list[Tensor] = []
+        """Outputs of one block of experts after the other."""
         self.dlogits: Tensor | None = None
 
     def statistics(self, mean: int, rstd: int, norm: NormState) -> BatchNormSaved:
@@ -80,6 +83,12 @@ class RowBlock:
         value, self.value = self.value, None
         assert value is not None
         return value
+
+    def take_experts(self) -> Tensor:
+        """The outputs of all experts ``(rows, E, H)``, which are then in nobody's hands but the caller's."""
+        parts = self.experts
+        self.experts = []
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Layer:
@@ -121,6 +130,10 @@ class Layer:
         """Before the norm, or without one."""
         self.replays = is_replayed(kind, want)
         self.relu_drops = relu_drops(spec, kind)
+        self.acts_on_product = self.activates_first and not (self.relu and at.act < 0)
+        """Something is left to do of the activation, or to keep."""
+        self.ends = self.has_norm or self.drops or at.h >= 0
+        """``end`` does anything."""
         self.keeps_input = at.act >= 0 and not self.by_output
         self.drops_in_place = not (at.act >= 0 and self.by_output and not self.is_after) or self.relu_drops
 
@@ -136,7 +149,7 @@ class Layer:
             z = slots_linear(slots, block.rows, self.groups, tensor.weight, tensor.bias, relu=self.relu)
         else:
             z = grouped(a, tensor.weight, tensor.bias, relu=self.relu)
-        return self.activation(inputs, block, z) if self.activates_first else z
+        return self.activation(inputs, block, z) if self.acts_on_product else z
 
     def after_product(self, inputs: LevelInput, block: RowBlock, z: Tensor) -> Tensor:
         """The whole layer but its product, which has not applied ReLU."""
@@ -311,7 +324,7 @@ class Layer:
         """From the gradient of the product to that of its input, if it is wanted; of the first layer into ``grads``."""
         tensor, own, want = inputs.layers[self.number], grads.layers[self.number], self.want
         if want.bias:
-            own.bias = plus(own.bias, d.sum(0))
+            own.bias = plus(own.bias, sum_of_rows(d))
         if self.below is None:
             slots, dslots = self.slots(inputs), grads.gate_x if self.reads_gate_x else grads.x
             dweight = slots_linear_backward(

@@ -32,7 +32,9 @@ def _mlp_forward(mlp: MLP, inputs: LevelInput, blocks: Sequence[RowBlock]) -> No
         for block in blocks:
             a = None if stage.resumed is None else stage.resumed.end(inputs, block, block.take(), moments)
             for layer in stage.whole:
-                a = layer.end(inputs, block, layer.product(inputs, block, a), None)
+                a = layer.product(inputs, block, a)
+                if layer.ends:
+                    a = layer.end(inputs, block, a, None)
             if stage.begun is not None:
                 a = stage.begun.product(inputs, block, a)
                 parts.append(batch_moments(a))
@@ -69,17 +71,15 @@ def _gates_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock])
 def _rows_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock]) -> list[tuple[Tensor, Tensor]]:
     """``y (rows, O, H)`` and dense weights ``(rows, O, E)`` of every row block."""
     plan, at = level.plan, level.saved.mix
-    experts: list[list[Tensor]] = [[] for _ in blocks]
     for mlp in level.experts:
         _mlp_forward(mlp, inputs, blocks)
-        for block, parts in zip(blocks, experts, strict=True):
-            parts.append(block.take())
+        for block in blocks:
+            block.experts.append(block.take())
     if level.gate is not None:
         _gates_forward(level, inputs, blocks)
     done = []
-    for block, parts in zip(blocks, experts, strict=True):
-        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        parts.clear()
+    for block in blocks:
+        h = block.take_experts()
         weights = mix.mixture_weights(plan, block.value, inputs.gate.offset, h.shape[0], h)
         block.value = None
         if at.h >= 0:
@@ -149,13 +149,13 @@ def _weights_backward(
 ) -> None:
     """From the gradients of output and listed weights, ``given``, to those of experts, in ``value``, and of logits."""
     plan, wants, at = level.plan, level.wants, level.saved.mix
-    dy, dlisted = (None if d is None else rows_of(d, block.rows) for d in given)
+    dy = None if given[0] is None else rows_of(given[0], block.rows)
+    dlisted = None if given[1] is None else rows_of(given[1], block.rows)
     dweights: Tensor | None = None
     if wants.weights and dy is not None:
         h = block.kept[at.h] if at.h >= 0 else _experts_again(level, inputs, block)
         assert h is not None
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        dweights = torch.bmm(dy.to(wide), h.to(wide).transpose(1, 2))
+        dweights = mix.weights_grad(dy, h)
     if wants.weights and dlisted is not None:
         listed = mix.listed_weights_backward(plan, dlisted)
         dweights = listed if dweights is None else dweights.add_(listed)
@@ -272,7 +272,7 @@ def _rows_backward(
             _weights_backward(level, inputs, block, given, grads)
             block.replayed = None
     parts.clear()
-    if level.wants.logits and all(block.dlogits is not None for block in blocks):
+    if level.wants.logits and blocks[-1].dlogits is not None:
         _gates_backward(level, inputs, blocks, grads)
 
 

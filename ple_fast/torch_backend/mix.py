@@ -191,12 +191,24 @@ def mix(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = F
 
 def combine(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
+    if h.dtype == weights.dtype:  # nothing to cast, which takes its time too
+        return mix(plan, weights, h)
     return mix(plan, weights, h.to(weights.dtype)).to(h.dtype)
 
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
+    if dy.dtype == weights.dtype:
+        return mix(plan, weights, dy, backward=True)
     return mix(plan, weights, dy.to(weights.dtype), backward=True).to(dy.dtype)
+
+
+def weights_grad(dy: Tensor, h: Tensor) -> Tensor:
+    """Gradient of the dense weights ``(rows, O, E)`` in float32 (or float64), of ``(rows, O, H)``, ``(rows, E, H)``."""
+    wide = _wide(dy.dtype)
+    if dy.dtype != wide:
+        dy, h = dy.to(wide), h.to(wide)
+    return torch.bmm(dy, h.transpose(1, 2))
 
 
 def combine_dense(weights: Tensor, h: Tensor) -> Tensor:

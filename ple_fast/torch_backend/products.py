@@ -24,6 +24,9 @@ GROUPED_ROWS = 32
 TURNED_ROWS = 160
 """The same with a transposed weight, which a convolution needs turned round in memory."""
 
+COPIED_ROWS = 160
+"""Up to here PyTorch's batched product and a copy of its result are faster than the product into our layout."""
+
 
 @cache
 def _onednn_is_faster() -> bool:
@@ -96,10 +99,16 @@ def grouped(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool
             image, kernel, flat, [0, 0], [1, 1], [1, 1], n, "none", [], ""
         )
         out = y.permute(0, 2, 3, 1).reshape(rows, n, units)
+    elif rows <= COPIED_ROWS:
+        out = _batched(x.transpose(0, 1), weight.transpose(1, 2), bias).transpose(0, 1).contiguous()
     else:
         out = torch.empty((rows, n, units), dtype=x.dtype, device=x.device)
-        if bias is None:
-            torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
-        else:
-            torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+        _batched(x.transpose(0, 1), weight.transpose(1, 2), bias, out.transpose(0, 1))
     return out.relu_() if relu else out
+
+
+def _batched(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``(n, rows, K)``, ``(n, K, H)`` and ``(n, H)`` to ``(n, rows, H)``."""
+    if bias is None:
+        return torch.bmm(x, weight, out=out)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight, out=out)

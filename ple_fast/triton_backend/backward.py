@@ -12,10 +12,11 @@ from ple_fast_kernels import NO_END, LayerEnd, gate_combine_bwd, grouped_data_gr
 from ..call import LevelInput, Wants
 from ..grads import GateGrads, LevelGrads
 from ..plan import MLPPlan
+from ..saved import in_kernels
 from ..torch_backend.mix import index_of
 from .ends import NormOf, at_norm, dropout_of, end_backward, end_of, from_sums, logits_norm_of, norm_of
 from .gradients import InputGrads, Product, WeightGrads
-from .inputs import IDENTITY, Run, Source, columns_of, in_epilogue, in_kernels, offset_columns, readers_of
+from .inputs import IDENTITY, Run, Source, columns_of, in_epilogue, offset_columns, readers_of
 
 
 class BackwardRun(Run):

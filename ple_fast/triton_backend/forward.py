@@ -23,11 +23,12 @@ from ple_fast_kernels import (
 
 from ..call import LevelInput, Wants
 from ..plan import MLPPlan
+from ..saved import in_kernels
 from ..state import LevelState
 from ..tensors import LayerTensors
 from ..torch_backend.mix import index_of
 from .ends import NormOf, after_product, dropout_of, in_product, logits_norm_of, merged, norm_of
-from .inputs import IDENTITY, Run, Source, columns_of, dense, in_kernels, offset_columns
+from .inputs import IDENTITY, Run, Source, columns_of, dense, offset_columns
 
 
 class _Product(NamedTuple):

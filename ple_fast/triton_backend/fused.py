@@ -6,9 +6,10 @@ from enum import Enum
 
 from torch import Tensor
 
-from ple_fast_kernels import FUSED, fused_level_fwd, fused_tile, fused_two_layers_fwd, fused_width
+from ple_fast_kernels import fused_level_fwd, fused_tile, fused_two_layers_fwd, fused_width
 
 from ..call import LevelInput
+from ..saved import in_kernels
 from ..state import NormState
 from .ends import folded, norm_of
 from .forward import ForwardRun
@@ -49,7 +50,7 @@ def can_fuse(inputs: LevelInput, fusion: Fusion, x: Source, gates_beside_experts
     layers = len(block.layers)
     states = state.layers[block.position : block.position + layers]
     for spec, own in zip(block.layers, states, strict=True):
-        if own.dice is not None or own.dropout or spec.activation.name not in FUSED:
+        if own.dropout or not in_kernels(spec, own):
             return False
         if not _folds(own.norm, keeps=keeps):
             return False

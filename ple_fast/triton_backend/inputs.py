@@ -10,22 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ple_fast_kernels import FUSED, MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
+from ple_fast_kernels import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 
 from ..call import LevelInput, Wants
 from ..plan import LevelPlan, MLPPlan
-from ..saved import saved_by_kernels
+from ..saved import in_kernels, saved_by_kernels
 from ..slots import Slots
 from ..specs import LayerSpec
 from ..state import LayerState
 from ..torch_backend.layer import Layer, RowBlock
 
 IDENTITY = ("identity", 0.0)
-
-
-def in_kernels(spec: LayerSpec, state: LayerState) -> bool:
-    """Whether kernels do all that follows the product; else PyTorch's operators do, between two launches."""
-    return state.dice is None and spec.activation.name in FUSED
 
 
 def in_epilogue(spec: LayerSpec, state: LayerState) -> bool:
