@@ -7,22 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.configs import SIZES
 from benchmarks.loop import baseline
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.modules.layers import ExpertBlock, StackedLayer
-from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise, saved, saved_bytes
+from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise, saved_bytes
+from tests.test_both_backends import STEPS
 
 PLE_LEVEL = TOPOLOGIES["ple"]
-CASES: dict[str, tuple[MLPSpec, GateSpec]] = {
-    "relu": (EXPERTS["2-layers"], GATES["plain"]),
-    "gelu": (EXPERTS["gelu"], GATES["two-hidden"]),
-    "per-layer": (EXPERTS["per-layer"], GATES["everything"]),
-    "norms-after": (EXPERTS["prelu-norms"], GATES["hidden-layer-norm"]),
-    "dropout": (MLPSpec((6, 4), "silu", norm=("batch", "layer"), dropout=(0.5, 0.25)), GateSpec((5,), dropout=0.5)),
-}
 
 
 def _issue_ple(**kwargs: Any) -> PLE:
@@ -52,40 +45,9 @@ def test_saved_bytes_shrink_with_what_is_frozen() -> None:
     assert _level_bytes(input_grad=True, blocks=True) > _level_bytes(blocks=True)
 
 
-def test_nothing_is_saved_without_gradients() -> None:
-    module = level(PLE_LEVEL, *CASES["relu"])
-    x = torch.randn(9, module.in_features, dtype=torch.float64)
-    with saved() as tensors, torch.no_grad():
-        module(x)
-    assert tensors == []
-    module.requires_grad_(False)
-    with saved() as tensors:
-        module(x)
-    assert tensors == []
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_backward_twice_gives_equal_gradients_and_writes_into_nothing_saved(case: str, recompute: bool) -> None:
-    module = level(PLE_LEVEL, *CASES[case], recompute=recompute).train()
-    x = torch.randn(9, module.in_features, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    with saved() as tensors:
-        y, gates = module(x, return_gates=True)
-    loss = y.square().sum() + sum(g.square().sum() for g in gates)
-    assert isinstance(loss, Tensor)
-    kept = [(t, t.detach().clone()) for t in [*tensors, *inputs, y, *gates]]
-    first = torch.autograd.grad(loss, inputs, retain_graph=True)
-    second = torch.autograd.grad(loss, inputs, retain_graph=True)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    for tensor, before in kept:
-        assert torch.equal(tensor, before)
-
-
 def test_a_changed_input_is_noticed_in_backward() -> None:
     """In-place writes between forward and backward must raise, as for any PyTorch operator, not give wrong numbers."""
-    module = level(PLE_LEVEL, *CASES["relu"])
+    module = level(PLE_LEVEL, *STEPS["relu"])
     x = torch.randn(9, module.in_features, dtype=torch.float64)
     y = module(x)
     x.add_(1.0)
@@ -93,40 +55,10 @@ def test_a_changed_input_is_noticed_in_backward() -> None:
         y.sum().backward()
 
 
-def test_the_output_may_be_changed_in_place() -> None:
-    """What the user does to the output must not reach what was saved."""
-    module = level(PLE_LEVEL, *CASES["relu"])
-    x = torch.randn(9, module.in_features, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad((module(x) * 2).sum(), x)
-    y = module(x)
-    y.mul_(2.0)
-    assert_close("x.grad", torch.autograd.grad(y.sum(), x)[0], expected, 1e-12)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("case", CASES)
-def test_recompute_equals_saving(case: str, train: bool) -> None:
-    """Same output, gates, gradients and running statistics, hence the same dropout mask and one update of the norms."""
-    saving = level(PLE_LEVEL, *CASES[case]).train(train)
-    recomputing = level(PLE_LEVEL, *CASES[case], recompute=True).train(train)
-    outcomes = []
-    for module in (saving, recomputing):
-        torch.manual_seed(7)
-        x = torch.randn(9, module.in_features, dtype=torch.float64, requires_grad=True)
-        y, gates = module(x, return_gates=True)
-        torch.manual_seed(11)  # a mask drawn again in backward would differ
-        (y.square().sum() + sum(g.square().sum() for g in gates)).backward()
-        named = {"y": y, "x.grad": x.grad, **{f"gate {o}": g for o, g in enumerate(gates)}}
-        named |= {f"{name}.grad": p.grad for name, p in module.named_parameters()}
-        outcomes.append(named | dict(module.named_buffers()))
-    for name, expected in outcomes[0].items():
-        assert_close(name, outcomes[1][name], expected, 1e-12)
-
-
 def test_recompute_leaves_the_random_stream_where_saving_leaves_it() -> None:
     states = []
     for recompute in (False, True):
-        module = level(PLE_LEVEL, *CASES["dropout"], recompute=recompute).train()
+        module = level(PLE_LEVEL, *STEPS["dropout"], recompute=recompute).train()
         torch.manual_seed(7)
         module(torch.ones(9, module.in_features, dtype=torch.float64)).sum().backward()
         states.append(torch.get_rng_state())
@@ -205,7 +137,7 @@ def test_dropout_before_a_linear_layer() -> None:
 
 
 def test_a_level_used_twice_in_one_graph() -> None:
-    module = level(PLE_LEVEL, *CASES["per-layer"]).eval()
+    module = level(PLE_LEVEL, *STEPS["per-layer"]).eval()
     x = torch.randn(2, 9, module.in_features, dtype=torch.float64)
     (module(x[0]).square().sum() + module(x[1]).square().sum()).backward()
     together = [p.grad for p in module.parameters()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import GateSpec, MLPSpec, Topology
-from ple_fast.specs import ACTIVATIONS
 from ple_fast.torch_backend.row_dice import row_dice_forward
 from tests.helpers import (
     EXPERTS,
-    FORMS,
     GATES,
     TOPOLOGIES,
     assert_close,
@@ -23,7 +20,6 @@ from tests.helpers import (
     draw,
     has_dropout,
     level,
-    run,
 )
 
 PLE = TOPOLOGIES["ple"]
@@ -85,20 +81,6 @@ def test_blocks(name: str) -> None:
     assert len(level(PLE, BLOCKS[name]).blocks) == len(expected)
 
 
-@pytest.mark.parametrize("topology", ["ple", "adatt", "unordered", "mmoe"])
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_input(form: str, topology: str) -> None:
-    _check(TOPOLOGIES[topology], EXPERTS["2-layers"], GateSpec((5,)), form=form)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("batch", [0, 1, 2, 3, 33])
-@pytest.mark.parametrize("experts", ["1-layer", "2-layers", "layer-norm", "prelu", "no-bias"])
-def test_batch_sizes(batch: int, experts: str, train: bool) -> None:
-    for form in ("one", "stacked"):
-        _check(PLE, EXPERTS[experts], form=form, batch=batch, train=train)
-
-
 @pytest.mark.parametrize("experts", ["batch-norm", "batch-norm-after", "dice", "per-layer"])
 @pytest.mark.parametrize(("batch", "train"), [(0, True), (0, False), (1, False), (2, True), (33, True), (33, False)])
 def test_batch_sizes_with_batch_norm(batch: int, train: bool, experts: str) -> None:
@@ -122,12 +104,6 @@ def test_one_sample_in_train_mode_raises_as_batch_norm_does(experts: str, gate: 
     assert module.eval()(x).shape == (1, PLE.num_mixtures, 4)
 
 
-@pytest.mark.parametrize("gates_enter_loss", [True, False])
-@pytest.mark.parametrize("topology", ["ple", "static-offsets", "hard-sharing"])
-def test_gates_as_a_second_output(topology: str, gates_enter_loss: bool) -> None:
-    _check(TOPOLOGIES[topology], EXPERTS["2-layers"], GATES["hidden"], gates_enter_loss=gates_enter_loss)
-
-
 def test_gates_alone_are_differentiable() -> None:
     module = level(PLE, EXPERTS["2-layers"])
     x = torch.randn(5, module.in_features, dtype=torch.float64, requires_grad=True)
@@ -145,26 +121,6 @@ def test_gates_alone_are_differentiable() -> None:
     assert_close("x.grad", grad, torch.autograd.grad(expected, x)[0], 1e-12)
 
 
-@pytest.mark.parametrize("gate", ["plain", "hidden", "everything"])
-@pytest.mark.parametrize(("form", "gate_form"), [("stacked", "one"), ("list", "stacked"), ("one", "list")])
-def test_gates_may_read_an_input_of_their_own(form: str, gate_form: str, gate: str) -> None:
-    spec = GATES[gate]
-    raw = GateSpec(**{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "input": "raw"})
-    for topology in (PLE, TOPOLOGIES["mixed-kinds"]):
-        module = level(topology, EXPERTS["2-layers"], raw, gate_features=3)
-        slots = _slots(topology)
-        leaves, gate_leaves = draw(form, 9, slots, module.in_features), draw(gate_form, 9, slots, 3, seed=5)
-        compare(module, leaves, form=form, slots=slots, gate_leaves=gate_leaves, gate_form=gate_form)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_several_steps_move_the_running_statistics_as_pytorch_does(train: bool) -> None:
-    module = level(PLE, EXPERTS["per-layer"], GATES["everything"])
-    for step in range(3):
-        leaves = draw("stacked", 9, _slots(PLE), module.in_features, seed=step)
-        compare(module, leaves, form="stacked", slots=_slots(PLE), train=train, common_scale=True)
-
-
 @pytest.mark.parametrize("momentum", [None, 0.3])
 def test_batch_norm_settings_are_read_at_each_call(momentum: float | None) -> None:
     module = level(PLE, EXPERTS["per-layer"], GATES["everything"])
@@ -172,46 +128,6 @@ def test_batch_norm_settings_are_read_at_each_call(momentum: float | None) -> No
         if isinstance(child, nn.BatchNorm1d):
             child.momentum, child.eps = momentum, 1e-2
     compare(module, draw("one", 9, 4, module.in_features), slots=4, common_scale=True)
-
-
-FROZEN: dict[str, Callable[[str], bool]] = {
-    "experts": lambda name: name.startswith("blocks"),
-    "gates": lambda name: name.startswith("gate"),
-    "first-layer": lambda name: ".layers.0." in name,
-    "last-layer": lambda name: ".layers.1." in name,
-    "biases": lambda name: name.endswith("bias"),
-    "weights": lambda name: name.endswith("weight"),
-    "everything": lambda name: True,
-}
-
-
-@pytest.mark.parametrize("input_grad", [True, False])
-@pytest.mark.parametrize("experts", ["2-layers", "prelu-norms", "per-layer"])
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen_parameters_get_no_gradient_and_the_others_the_same(frozen: str, experts: str, input_grad: bool) -> None:
-    module = level(PLE, EXPERTS[experts], GATES["hidden-prelu-dice"])
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not FROZEN[frozen](name))
-    leaves = draw("stacked", 9, _slots(PLE), module.in_features)
-    if frozen == "everything" and not input_grad:
-        assert not module(leaves[0]).requires_grad
-        return
-    compare(module, leaves, form="stacked", slots=_slots(PLE), input_grad=input_grad, common_scale=True)
-    for name, parameter in module.named_parameters():
-        assert (parameter.grad is None) == FROZEN[frozen](name), name
-
-
-def test_one_input_of_a_list_may_need_no_gradient() -> None:
-    module = level(PLE, EXPERTS["2-layers"])
-    slots = [torch.randn(9, module.in_features, dtype=torch.float64, requires_grad=s % 2 == 0) for s in range(4)]
-    compare_inputs = [s.detach().clone().requires_grad_() for s in slots]
-    module(slots).sum().backward()
-    module(compare_inputs).sum().backward()
-    for i, (some, every) in enumerate(zip(slots, compare_inputs, strict=True)):
-        if i % 2:
-            assert some.grad is None
-        else:
-            assert_close(f"x[{i}].grad", some.grad, every.grad, 1e-12)
 
 
 def test_no_grad_and_inference_mode_give_the_same_output() -> None:
@@ -226,22 +142,6 @@ def test_no_grad_and_inference_mode_give_the_same_output() -> None:
 
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("topology", ["ple", "mmoe", "adatt", "mixed-kinds", "no-shared"])
-def test_low_precision_of_wirings(topology: str, dtype: torch.dtype) -> None:
-    wiring = TOPOLOGIES[topology]
-    module = level(wiring, MLPSpec((48, 32)), in_features=40)
-    leaves = draw("stacked", 64, _slots(wiring), 40)
-    compare_low_precision(module, leaves, dtype=dtype, form="stacked", slots=_slots(wiring))
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_low_precision_of_activations(activation: str, dtype: torch.dtype) -> None:
-    module = level(PLE, MLPSpec((48, 32), activation), in_features=40)
-    compare_low_precision(module, draw("stacked", 64, 4, 40), dtype=dtype, form="stacked", slots=4)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -281,19 +181,6 @@ def test_extreme_logits_are_a_choice_of_one_expert(name: str) -> None:
     leaves = draw("stacked", 9, 4, module.in_features)
     ours, _ = compare(module, leaves, form="stacked", slots=4, common_scale=True)
     assert all(bool((g.max(1).values > 0.99).any()) for g in ours.gates)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_the_same_step_twice_is_bit_for_bit_the_same() -> None:
-    module = level(PLE, MLPSpec((96, 64), norm="layer"), GateSpec((24,)), in_features=96).float()
-    leaves = [leaf.float() for leaf in draw("one", 1501, 4, 96)]
-    grads = []
-    for _ in range(2):
-        module.zero_grad(set_to_none=True)
-        result = run(module, leaves, slots=4)
-        grads.append([result.y, *result.x_grads, *(p.grad for p in module.parameters())])
-    for first, second in zip(*grads, strict=True):
-        assert first is not None and second is not None and torch.equal(first, second)
 
 
 def test_row_dice_adds_up_squares_in_float32() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, use_backend
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, compare, compare_low_precision, draw, has_dropout, level
 from tests.kernel_helpers import DTYPES, LAYOUTS, guarded, hold, values
-from tests.test_level import BLOCKS, FROZEN
+from tests.test_both_backends import FROZEN
+from tests.test_level import BLOCKS
 
 pytest.importorskip("triton")
 

@@ -15,8 +15,8 @@ from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology, use_backend
 from ple_fast.triton_backend import fused
 from ple_fast.triton_backend.fused import Fusion
 from ple_fast_kernels import launches
-from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, saved, saved_bytes
-from tests.test_autograd import CASES
+from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, saved_bytes
+from tests.test_both_backends import STEPS, everything
 
 PLE, EVEN = TOPOLOGIES["ple"], TOPOLOGIES["ple-even"]
 
@@ -45,11 +45,6 @@ def assert_equal_outcomes(ours: dict[str, Any], theirs: dict[str, Any], toleranc
         assert_close(name, ours[name], expected, tolerance)
 
 
-def everything(y: Tensor, gates: list[Tensor]) -> Tensor:
-    """A loss of all outputs."""
-    return y.square().sum() + torch.cat(gates, 1).square().sum()
-
-
 def gates_alone(y: Tensor, gates: list[Tensor]) -> Tensor:
     """A loss that the output does not enter."""
     return torch.cat([g.sin() * (o + 1) for o, g in enumerate(gates)], 1).sum()
@@ -61,12 +56,12 @@ def input_of(module: ExtractionNetwork, device: torch.device, rows: int = 9) -> 
 
 
 @pytest.mark.parametrize("loss", [everything, gates_alone])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", STEPS)
 def test_a_step_equals_that_of_the_torch_backend(case: str, loss: Any, device: torch.device) -> None:
     """In train mode: the same dropout masks and running statistics."""
     outcomes = []
     for backend in ("triton", "torch"):
-        module = level(EVEN, *CASES[case]).to(device).train()
+        module = level(EVEN, *STEPS[case]).to(device).train()
         with use_backend(backend):
             outcomes.append(outcome(module, input_of(module, device), loss))
         torch.manual_seed(0)
@@ -104,12 +99,12 @@ def test_constant_gates_send_no_gradient(device: torch.device) -> None:
     assert all(p.grad is None or not bool(p.grad.any()) for p in module.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", STEPS)
 def test_second_derivatives(case: str, device: torch.device) -> None:
     """Of a penalty on gradients, as the torch backend has them."""
     found = []
     for backend in ("triton", "torch"):
-        module = level(EVEN, *CASES[case]).to(device).eval()
+        module = level(EVEN, *STEPS[case]).to(device).eval()
         torch.manual_seed(0)
         x = input_of(module, device).requires_grad_()
         with use_backend(backend):
@@ -118,38 +113,6 @@ def test_second_derivatives(case: str, device: torch.device) -> None:
             dx.square().sum().backward()
         found.append({"dx": dx, "x.grad": x.grad, **{name: p.grad for name, p in module.named_parameters()}})
     assert_equal_outcomes(found[0], found[1], 1e-10)
-
-
-@pytest.mark.parametrize(("case", "recompute"), [*((case, False) for case in CASES), ("dropout", True)])
-def test_backward_twice_gives_equal_gradients_and_writes_into_nothing_saved(
-    case: str, recompute: bool, device: torch.device
-) -> None:
-    module = level(EVEN, *CASES[case], recompute=recompute).to(device).train()
-    x = input_of(module, device).requires_grad_()
-    inputs = [x, *module.parameters()]
-    with saved() as tensors:
-        y, gates = module(x, return_gates=True)
-    loss = everything(y, gates)
-    kept = [(t, t.detach().clone()) for t in [*tensors, *inputs, y, *gates]]
-    first = torch.autograd.grad(loss, inputs, retain_graph=True)
-    second = torch.autograd.grad(loss, inputs, retain_graph=True)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    for tensor, before in kept:
-        assert torch.equal(tensor, before)
-
-
-@pytest.mark.parametrize(
-    ("case", "train"),
-    [("relu", True), ("per-layer", True), ("per-layer", False), ("norms-after", True), ("dropout", True)],
-)
-def test_recompute_equals_saving(case: str, train: bool, device: torch.device) -> None:
-    outcomes = []
-    for recompute in (False, True):
-        module = level(EVEN, *CASES[case], recompute=recompute).to(device).train(train)
-        torch.manual_seed(0)
-        outcomes.append(outcome(module, input_of(module, device), everything))
-    assert_equal_outcomes(outcomes[1], outcomes[0])
 
 
 def test_recompute_equals_saving_with_blocks(device: torch.device) -> None:
@@ -217,13 +180,6 @@ def test_recomputing_saves_nothing_however_many_experts(device: torch.device) ->
         wiring = Topology.ple(2, experts, experts, last=False)
         module = two_layers("gelu", wiring, recompute=True)
         assert step_bytes(module, device, input_grad=True) == 0
-
-
-def test_nothing_is_saved_without_gradients(device: torch.device) -> None:
-    module = two_layers("gelu").to(device)
-    with saved() as tensors, torch.no_grad():
-        module(input_of(module, device))
-    assert tensors == []
 
 
 def counted(module: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -320,21 +276,3 @@ def test_only_what_the_kernel_serves_is_fused(experts: Any, gate: GateSpec, fuse
         module = level(PLE, experts, gate, dtype=torch.float32).to(device)
         module(input_of(module, device))
     assert seen == [Fusion.LEVEL if fuses else None]
-
-
-def test_outputs_may_be_changed_in_place(device: torch.device) -> None:
-    """What the user does to the output must not reach what was saved."""
-    module = two_layers("relu").to(device)
-    x = input_of(module, device).requires_grad_()
-    (expected,) = torch.autograd.grad((module(x) * 2).sum(), x)
-    y = module(x)
-    y.mul_(2.0)
-    assert_close("x.grad", torch.autograd.grad(y.sum(), x)[0], expected, 1e-12)
-
-
-def test_the_same_step_twice_is_bit_for_bit_the_same(device: torch.device) -> None:
-    module = level(EVEN, MLPSpec((24, 8), "gelu"), GateSpec((6,)), dtype=torch.float32).to(device)
-    x = input_of(module, device, 40)
-    first, second = ({k: t.clone() for k, t in outcome(module, x, everything).items()} for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name

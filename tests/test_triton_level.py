@@ -14,7 +14,6 @@ from ple_fast import PLE, GateSpec, MLPSpec, Topology, last_backend, use_backend
 from ple_fast.reference import correspondence
 from tests.helpers import (
     EXPERTS,
-    FORMS,
     GATES,
     TOPOLOGIES,
     assert_close,
@@ -26,7 +25,7 @@ from tests.helpers import (
     randomise,
     reference_of,
 )
-from tests.test_level import BLOCKS, FROZEN
+from tests.test_level import BLOCKS
 from tests.test_properties import configurations, hold_drawn
 
 pytest.importorskip("triton")
@@ -86,20 +85,6 @@ def test_more_levels_equal_the_reference(topology: str, experts: str, gate: str,
         check(topology, EXPERTS[experts], GATES[gate], device=device, form=form, batch=33, common_scale=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_input(form: str, device: torch.device) -> None:
-    check("unordered", EXPERTS["2-layers"], device=device, form=form)
-    check("ple-even", EXPERTS["1-layer"], GATES["hidden"], device=device, form=form)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("batch", [1, 33])
-@pytest.mark.parametrize("form", ["one", "list", "slots-first"])
-def test_batch_sizes(batch: int, form: str, train: bool, device: torch.device) -> None:
-    for experts in ("1-layer", "3-layers"):
-        check("ple-even", EXPERTS[experts], device=device, form=form, batch=batch, train=train)
-
-
 @pytest.mark.parametrize("gate", ["plain", "hidden"])
 def test_widths_beyond_a_tile(gate: str, device: torch.device) -> None:
     check("no-own-expert", MLPSpec((37, 33)), GATES[gate], device=device, batch=37, in_features=35)
@@ -111,41 +96,6 @@ def test_an_empty_batch_goes_to_pytorch(device: torch.device) -> None:
     assert y.shape == (0, module.topology.num_mixtures, 4)
     choice = last_backend()
     assert choice is not None and choice.name == "torch" and "empty" in choice.reason
-
-
-@pytest.mark.parametrize("gate", ["plain", "hidden", "everything"])
-@pytest.mark.parametrize(
-    ("topology", "form", "gate_form"),
-    [("ple-even", "stacked", "one"), ("mixed-kinds", "list", "slots-first"), ("unordered", "one", "list")],
-)
-def test_gates_may_read_an_input_of_their_own(
-    topology: str, form: str, gate_form: str, gate: str, device: torch.device
-) -> None:
-    spec = GATES[gate]
-    raw = GateSpec(**{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "input": "raw"})
-    module = level(TOPOLOGIES[topology], EXPERTS["2-layers"], raw, gate_features=3).to(device)
-    slots = module.topology.num_slots or 1
-    leaves = [leaf.to(device) for leaf in draw(form, 9, slots, module.in_features)]
-    gate_leaves = [leaf.to(device) for leaf in draw(gate_form, 9, slots, 3, seed=5)]
-    compare(module, leaves, form=form, slots=slots, gate_leaves=gate_leaves, gate_form=gate_form)
-    assert_in_kernels()
-
-
-@pytest.mark.parametrize("input_grad", [True, False])
-@pytest.mark.parametrize(("experts", "gate"), [("2-layers", "plain"), ("prelu-norms", "hidden")])
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen_parameters_get_no_gradient_and_the_others_the_same(
-    frozen: str, experts: str, gate: str, input_grad: bool, device: torch.device
-) -> None:
-    module = level(TOPOLOGIES["ple-even"], EXPERTS[experts], GATES[gate]).to(device)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not FROZEN[frozen](name))
-    if frozen == "everything" and not input_grad:
-        return
-    leaves = [leaf.to(device) for leaf in draw("stacked", 9, 3, module.in_features)]
-    compare(module, leaves, form="stacked", slots=3, input_grad=input_grad, common_scale=True)
-    for name, parameter in module.named_parameters():
-        assert (parameter.grad is None) == FROZEN[frozen](name), name
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -165,20 +115,6 @@ def test_partly_frozen_blocks(frozen: str, gate: str, device: torch.device) -> N
     assert all(p.grad is None for name, p in module.named_parameters() if name.startswith(frozen))
 
 
-@pytest.mark.parametrize("gates_enter_loss", [True, False])
-@pytest.mark.parametrize("topology", ["adatt", "static-offsets", "hard-sharing"])
-def test_gates_as_a_second_output(topology: str, gates_enter_loss: bool, device: torch.device) -> None:
-    check(topology, EXPERTS["2-layers"], GATES["hidden"], device=device, gates_enter_loss=gates_enter_loss)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_several_steps_move_the_running_statistics_as_pytorch_does(train: bool, device: torch.device) -> None:
-    module = level(TOPOLOGIES["ple-even"], EXPERTS["per-layer"], GATES["everything"]).to(device)
-    for step in range(2):
-        leaves = [leaf.to(device) for leaf in draw("stacked", 9, 3, module.in_features, seed=step)]
-        compare(module, leaves, form="stacked", slots=3, train=train, common_scale=True)
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_two_levels(recompute: bool, device: torch.device) -> None:
     module = PLE(
@@ -193,17 +129,6 @@ def test_two_levels(recompute: bool, device: torch.device) -> None:
 
 
 HALF = [torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("topology", ["ple-even", "adatt"])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_low_precision(activation: str, topology: str, dtype: torch.dtype, device: torch.device) -> None:
-    module = level(TOPOLOGIES[topology], MLPSpec((48, 32), activation), in_features=40).to(device)
-    slots = module.topology.num_slots or 1
-    leaves = [leaf.to(device) for leaf in draw("stacked", 64, slots, 40)]
-    compare_low_precision(module, leaves, dtype=dtype, form="stacked", slots=slots)
-    assert_in_kernels()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -253,20 +178,6 @@ def test_any_level_trains_like_the_reference(device: torch.device, configuration
 @given(configuration=configurations())
 def test_many_levels_are_like_the_reference(device: torch.device, train: bool, configuration: dict[str, Any]) -> None:
     _hold_on(device, configuration, train=train)
-
-
-def test_one_input_of_a_list_may_need_no_gradient(device: torch.device) -> None:
-    module = level(TOPOLOGIES["ple"], EXPERTS["2-layers"]).to(device)
-    leaves = [leaf.to(device) for leaf in draw("list", 5, 4, 7)]
-    some = [leaf.clone().requires_grad_(i % 2 == 0) for i, leaf in enumerate(leaves)]
-    every = [leaf.clone().requires_grad_() for leaf in leaves]
-    module(some).square().sum().backward()
-    module(every).square().sum().backward()
-    for i, (a, b) in enumerate(zip(some, every, strict=True)):
-        if i % 2:
-            assert a.grad is None
-        else:
-            assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
 
 def test_more_logits_of_a_slot_than_a_run_has(device: torch.device) -> None:

@@ -16,7 +16,8 @@ from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
 from ple_fast.torch_backend.dropout import draw_seed
 from ple_fast_kernels import launches
 from tests.helpers import TOPOLOGIES, assert_derivatives_agree, level, saved_bytes
-from tests.test_triton_autograd import assert_equal_outcomes, counted, everything, input_of, outcome
+from tests.test_both_backends import everything
+from tests.test_triton_autograd import assert_equal_outcomes, counted, input_of, outcome
 
 SMALL = TOPOLOGIES["no-own-expert"]
 
