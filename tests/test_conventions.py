@@ -54,7 +54,8 @@ DOCUMENTS = sorted(
 SOURCES = sorted(
     [
         *DOCUMENTS,
-        *(ROOT / name for name in ("pyproject.toml", "Makefile", ".pre-commit-config.yaml", ".ci/run")),
+        *(ROOT / name for name in ("pyproject.toml", "Makefile", ".pre-commit-config.yaml")),
+        *(f for f in (ROOT / ".ci").iterdir() if f.is_file()),
         *(
             f
             for d in ("ple_fast", "kernels", "tests", "benchmarks", "examples", "soak")
@@ -213,6 +214,18 @@ def test_links_of_a_document_lead_to_files(document: Path) -> None:
     links = [link for link in re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", text) if not re.match(r"[a-z]+:|#", link)]
     missing = [link for link in links if not (document.parent / link.partition("#")[0]).exists()]
     assert not missing, f"{name_of(document)} links to {missing}"
+
+
+# Not those that tell of other libraries' files, or of what was.
+ABOUT_US = [file for file in DOCUMENTS if "migration" not in file.parts and file.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("document", ABOUT_US, ids=name_of)
+def test_a_document_names_python_files_that_exist(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    paths = {f"/{name_of(file)}" for file in SOURCES} | {"/kernels/__init__.py"}  # which never exists, the page says
+    missing = [name for name in re.findall(r"`([\w./]+\.py)`", text) if not any(p.endswith(f"/{name}") for p in paths)]
+    assert not missing, f"{name_of(document)} names {missing}"
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / ".ci" / "run"], ids=name_of)
