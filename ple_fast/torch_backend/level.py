@@ -289,9 +289,12 @@ def level_backward(
     again = None if kept else inputs._replace(state=inputs.state.still())
     for i, block in enumerate(blocks) if again is None else ():
         block.kept = list(kept[i * size : (i + 1) * size])
+    held: list[list[Tensor | None]] = []
     for together in _one_by_one(level, blocks):
         if again is not None:
             _rows_forward(level, again, together)
+        held.clear()  # not before: memory that is given back ahead of the next block's is mapped anew for it
+        held += [block.kept for block in together]
         _rows_backward(level, inputs, together, (dy, dlisted), grads)
         for block in together:
             block.kept = []
