@@ -14,7 +14,9 @@ from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
 from .columns import Categorical, Column, Numeric
 from .tables import Table, check_names, column_of, label_values
-from .training import Labels
+
+Labels = Mapping[str, Tensor]
+"""By task, ``(N,)`` float32."""
 
 COLUMN_TYPES = (Categorical, Numeric)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from .columns import Encoded
 from .eval_view import eval_view
+from .network import TaskNetwork
 from .tables import Array, Table
 
-if TYPE_CHECKING:
-    from .multi_task import MultiTaskModel
 
-
-def predictions(model: MultiTaskModel, data: Table | Encoded, batch_size: int) -> dict[str, Array]:
+def predictions(model: TaskNetwork, data: Table | Encoded, batch_size: int) -> dict[str, Array]:
     """``MultiTaskModel.predict``."""
     parts: dict[str, list[Array]] = {name: [] for name in model.task_names}
     for _, outputs in _evaluate(model, data, batch_size, gates=False):
@@ -28,7 +24,7 @@ def predictions(model: MultiTaskModel, data: Table | Encoded, batch_size: int) -
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def gate_weights(model: MultiTaskModel, data: Table | Encoded, batch_size: int) -> list[list[Tensor]]:
+def gate_weights(model: TaskNetwork, data: Table | Encoded, batch_size: int) -> list[list[Tensor]]:
     """``MultiTaskModel.gate_weights``."""
     batches = [gates for gates, _ in _evaluate(model, data, batch_size, gates=True)]
     levels = zip(*batches, strict=True)
@@ -36,7 +32,7 @@ def gate_weights(model: MultiTaskModel, data: Table | Encoded, batch_size: int) 
 
 
 def _evaluate(
-    model: MultiTaskModel, data: Table | Encoded, batch_size: int, *, gates: bool
+    model: TaskNetwork, data: Table | Encoded, batch_size: int, *, gates: bool
 ) -> list[tuple[list[list[Tensor]], dict[str, Tensor]]]:
     """Per batch the gates (or nothing) and the raw outputs; one empty batch where there are no rows."""
     rows, found, view = model.encode(data), [], eval_view(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..scalars import shown
 from . import configuration
 from .configuration import columns_of, read_from, tasks_of
+from .network import TaskNetwork
 from .saved_state import Sources, class_name, fill, plain_name, select, shapes_of, state_of, uncompiled
 from .trunks import CUSTOM
 
-if TYPE_CHECKING:
-    from .multi_task import MultiTaskModel
+Network = TypeVar("Network", bound=TaskNetwork)
 
 TRUNK, FIRST = "trunk.", "towers.0.0.weight"
 OPTIONS = ("tower_units", "tower_activation", "tower_dropout", "given")
@@ -33,7 +33,7 @@ class _Hidden(nn.Module):
         return x.new_zeros(x.shape[0], *self.shape)
 
 
-def saved_form(model: MultiTaskModel, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def saved_form(model: TaskNetwork, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The entries and the configuration that a model is built of again.
 
     Raises:
@@ -63,12 +63,12 @@ def saved_form(model: MultiTaskModel, config: Mapping[str, Any]) -> tuple[dict[s
 
 
 def rebuilt(
-    cls: type[MultiTaskModel],
+    cls: type[Network],
     where: Path,
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
     trunk: nn.Module | Callable[[int], nn.Module] | None,
-) -> MultiTaskModel:
+) -> Network:
     """The model, in the mode that it is built in.
 
     Raises:
@@ -103,16 +103,14 @@ def rebuilt(
     return model
 
 
-def _built(cls: type[MultiTaskModel], where: str | Path, config: Mapping[str, Any], trunk: Any) -> MultiTaskModel:
+def _built(cls: type[Network], where: str | Path, config: Mapping[str, Any], trunk: Any) -> Network:
     options = {name: config[name] for name in OPTIONS}
     if isinstance(trunk, str):
         options["trunk_options"] = config["trunk"]["options"]
     return cls(columns_of(where, config), tasks_of(where, config), trunk=trunk, **options)
 
 
-def _blank(
-    cls: type[MultiTaskModel], where: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> MultiTaskModel:
+def _blank(cls: type[Network], where: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Network:
     """The model that ``load`` would build, without memory; without a trunk where it is the user's."""
     trunk: Any = config["trunk"]["kind"]
     if trunk == CUSTOM:
@@ -132,7 +130,7 @@ def _select_described(
     return select(state, sources, shapes_of(blank))
 
 
-def _check_parts(model: MultiTaskModel, blank: MultiTaskModel, config: Mapping[str, Any]) -> None:
+def _check_parts(model: TaskNetwork, blank: TaskNetwork, config: Mapping[str, Any]) -> None:
     """ValueError where a part has another class, and computes something else although its entries fit."""
     trunk = uncompiled(model.trunk)
     if config["trunk"]["kind"] != CUSTOM and not isinstance(trunk, type(blank.trunk)):

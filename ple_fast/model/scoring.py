@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +12,11 @@ from torch import nn
 
 from ..losses import JointLoss
 from ..scalars import check_number
-from .arguments import kind_of, label_tensors
+from .arguments import Labels, kind_of, label_tensors
 from .columns import Encoded
 from .eval_view import eval_view, is_training
+from .network import TaskNetwork
 from .tables import Array, Table
-from .training import Labels
-
-if TYPE_CHECKING:
-    from .multi_task import MultiTaskModel
 
 Score = Callable[[dict[str, Array], Table], float]
 LEAST_ROWS = 8192
@@ -38,7 +35,13 @@ class Scorer:
     """
 
     def __init__(
-        self, model: MultiTaskModel, validation: Any, score: Score | None, batch_size: int, patience: int | None
+        self,
+        model: TaskNetwork,
+        predict: Callable[..., dict[str, Array]],
+        validation: Any,
+        score: Score | None,
+        batch_size: int,
+        patience: int | None,
     ) -> None:
         if isinstance(validation, Encoded) or not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(
@@ -46,7 +49,7 @@ class Scorer:
                 f"{kind_of(validation)}; split the rows yourself"
             )
         self.patience = patience
-        self.model, self.score, self.batch_size = model, score, max(batch_size, LEAST_ROWS)
+        self.model, self.predict, self.score, self.batch_size = model, predict, score, max(batch_size, LEAST_ROWS)
         self.rows, self.labels = model.encode(validation[0]), validation[1]
         self.targets = label_tensors(self.labels, len(self.rows), model.joint_loss, "validation labels")
         self.has_labels = len(model.joint_loss.unlabelled(self.targets)) < len(model.tasks)
@@ -60,7 +63,7 @@ class Scorer:
 
     def _given(self, score: Score, epoch: int) -> float:
         name = getattr(score, "__name__", type(score).__name__)
-        predictions, was_training = self.model.predict(self.rows, batch_size=self.batch_size), is_training(self.model)
+        predictions, was_training = self.predict(self.rows, batch_size=self.batch_size), is_training(self.model)
         found = score(predictions, self.labels)
         if was_training and not is_training(self.model):
             warnings.warn(

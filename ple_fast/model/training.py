@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import Labels
 from .columns import Encoded
+from .network import TaskNetwork
 from .run import Run
-
-if TYPE_CHECKING:
-    from .multi_task import MultiTaskModel
-    from .scoring import Scorer
-
-Labels = Mapping[str, Tensor]
+from .scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def _restore(model: nn.Module, copies: list[Tensor]) -> None:
 
 
 def train(
-    model: MultiTaskModel,
+    model: TaskNetwork,
     rows: Encoded,
     labels: Labels,
     run: Run,

@@ -1,0 +1,134 @@
+"""Columns of a table in, raw outputs per task out: embeddings, trunk and towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..losses import JointLoss, TaskLoss, entire_space
+from ..topology import Topology
+from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
+from .columns import Column, Encoded, encode
+from .embedding import FeatureEmbedding
+from .tables import Table
+from .towers import build_tower, tower_options
+from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
+
+
+class TaskNetwork(nn.Module):
+    """What ``MultiTaskModel`` computes, before it is trained, scored, saved or read; the arguments are its."""
+
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        tasks: Sequence[TaskLoss],
+        *,
+        trunk: Trunk = "ple",
+        trunk_options: Mapping[str, Any] | None = None,
+        tower_units: Sequence[int] = (64,),
+        tower_activation: str = "relu",
+        tower_dropout: float = 0.0,
+        given: Mapping[str, str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.columns = check_columns(columns)
+        self.joint_loss = JointLoss(tasks, process_group=process_group)
+        self.tasks = self.joint_loss.tasks
+        self.given = dict(mapping("given", given))
+        check_given(self.given, self.tasks)
+        units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
+        self.embedding = FeatureEmbedding(self.columns)
+        width = self.embedding.out_features
+        options = dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options))))
+        self.trunk = make_trunk(trunk, width, len(self.tasks), options)
+        defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+        like = next(self.trunk.parameters(), torch.empty(0, **defaults))
+        hidden = trunk_width(self.trunk, width, len(self.tasks), like)
+        self.towers = nn.ModuleList(
+            build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
+        )
+        self._config: dict[str, Any] = {
+            "trunk": {"kind": trunk, "options": options}
+            if isinstance(trunk, str)
+            else {"kind": CUSTOM, "class": type(self.trunk).__qualname__},
+            "tower_units": list(units),
+            "tower_activation": tower_activation,
+            "tower_dropout": dropout,
+            "given": self.given,
+        }
+
+    @property
+    def task_names(self) -> list[str]:
+        """In the order of ``tasks``."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.towers.parameters()).device
+
+    @property
+    def topologies(self) -> list[Topology]:
+        """The wiring of each level of the trunk, for ``ple_fast.viz.gate_use``.
+
+        Raises:
+            TypeError: the trunk is a module of the user's without topologies.
+        """
+        levels = getattr(self.trunk, "levels", [self.trunk])
+        found = [getattr(level, "topology", None) for level in levels]
+        if not all(isinstance(topology, Topology) for topology in found):
+            raise TypeError(f"trunk: expected levels with a topology, got {type(self.trunk).__name__}, which has none")
+        return [topology for topology in found if isinstance(topology, Topology)]
+
+    def encode(self, data: Table | Encoded) -> Encoded:
+        """Raw columns as codes and numbers (on the CPU). Do it once for data that is read several times.
+
+        Raises:
+            TypeError, ValueError: no columns by name, or a column is missing or holds what it was not declared to.
+        """
+        if isinstance(data, Encoded):
+            return data
+        if has_no_names(data):
+            raise TypeError(
+                "data: expected columns by name, a mapping of arrays or a data frame with "
+                f"{[column.name for column in self.columns][:60]}, or what encode made of one, got {kind_of(data)}"
+            )
+        return encode(data, self.columns)
+
+    def forward(self, batch: Table | Encoded) -> dict[str, Tensor]:
+        """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass)."""
+        return self._outputs(self.trunk(self._features(batch)))
+
+    def _features(self, batch: Table | Encoded) -> Tensor:
+        rows = batch if isinstance(batch, Encoded) else self.encode(batch).to(self.device)
+        features: Tensor = self.embedding(rows)
+        return features.to(next(self.towers.parameters()).dtype)
+
+    def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
+        # unbind, not y[:, k]: the backward of each index would fill a tensor as large as y with zeros.
+        for task, tower, mixture in zip(self.tasks, self.towers, mixtures.unbind(1), strict=True):
+            output = tower(mixture)
+            outputs[task.name] = output if task.kind == "multiclass" else output.squeeze(1)
+            if task.name in self.given:
+                outputs[task.name] = entire_space(outputs[self.given[task.name]], outputs[task.name])
+        return outputs
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; a state of another number of tasks is refused before anything is loaded.
+
+        Raises:
+            ValueError: ``strict``, and the state has more or fewer towers.
+        """
+        saved = {name.split(".")[1] for name in state_dict if name.startswith("towers.")}
+        if strict and saved and len(saved) != len(self.tasks):
+            raise ValueError(
+                f"load_state_dict: expected the state of a model of {len(self.tasks)} tasks, {self.task_names}, got "
+                f"one of {len(saved)}; build the model with the tasks that were saved, in their order"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
