@@ -78,7 +78,7 @@ def few_rows_forward(
 ) -> Tensor:
     """``y (B, O, H)`` of ``x (B, D)`` or ``(B, S, D)``; the plan is one that ``serves``.
 
-    ``state``: of a level with norms or dropout.
+    ``state``: of a level with norms or dropout, whose shapes have been checked.
     """
     return few_rows_train_forward(plan, layers, gate, x, state)[0]
 
@@ -126,8 +126,6 @@ def few_rows_train_forward(
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
-    if state is not None and any(norm is not None for norm in state.norms()):
-        check_shapes(plan, layers, gate, width, width)
     if state is not None and state.gate_norm is not None:
         logits = _normed(logits.unsqueeze(0), gate.norm_weight, gate.norm_bias, state.gate_norm)[0]
     weights = gate_softmax(plan, logits)
