@@ -19,18 +19,21 @@ PACKAGES = ("torch", "torch-rechub", "deepctr-torch", "numpy", "triton")
 
 
 def cpu_model() -> str:
-    """The processor's name as the system prints it."""
+    """The processor's name as the system prints it; family and model behind one that names a whole range."""
     info = Path("/proc/cpuinfo")
+    found: dict[str, str] = {}
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+            found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or "cpu family" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def machine_name() -> str:
-    """A directory name for this machine, say ``cpu-2core-amd-epyc``."""
+    """A directory name for this machine, say ``cpu-2core-amd-epyc-family-25-model-17``."""
     model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", cpu_model(), flags=re.IGNORECASE)
     slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
     return f"cpu-{os.cpu_count()}core-{slug}"
