@@ -16,6 +16,7 @@ from .modules import ExtractionNetwork
 from .routes import Asked, Route, watching
 from .scalars import shown
 from .slots import first_of
+from .tensors import flatten
 from .torch_backend.few_rows import uses_wide_product
 from .torch_backend.products import grouped_library, linear_library
 
@@ -217,7 +218,9 @@ def _kernels(seen: _Seen) -> tuple[str, ...]:
 
 def _backward_launches(seen: _Seen) -> int:
     """By a backward of this level alone."""
-    wanted = [t for t in (*seen.sources, *seen.asked.parameters) if t is not None and t.requires_grad]
+    wanted = [
+        t for t in (*seen.sources, *flatten(seen.asked.layers, seen.asked.gate)) if t is not None and t.requires_grad
+    ]
     if not seen.result.requires_grad or not wanted:
         return 0
     start = _launches()

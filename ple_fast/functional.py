@@ -161,15 +161,13 @@ def extraction_level(
     choice = resolve(weight.device, backend)
     is_special = gate_input is not None or return_gates or autocast is not None
     records = torch.is_grad_enabled()
-    parameters = flatten(layers, gate) if records else ()
     if not plan.has_state:
         now = _bare_state(plan.num_layers)
     else:  # what is refused must have moved no statistics
         _check(plan, layers, gate, x, gate_input, gate_features)
         now = state(first_of(x).shape[0], choice.name)
     asked = Asked(
-        plan, now, x, layers, gate, parameters, choice.name, backend == "torch", is_traced, records, is_special,
-        recompute,
+        plan, now, x, layers, gate, choice.name, backend == "torch", is_traced, records, is_special, recompute,
     )  # fmt: skip
     way = route_of(asked).name
     if way == "few rows":  # whose products refuse what does not fit
@@ -178,7 +176,7 @@ def extraction_level(
             return few_rows_forward(plan, layers, gate, x, now if plan.has_state else None), None  # type: ignore[arg-type]  # a tensor
         # Every parameter has been seen to require a gradient.
         call = _few_rows_call(plan, x.dim() == 3)  # type: ignore[union-attr]
-        y: Tensor = ExtractionLevelFunction.apply(call, x, *parameters)  # type: ignore[no-untyped-call]  # untyped in torch
+        y: Tensor = ExtractionLevelFunction.apply(call, x, *flatten(layers, gate))  # type: ignore[no-untyped-call]  # untyped in torch
         return y, None
     if not plan.has_state:
         _check(plan, layers, gate, x, gate_input, gate_features)

@@ -32,8 +32,6 @@ class Asked(NamedTuple):
     """A tensor, or one for each slot."""
     layers: Sequence[LayerTensors]
     gate: GateTensors
-    parameters: tuple[Tensor | None, ...]
-    """The flat tuple of both, where a backward may follow."""
     backend: str
     """That was chosen, ``"torch"`` or ``"triton"``."""
     is_plain: bool
@@ -103,9 +101,10 @@ def _has_few_rows(asked: Asked) -> bool:
     if not takes(asked.plan, asked.x, trains=asked.records):
         return False
     if asked.records:
-        for tensor in asked.parameters:  # a plain loop: a small batch waits for this
-            if tensor is not None and not tensor.requires_grad:
-                return False
+        for row in (*asked.layers, asked.gate):  # plain loops: a small batch waits for this
+            for tensor in row:
+                if tensor is not None and not tensor.requires_grad:
+                    return False
         return not asked.recompute
     return not asked.plan.has_state or serves_state(asked.state)
 

@@ -105,8 +105,7 @@ class GateEnd:
         d = mix.gate_softmax_backward(self.plan, mix.gated_part(self.plan, dweights), p)
         if self.temperature != 1.0:
             d = d / self.temperature
-        dtype = inputs.gate_x.tensors[0].dtype
-        return d if d.dtype == dtype else d.to(dtype)
+        return mix.as_dtype(d, inputs.gate_x.tensors[0].dtype)
 
     def _norm_input(self, inputs: LevelInput, block: RowBlock) -> tuple[Tensor, BatchNormSaved]:
         """What the norm read, and what forward normalised by."""

@@ -55,6 +55,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``; itself where it has that dtype, which takes no operator."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
     """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied."""
     if logits.dtype not in (torch.float32, torch.float64):
@@ -191,24 +196,18 @@ def mix(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = F
 
 def combine(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
-    if h.dtype == weights.dtype:  # nothing to cast, which takes its time too
-        return mix(plan, weights, h)
-    return mix(plan, weights, h.to(weights.dtype)).to(h.dtype)
+    return as_dtype(mix(plan, weights, as_dtype(h, weights.dtype)), h.dtype)
 
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
-    if dy.dtype == weights.dtype:
-        return mix(plan, weights, dy, backward=True)
-    return mix(plan, weights, dy.to(weights.dtype), backward=True).to(dy.dtype)
+    return as_dtype(mix(plan, weights, as_dtype(dy, weights.dtype), backward=True), dy.dtype)
 
 
 def weights_grad(dy: Tensor, h: Tensor) -> Tensor:
     """Gradient of the dense weights ``(rows, O, E)`` in float32 (or float64), of ``(rows, O, H)``, ``(rows, E, H)``."""
     wide = _wide(dy.dtype)
-    if dy.dtype != wide:
-        dy, h = dy.to(wide), h.to(wide)
-    return torch.bmm(dy, h.transpose(1, 2))
+    return torch.bmm(as_dtype(dy, wide), as_dtype(h, wide).transpose(1, 2))
 
 
 def combine_dense(weights: Tensor, h: Tensor) -> Tensor:
