@@ -60,7 +60,7 @@ bench-gpu: $(BENCH_READY)  ## the same on the GPU here (ARGS="--sizes small,medi
 soak: $(READY)  ## random use against what is right, for half an hour (ARGS="--minutes 2", ARGS="--only levels --seed 7")
 	$(BIN)/python -m soak $(ARGS)
 
-tune: $(READY)  ## measure kernel tiles for the GPU here (ARGS="--trunk small --trunk medium --minutes 9")
+tune: $(READY)  ## measure what is fastest on the GPU here (ARGS="--trunk small --minutes 9"), or on its CPU (ARGS="--device cpu")
 	$(BIN)/python -m ple_fast.tune $(ARGS)
 
 style: $(READY)  ## lint and format, checked (mend with .venv/bin/ruff check --fix, .venv/bin/ruff format)

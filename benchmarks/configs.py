@@ -46,6 +46,8 @@ class TrunkConfig:
     """Of the experts' layers."""
     gate_units: tuple[int, ...] = ()
     logits_norm: Literal["batch"] | None = None
+    autocast: str = ""
+    """The dtype of the region of autocast that it is called in, with float32 parameters; empty: none."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -78,6 +80,10 @@ class TrunkConfig:
     def with_dtype(self, dtype: str) -> TrunkConfig:
         """The same trunk in another dtype."""
         return replace(self, dtype=dtype)
+
+    def under_autocast(self, dtype: str) -> TrunkConfig:
+        """The same trunk called under autocast to a dtype; empty: without."""
+        return replace(self, autocast=dtype)
 
     def at(self, batch: int) -> TrunkConfig:
         """The same trunk at another batch."""

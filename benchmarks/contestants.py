@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.bare_gemm import FLOOR
 from benchmarks.configs import MODES, Mode, TrunkConfig
 from benchmarks.loop import PLAIN, LoopPLE, MakeUp, baseline
@@ -63,6 +64,11 @@ class Contestant:
     """in CUDA graphs of its own."""
     wrap: Callable[[Callable[[], Any]], Callable[[], Any]] = _as_it_is
     """Makes the step that is run out of the plain one."""
+
+    @property
+    def is_loop(self) -> bool:
+        """The baseline of its make-up, eager."""
+        return self.build is _loop
 
     def available(self) -> bool:
         """Whether the package that it needs is installed."""
@@ -128,8 +134,10 @@ BASELINE = "loop"
 OURS = ("fast", "fast_recompute", "fast_mm")
 PEERS = ("loop", "loop_compiled", "loop_frozen", "rechub", "deepctr", "bmm")
 """Those that ``fast`` is held against: every contestant of the head to head that is not ours."""
-HEAD_TO_HEAD = (*OURS, *PEERS, FLOOR)
-QUICK_HEAD_TO_HEAD = ("fast", BASELINE, FLOOR)
+FLOORS = (FLOOR, BEST_FLOOR)
+"""The products of a step alone."""
+HEAD_TO_HEAD = (*OURS, *PEERS, *FLOORS)
+QUICK_HEAD_TO_HEAD = ("fast", BASELINE, *FLOORS)
 NORM_PAIRS = (("rechub", "fast_rechub"), ("loop_layer_norm", "fast_layer_norm"), ("loop_dropout", "fast_dropout"))
 """A peer with norms or dropout, and ours of the same modules."""
 SUITE_CONTESTANTS = ("loop", "bmm", "reference", "rechub", "deepctr", "fast", "fast_recompute")
@@ -145,7 +153,7 @@ GPU_EAGER_PEERS = ("loop", "rechub", "deepctr")
 
 def missing(names: Iterable[str]) -> list[str]:
     """Packages that contestants need and that are not installed."""
-    absent = (CONTESTANTS[name] for name in names if name != FLOOR and not CONTESTANTS[name].available())
+    absent = (CONTESTANTS[name] for name in names if name not in FLOORS and not CONTESTANTS[name].available())
     return sorted({str(contestant.requires) for contestant in absent})
 
 

@@ -14,29 +14,25 @@ from typing import Any
 
 import torch
 
+from ple_fast.torch_backend.processor import processor_name
+from ple_fast.torch_backend.table_in_use import table
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torch-rechub", "deepctr-torch", "numpy", "triton")
 
 
-def cpu_model() -> str:
-    """The processor's name as the system prints it; family and model behind one that names a whole range."""
-    info = Path("/proc/cpuinfo")
-    found: dict[str, str] = {}
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    name = found.get("model name") or platform.processor() or platform.machine()
-    if re.search(r"\d", name) or "cpu family" not in found:
-        return name
-    return f"{name} (family {found['cpu family']}, model {found['model']})"
-
-
 def machine_name() -> str:
-    """A directory name for this machine, say ``cpu-2core-amd-epyc-family-25-model-17``."""
-    model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", cpu_model(), flags=re.IGNORECASE)
-    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    """A directory name for this machine with the instructions that PyTorch uses of it, say
+    ``cpu-2core-amd-epyc-family-25-model-17-avx512``."""
+    model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", processor_name(), flags=re.IGNORECASE)
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{model} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
     return f"cpu-{os.cpu_count()}core-{slug}"
+
+
+def products_in_use() -> str:
+    """The table of products that the torch backend takes, by the name of its file."""
+    source = table().source
+    return Path(source).name if source.endswith(".json") else f"none: {source}"
 
 
 COMMIT = "PLE_FAST_COMMIT"
@@ -80,10 +76,11 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     name, is_changed = code_version(commit)
     return {
         "machine": machine_name(),
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "products": products_in_use(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": versions,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.bare_gemm import FLOOR
+from benchmarks.contestants import FLOORS
 from benchmarks.rendering import MODE_NAMES
 from benchmarks.result_files import Result
 
@@ -21,7 +22,7 @@ def plots(files: Mapping[str, Result], folder: Path) -> list[Path]:
             times = case["contestants"]
             floor = float(times[FLOOR]["median_ms"])
             label = f"{MODE_NAMES[case['mode']]}\nbatch {case['batch']:,}"
-            groups[label] = {n: round(float(t["median_ms"]) / floor, 3) for n, t in times.items() if n != FLOOR}
+            groups[label] = {n: round(float(t["median_ms"]) / floor, 3) for n, t in times.items() if n not in FLOORS}
         written.append(folder / "head_to_head.png")
         plot_bars(groups, ylabel="time / bare matrix products", xlabel="mode", log=True, path=written[-1])
     if "grid" in files:

@@ -15,17 +15,24 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
+from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.bare_gemm import FLOOR
-from benchmarks.contestants import CONTESTANTS, OURS, PEERS
+from benchmarks.contestants import CONTESTANTS, FLOORS, OURS, PEERS
 from benchmarks.environment import ROOT
 from benchmarks.gpu_report import gpu_block
 from benchmarks.pictures import plots
 from benchmarks.rendering import MODE_NAMES, mebibytes, number, quoted, software, table, with_block
-from benchmarks.result_files import Result, load
+from benchmarks.result_files import Result, load, read
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 README_BLOCK = "cpu"
+
+
+FLOOR_NOTES = {
+    FLOOR: "the matrix products of the step alone, by `torch.mm`",
+    BEST_FLOOR: "the matrix products of the step alone, each by the fastest way that this machine has for it",
+}
 
 
 def readme_source(text: str) -> str:
@@ -39,9 +46,11 @@ def readme_source(text: str) -> str:
 
 
 def _environment(environment: Result, threads: str | None = None) -> str:
+    count = environment["threads"]
+    products = f"; table of products: {environment['products']}" if "products" in environment else ""
     return (
         f"{environment['cpu']}, {environment['cores']} cores, {environment['cpu_capability']}, "
-        f"{threads or str(environment['threads']) + ' threads'}; {software(environment)}"
+        f"{threads or f'{count} thread' + 's' * (count > 1)}; {software(environment)}{products}"
     )
 
 
@@ -80,7 +89,7 @@ def head_to_head_table(content: Result) -> str:
     cases = content["results"]
     saved = {entry["contestant"]: entry for entry in content["saved"]}
     names = list(dict.fromkeys(name for case in cases for name in case["contestants"]))
-    names.sort(key=lambda name: (name not in OURS, name == FLOOR))  # stable: ours first, the floor last
+    names.sort(key=lambda name: (name not in OURS, name in FLOORS))  # stable: ours first, the floors last
     rows = []
     for name in names:
         times = [case["contestants"].get(name) for case in cases]
@@ -95,16 +104,18 @@ def head_to_head_table(content: Result) -> str:
         rows.append(["speed-up of `fast` over the best peer", *best, "", ""])
     loop = [f"{case['contestants']['loop']['ratio_to_fast']:.2f} x" for case in cases]
     rows.append(["speed-up of `fast` over `loop`", *loop, f"{share:.2f} of `loop`", ""])
-    floor = [f"{1 / case['contestants'][FLOOR]['ratio_to_fast']:.2f} x" for case in cases]
-    rows.append([f"`fast` in units of `{FLOOR}`", *floor, "", ""])
+    for floor in FLOORS:
+        if floor in names:
+            units = [f"{1 / case['contestants'][floor]['ratio_to_fast']:.2f} x" for case in cases]
+            rows.append([f"`fast` in units of `{floor}`", *units, "", ""])
     heads = [f"{MODE_NAMES[case['mode']]}, {case['batch']}" for case in cases]
     return table(["ms per call, at batch", *heads, "saved for backward, MiB", "operators"], rows)
 
 
 def _legend(content: Result) -> str:
     names = list(dict.fromkeys(name for case in content["results"] for name in case["contestants"]))
-    notes = [f"`{name}`: {CONTESTANTS[name].note}" for name in names if name != FLOOR]
-    return ". ".join([*notes, f"`{FLOOR}`: the matrix products of the step alone, by `torch.mm`"]) + "."
+    notes = [f"`{name}`: {CONTESTANTS[name].note}" for name in names if name not in FLOORS]
+    return ". ".join([*notes, *(f"`{name}`: {note}" for name, note in FLOOR_NOTES.items() if name in names)]) + "."
 
 
 def grid_sentence(content: Result) -> str:
@@ -143,6 +154,41 @@ def readme_block(machine: str, files: Mapping[str, Result]) -> str:
     source = f"[benchmarks/results/{machine}](benchmarks/results/{machine})"
     paragraphs.append(f"{_environment(content['environment'])}. Figures from {source}; `make bench` measures again.")
     return "\n\n".join(paragraphs) + "\n"
+
+
+def profiles_table(folders: Mapping[str, Result]) -> str:
+    """Head to heads of several machines and profiles, by the names of their folders: a line each, the worst first."""
+    rows: list[tuple[float, list[str]]] = []
+    for name, content in folders.items():
+        cells = []
+        for case in content["results"]:
+            floor = case["contestants"].get(BEST_FLOOR)
+            units = "" if floor is None else f"; {1 / floor['ratio_to_fast']:.2f} x `{BEST_FLOOR}`"
+            cells.append(f"{ratio_to_best(case):.2f} x `{best_peer(case)}`{units}")
+        link = f"[{name}](benchmarks/results/{name})"
+        rows.append((min(map(ratio_to_best, content["results"])), [link, *cells]))
+    heads = [f"{MODE_NAMES[case['mode']]}, {case['batch']}" for case in next(iter(folders.values()))["results"]]
+    return table(["speed of `fast`, at batch", *heads], [row for _, row in sorted(rows)])
+
+
+def profiles_block(folders: Mapping[str, Result]) -> str:
+    """What the README says of all processors and profiles: the worst case, then a line for each."""
+    name, content = min(folders.items(), key=lambda item: min(map(ratio_to_best, item[1]["results"])))
+    commits = sorted({str(own["environment"]["commit"]) for own in folders.values()})
+    paragraphs = [
+        f"{worst_case_sentence(content)} That is {name}.",
+        profiles_table(folders),
+        f"How many times faster than the best peer of the case; then the time in units of `{BEST_FLOOR}`, "
+        f"{FLOOR_NOTES[BEST_FLOOR]}. A name without threads is of 2, one without a dtype of float32; bf16 is autocast. "
+        f"Commits {', '.join(commits)}.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def head_to_heads() -> dict[str, Result]:
+    """Those that are committed, by the names of their folders."""
+    found = sorted(RESULTS.glob("*/head_to_head.json"))
+    return {path.parent.name: read(path, "head_to_head") for path in found}
 
 
 def norms_table(content: Result) -> str:
@@ -327,7 +373,9 @@ def main(arguments: list[str] | None = None) -> None:
     drawn = plots(files, options.out)
     print(f"wrote {', '.join(str(path) for path in (options.out / 'report.md', *drawn))}", file=sys.stderr)
     if options.write_readme:
-        blocks = [(README, README_BLOCK, readme_block(folder.name, files))]
+        blocks = [(README, "profiles", profiles_block(head_to_heads()))]
+        if "head_to_head" in files:
+            blocks.append((README, README_BLOCK, readme_block(folder.name, files)))
         blocks += [
             (row.page, kind, block(kind, folder.name, files[kind])) for kind, row in BLOCKS.items() if kind in files
         ]

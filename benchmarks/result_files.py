@@ -46,6 +46,10 @@ def read(path: Path, kind: str) -> Result:
     return content
 
 
+MACHINE = ("cpu", "cores", "cpu_capability")
+"""What the files of a folder have in common."""
+
+
 def load(folder: Path) -> dict[str, Result]:
     """The result files of a folder by kind."""
     if not folder.is_dir():
@@ -53,6 +57,10 @@ def load(folder: Path) -> dict[str, Result]:
     files = {path.stem: read(path, path.stem) for path in sorted(folder.glob("*.json"))}
     if not files:
         raise FileNotFoundError(f"{folder}: holds no result file; python benchmarks/run.py writes them")
+    machines = {kind: tuple(content["environment"].get(key) for key in MACHINE) for kind, content in files.items()}
+    if len(set(machines.values())) > 1:
+        told = "; ".join(f"{kind}.json: {', '.join(map(str, about))}" for kind, about in machines.items())
+        raise ValueError(f"{folder}: expected results of one machine with one set of instructions, got {told}")
     return files
 
 

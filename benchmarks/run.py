@@ -1,6 +1,7 @@
 """Measure and report: ``python benchmarks/run.py [--quick] [--only PART,PART] [--write-readme]``.
 
-Writes ``<results>/<machine>/PART.json`` for each part, small files of medians, then renders ``report.py``.
+Writes ``<results>/<machine>/PART.json`` for each part, small files of medians, then renders ``report.py``. A run with
+other instructions (``--profile avx2``), threads or ``--dtype`` has a folder of its own, whose name says so.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ import torch
 
 from benchmarks import configs, report
 from benchmarks.analytic import work
-from benchmarks.bare_gemm import FLOOR
 from benchmarks.contestants import (
     BASELINE,
     CONTESTANTS,
+    FLOORS,
     HEAD_TO_HEAD,
     NORM_PAIRS,
     QUICK_HEAD_TO_HEAD,
     build,
     missing,
 )
-from benchmarks.environment import ROOT, machine_name
+from benchmarks.environment import ROOT, machine_name, products_in_use
 from benchmarks.paired import milliseconds, time_paired
+from benchmarks.profiles import PROFILES, is_emulated, run_emulated
 from benchmarks.result_files import say, write
 from benchmarks.saved_bytes import cost
 from benchmarks.scaling import TRUNKS, case, measure
@@ -44,10 +46,14 @@ from benchmarks.whole_model import LIBRARIES, QUICK_VARIANTS, VARIANTS, make_ste
 
 def _available(names: Iterable[str], mode: configs.Mode) -> list[str]:
     """Those that exist in a mode; a peer that is not installed is an error, lest its row be missing unnoticed."""
-    chosen = [name for name in names if name == FLOOR or mode in CONTESTANTS[name].modes]
+    chosen = [name for name in names if name in FLOORS or mode in CONTESTANTS[name].modes]
     if absent := missing(chosen):
         raise SystemExit(f"{', '.join(absent)}: not installed; pip install 'ple-fast[bench]', or use --quick")
     return chosen
+
+
+AUTOCAST = ""
+"""The dtype of the region of autocast in which everything is called; empty: without, in float32."""
 
 
 def _rounds(quick: bool) -> int:
@@ -56,7 +62,7 @@ def _rounds(quick: bool) -> int:
 
 def head_to_head(quick: bool) -> list[dict[str, Any]]:
     """Every contestant against every other at the sizes and modes that the README quotes."""
-    size = configs.SIZES["cpu"]
+    size = configs.SIZES["cpu"].under_autocast(AUTOCAST)
     results = []
     for mode, batch in configs.HEAD_TO_HEAD:
         config = size.at(batch)
@@ -78,7 +84,7 @@ def saved(quick: bool) -> list[dict[str, Any]]:
     """Bytes saved for backward and operators of a training step, of every eager contestant."""
     names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
     # Of a compiled loop the hooks see only part of the graph, and no products.
-    return [_saved_by(name) for name in names if name != FLOOR and not CONTESTANTS[name].compiled]
+    return [_saved_by(name) for name in names if name not in FLOORS and not CONTESTANTS[name].compiled]
 
 
 def _saved_by(name: str) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
     pairs = [pair for pair in NORM_PAIRS if not quick or CONTESTANTS[pair[0]].available()]
     for pair in pairs:
         for mode, batch in configs.HEAD_TO_HEAD:
-            config = configs.SIZES["cpu"].at(batch)
+            config = configs.SIZES["cpu"].under_autocast(AUTOCAST).at(batch)
             peer, ours = _available(pair, mode)
             paired = time_paired({name: make_step(name, config, mode).run for name in pair}, rounds=_rounds(quick))
             entry = {
@@ -115,9 +121,10 @@ def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
 def grid(quick: bool) -> list[dict[str, Any]]:
     """Median paired ratio of the loop to ours at every point of the grid."""
     results = []
-    for config in configs.GRID:
-        if quick and config.name not in configs.QUICK_GRID:
+    for point in configs.GRID:
+        if quick and point.name not in configs.QUICK_GRID:
             continue
+        config = point.under_autocast(AUTOCAST)
         about = {"point": config.name, "batch": config.batch, "in_features": config.in_features}
         entry: dict[str, Any] = {**about, "tasks": config.num_tasks, "units": list(config.units)}
         for mode in configs.GRID_MODES:
@@ -216,6 +223,21 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
+AUTOCASTS = {"bf16": "bfloat16", "fp16": "float16"}
+LOW_PRECISION = {"head_to_head", "norms", "grid"}
+"""Parts that can be measured under autocast."""
+
+
+def folder_name(threads: int, dtype: str) -> str:
+    """Of the results of this machine: what differs from two threads and float32 stands behind its name."""
+    parts = [machine_name()]
+    if threads != configs.THREADS:
+        parts.append(f"{threads}thread{'s' if threads > 1 else ''}")
+    if dtype != "float32":
+        parts.append(dtype)
+    return "-".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -226,16 +248,29 @@ def main(arguments: list[str] | None = None) -> None:
         "--results", type=Path, help="folder of the results (benchmarks/results; out/benchmarks if quick)"
     )
     parser.add_argument("--write-readme", action="store_true", help="put the tables into README.md and docs")
+    parser.add_argument(
+        "--profile", default="native", choices=("native", *PROFILES), help="instructions: fewer than there are"
+    )
+    parser.add_argument("--threads", type=int, default=configs.THREADS)
+    parser.add_argument("--dtype", default="float32", choices=("float32", *AUTOCASTS), help="bf16, fp16: autocast")
     options = parser.parse_args(arguments)
+    if options.profile != "native" and not is_emulated(options.profile):
+        raise SystemExit(run_emulated(options.profile, sys.argv[1:] if arguments is None else arguments))
     parts = options.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only: expected parts out of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if options.quick and options.write_readme:
         parser.error("--write-readme: quick figures are not for quoting; run without --quick")
+    if options.dtype != "float32" and (others := set(parts) - LOW_PRECISION):
+        parser.error(
+            f"--dtype {options.dtype}: only {', '.join(sorted(LOW_PRECISION))}, got {', '.join(sorted(others))}"
+        )
     results = options.results or ROOT / ("out/benchmarks" if options.quick else "benchmarks/results")
-    torch.set_num_threads(configs.THREADS)
-    folder = results / machine_name()
-    say(f"{machine_name()}, {configs.THREADS} threads, load average {os.getloadavg()[0]:.2f}")
+    global AUTOCAST
+    AUTOCAST = AUTOCASTS.get(options.dtype, "")
+    torch.set_num_threads(options.threads)
+    folder = results / folder_name(options.threads, options.dtype)
+    say(f"{folder.name}, products by {products_in_use()}, load average {os.getloadavg()[0]:.2f}")
     for part in parts:
         path = folder / f"{part}.json"
         write(path, part, PARTS[part](options.quick))

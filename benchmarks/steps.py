@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bare_best import BEST_FLOOR, best_products
 from benchmarks.bare_gemm import FLOOR, BareGemm
 from benchmarks.configs import SEED, Mode, TrunkConfig
 from benchmarks.contestants import CONTESTANTS, build
@@ -48,27 +49,36 @@ def inputs(
     return x.to(device).requires_grad_(input_grad), [grad.contiguous() for grad in grads.to(device).unbind(0)]
 
 
-def call_of(trunk: nn.Module, mode: Mode, x: Tensor, grads: list[Tensor], *, frozen: bool = False) -> Callable[[], Any]:
+def call_of(
+    trunk: nn.Module, mode: Mode, x: Tensor, grads: list[Tensor], *, frozen: bool = False, autocast: str = ""
+) -> Callable[[], Any]:
     """One call, which returns the outputs: ``train`` resets the gradients (to None), runs forward, and backward from
-    ``grads``. ``frozen``: see ``Contestant``."""
+    ``grads``. ``frozen``: see ``Contestant``; ``autocast``: see ``TrunkConfig``, of forward alone, as is advised."""
     parameters = [*trunk.parameters(), x]
     without_gradients = torch.no_grad if frozen else torch.inference_mode
+    forward = _under(autocast, trunk, x) if autocast else lambda: trunk(x)
+    low = [grad.to(getattr(torch, autocast)) for grad in grads] if autocast else grads
 
     def train() -> Any:
         for p in parameters:
             p.grad = None
-        outputs = trunk(x)
-        torch.autograd.backward(outputs, grads)
+        outputs = forward()
+        torch.autograd.backward(outputs, low if outputs[0].dtype == low[0].dtype else grads)
         return outputs
-
-    def forward() -> Any:
-        return trunk(x)
 
     def inference() -> Any:
         with without_gradients():
-            return trunk(x)
+            return forward()
 
     return {"train": train, "forward": forward, "inference": inference}[mode]
+
+
+def _under(dtype: str, trunk: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def forward() -> Any:
+        with torch.autocast(x.device.type, getattr(torch, dtype)):
+            return trunk(x)
+
+    return forward
 
 
 def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> Step:
@@ -79,12 +89,17 @@ def make_step(name: str, config: TrunkConfig, mode: Mode, *, input_grad: bool = 
         WrongResultError: the contestant disagrees with the baseline of the same weights.
     """
     if name == FLOOR:
-        return Step(name, mode, BareGemm(config, input_grad=input_grad).step(mode), None)
+        low = config.with_dtype(config.autocast or config.dtype)
+        return Step(name, mode, BareGemm(low, input_grad=input_grad).step(mode), None)
+    if name == BEST_FLOOR:
+        trunk = build("fast", config).train(mode != "inference")
+        x, grads = inputs(config, input_grad=input_grad and mode != "inference")
+        return Step(name, mode, best_products(call_of(trunk, mode, x, grads, autocast=config.autocast)), None)
     trunk = build(name, config)
     wrap = CONTESTANTS[name].wrap
     wrap(lambda: check(name, trunk, config, mode, input_grad=input_grad))()
     x, grads = inputs(config, input_grad=input_grad and mode != "inference")
-    step = call_of(trunk, mode, x, grads, frozen=CONTESTANTS[name].frozen)
+    step = call_of(trunk, mode, x, grads, frozen=CONTESTANTS[name].frozen, autocast=config.autocast)
     return Step(name, mode, wrap(step), trunk.train(mode != "inference"))
 
 
@@ -104,8 +119,11 @@ def errors(
         module.train(mode != "inference" and not contestant.make_up.dropout)
         buffers = {key: value.clone() for key, value in module.named_buffers()}  # batch norm's running statistics
         x, grads = inputs(config, input_grad=input_grad)
-        call = call_of(module, "inference" if places is None else "train", x, grads, frozen=contestant.frozen)
-        result = {OUTPUTS: torch.stack([y.detach() for y in call()])}
+        autocast = "" if module is oracle else config.autocast
+        call = call_of(
+            module, "inference" if places is None else "train", x, grads, frozen=contestant.frozen, autocast=autocast
+        )
+        result = {OUTPUTS: torch.stack([y.detach().to(config.torch_dtype) for y in call()])}
         if places is not None:
             if input_grad:
                 assert x.grad is not None
@@ -121,11 +139,18 @@ def errors(
 
 
 def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> None:
-    """Refuse a contestant whose result differs from the baseline's."""
+    """Refuse a contestant whose result differs from the baseline's: under autocast by more than twice as much as the
+    baseline's own does there."""
+    own: dict[str, float] = {}
+    if config.autocast:
+        make_up = CONTESTANTS[name].make_up
+        like = next(row.name for row in CONTESTANTS.values() if row.is_loop and row.make_up == make_up)
+        own = errors(like, build(like, config), config, mode, input_grad=input_grad)
     for what, error in errors(name, trunk, config, mode, input_grad=input_grad).items():
         tolerance = OUTPUT_TOLERANCE if what == OUTPUTS else GRADIENT_TOLERANCE
         if what.startswith(PARAMETER):
             tolerance = PARAMETER_TOLERANCE
+        tolerance = max(tolerance, 2 * own.get(what, 0.0))
         if not error <= tolerance:
             raise WrongResultError(
                 f"{name} at {config.name}, {mode}: {what} differ by {error:.1e}, more than {tolerance:.0e}"

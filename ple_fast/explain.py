@@ -18,7 +18,7 @@ from .scalars import shown
 from .slots import first_of
 from .tensors import flatten
 from .torch_backend.few_rows import uses_wide_product
-from .torch_backend.products import grouped_library, linear_library
+from .torch_backend.products import said_of
 
 
 class LevelReport(NamedTuple):
@@ -238,12 +238,14 @@ def _products(asked: Asked, x: Tensor, *, few_rows: bool) -> Iterator[str]:
         for i, spec in enumerate(mlp.layers):
             weight = layers[mlp.position + i].weight
             count, units, width = weight.shape
-            wide = i == 0 and is_shared and (not few_rows or uses_wide_product(x))
-            if wide:
-                library = linear_library(x, weight.numel())
+            if i == 0 and is_shared and (not few_rows or uses_wide_product(x)):
+                library = said_of("linear", x, 1, count * units, width)
+            elif few_rows:
+                library = "batched product of PyTorch"
             else:
-                library = "batched product of PyTorch" if few_rows else grouped_library(x, weight)
+                library = said_of("grouped" if i else "grouped_rows", x, count, units, width)
             yield f"{what}, layer {i}: {count} x ({width} -> {units}), {spec.activation.name}; {library}"
     if gate.weight is not None:
         rows, width = gate.weight.shape
-        yield f"gates' logits: {width} -> {rows}; {linear_library(x, gate.weight.numel())}"
+        library = said_of("linear", x, 1, rows, width)
+        yield f"gates' logits: {width} -> {rows}; {library}"

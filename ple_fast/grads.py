@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -49,7 +50,12 @@ def sum_of_rows(d: Tensor) -> Tensor:
 
 
 def plus(before: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """``before + value``, in the memory of ``before`` if there is some; None stands for 0."""
+    """``before + value``, in the memory of ``before`` if there is some; None stands for 0.
+
+    Sums are float32 at least: low precision would lose what many blocks of rows add.
+    """
     if value is None or before is None:
         return before if value is None else value
+    if before.dtype in (torch.bfloat16, torch.float16):
+        before = before.float()
     return before.add_(value.view(before.shape))

@@ -1,13 +1,20 @@
-"""Measure tiles for one GPU and some trunks, and keep the fastest where the library finds them.
+"""Measure what is fastest on this machine, and keep it where the library finds it.
 
-``python -m ple_fast.tune --trunk small --trunk medium`` runs a training step and an inference call of each trunk, and
-times every kernel of them with a few candidate tiles, plain products with the library, and what the tensor memory
-engine can load in programs that stay. ``--trunk`` names a trunk,
-``small``, ``medium`` or ``large``, or a JSON file of one or several: objects with the keywords of ``ple_fast.PLE`` and
-``batch``. All go into one table, in one file per GPU: the one that ``PLE_FAST_TILES`` names, or
-``ple_fast/tiles-GPU.json`` in the cache folder. It is written after every launch; a second run goes on where the first
-one ended, and adds its trunks and dtypes. The library reads it at the first launch on that GPU. Without a file it
-uses the tiles that it ships, and it never times anything by itself.
+On a GPU, ``python -m ple_fast.tune --trunk small --trunk medium`` runs a training step and an inference call of each
+trunk, and times every kernel of them with a few candidate tiles, plain products with the library, and what the tensor
+memory engine can load in programs that stay. ``--trunk`` names a trunk, ``small``, ``medium`` or ``large``, or a JSON
+file of one or several: objects with the keywords of ``ple_fast.PLE`` and ``batch``. All go into one table, in one file
+per GPU: the one that ``PLE_FAST_TILES`` names, or ``ple_fast/tiles-GPU.json`` in the cache folder. It is written after
+every launch; a second run goes on where the first one ended, and adds its trunks and dtypes. The library reads it at
+the first launch on that GPU.
+
+On a CPU, ``python -m ple_fast.tune --device cpu`` times every product of the steps of three trunks, or of those named,
+by each way to compute it: PyTorch's, oneDNN's, in one order in memory or another. It takes two minutes at most, and
+writes one file per processor and number of threads: the one that ``PLE_FAST_PRODUCTS`` names, or
+``ple_fast/products-PROCESSOR-INSTRUCTIONS-Nthreads.json`` in the cache folder.
+
+``--show`` prints what is chosen, and from which table. Without a file the library uses the tables that it ships, and it
+never times anything by itself.
 """
 
 from __future__ import annotations
@@ -25,8 +32,11 @@ from typing import Any
 import torch
 
 from . import tune_measure as tuning
+from . import tune_processor, tune_show
 from .modules import PLE
-from .scalars import check_count, shown
+from .scalars import check_count, check_number, shown
+from .torch_backend.processor import this_processor
+from .torch_backend.product_files import products_path
 from .tune_calls import recorded
 from .tune_candidates import candidates, has_lost
 from .tune_measure import tune
@@ -68,13 +78,22 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--expert-units", type=_widths, help="widths of an expert's layers, at every level")
     one.add_argument("--activation")
     one.add_argument("--batch", type=int)
-    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    made.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU, on a CPU all that it computes",
+    )  # fmt: skip
     made.add_argument(
         "--tf32", action="store_true", help='float32 products as with set_float32_matmul_precision("high")'
     )
-    made.add_argument("--device", default="cuda")
+    made.add_argument("--device", help="cuda, which is the default, or cpu; --show: both unless one is named")
+    made.add_argument("--threads", type=int, help="of a CPU; default: as many as PyTorch takes")
+    made.add_argument("--show", action="store_true", help="print the tables in use, and measure nothing")
     made.add_argument("--rounds", type=int, default=tuning.ROUNDS)
-    made.add_argument("--minutes", type=float, help="start no launch after so many minutes; run again to go on")
+    made.add_argument(
+        "--minutes",
+        type=float,
+        help="start no launch after so many minutes; on a CPU: all minutes",
+    )
     made.add_argument(
         "--processes", type=int, default=1, help="compile the candidates in so many before they are timed"
     )
@@ -132,20 +151,31 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None, *, prepare: tuning.Prepare = tuning.cuda_graph_sampler) -> None:
-    """The command."""
+def main(arguments: Sequence[str] | None = None, *, prepare: tuning.Prepare | None = None) -> None:
+    """The command. ``prepare``: makes samplers of launches of kernels, on whatever device."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     made = parser()
     options = made.parse_args(given)
     try:
+        if options.threads is not None:
+            torch.set_num_threads(check_count("--threads", options.threads))
+        if options.show:
+            print(tune_show.tables(options.device))
+            return
+        # Candidates that processes compile are kernels', also where an interpreter runs them.
+        if options.device == "cpu" and prepare is None and options.share is None and options.processes == 1:
+            _tune_processor(options)
+            return
         trunks = trunks_of(options)
         rounds, processes = check_count("--rounds", options.rounds), check_count("--processes", options.processes)
         share = _share(options.share)
     except (TypeError, ValueError) as error:
         made.error(str(error))
-    device = torch.device(options.device)
+    options.dtype = options.dtype or "bfloat16"
+    prepare = prepare or tuning.cuda_graph_sampler
+    device = torch.device(options.device or "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("ple_fast.tune measures on a GPU, and PyTorch sees none here")
+        raise SystemExit("ple_fast.tune: PyTorch sees no GPU here; --device cpu measures this processor")
     if options.tf32:
         torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
@@ -183,6 +213,20 @@ def main(arguments: Sequence[str] | None = None, *, prepare: tuning.Prepare = tu
     print(f"wrote {path}: rows of {', '.join(table) or 'no kernel'}")
     if wrong:
         raise SystemExit("; ".join(wrong))
+
+
+def _tune_processor(options: argparse.Namespace) -> None:
+    """Measure the products of this processor, and write their table."""
+    flat = any(getattr(options, name) is not None for name in FLAT)
+    trunks = trunks_of(options) if options.trunk or flat else list(tune_processor.TRUNKS)
+    dtypes = tune_processor.dtypes_here() if options.dtype is None else (options.dtype,)
+    minutes = tune_processor.MINUTES if options.minutes is None else check_number("--minutes", options.minutes)
+    path = options.out or products_path(this_processor(), torch.get_num_threads())
+    with tune_show.progress() as progress:
+        found = tune_processor.measure(trunks, dtypes, minutes, progress)
+    tune_processor.write(path, found, trunks)
+    print(tune_show.products(found._replace(source=str(path))))
+    print(f"wrote {path}")
 
 
 def _share(text: str | None) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ple_fast.torch_backend import prepared
 from ple_fast.torch_backend.dropout import keep_mask
+from ple_fast.torch_backend.table_in_use import limited
 from soak.make_ups import Trial
 from tests.helpers import FORMS, Run, by_route
 
@@ -202,10 +203,11 @@ def _drop_alike(layers: Any, position: int, row: int, count: int) -> None:
 @contextmanager
 def settings_of(trial: Trial) -> Iterator[None]:
     """One seed for all dropout, and the row blocks that the trial asks for."""
-    step, size = (4, 1) if trial.row_blocks else (prepared.ROW_STEP, prepared.BLOCK_BYTES)
+    step, limits = (4, {"block_values": 1}) if trial.row_blocks else (prepared.ROW_STEP, {})
     seed = torch.tensor(SEED)
     with (
-        mock.patch.multiple(prepared, ROW_STEP=step, BLOCK_BYTES=size),
+        mock.patch.object(prepared, "ROW_STEP", step),
+        limited(**limits),
         mock.patch("ple_fast.modules.network.draw_seed", return_value=seed),
         mock.patch("ple_fast.ops.operators.draw_seed", return_value=seed),
     ):

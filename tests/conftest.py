@@ -78,11 +78,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from ple_fast.torch_backend import product_files, product_table  # after TRITON_INTERPRET is set
+
     if config.getoption("--skip-missing"):
         config.pluginmanager.register(SkipMissing())
     # The tensors of the tests are small: more threads only cost, and where another process has the other core, a
     # thread that waits for its partner costs a hundred times the work. A fixed number gives the same sums everywhere.
     torch.set_num_threads(1)
+    # Which path a level takes is the same on every processor; by which library its products are is not.
+    os.environ["PLE_FAST_PRODUCTS"] = ""
+    table_of = product_files.table_of
+    limits = product_table.Limits()
+    product_files.table_of = lambda processor, threads: table_of(processor, threads)._replace(limits=limits)
     # `with torch.device(...)` looks for torch.empty in a table that it makes once: not of what replaces it in a test.
     _device_constructors()
 
@@ -129,6 +136,13 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # libraries under comparison draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _tables_of_products_of_one_test() -> Iterator[None]:
+    yield
+    in_use: Any = sys.modules["ple_fast.torch_backend.table_in_use"]
+    in_use.reload_tables()
 
 
 @pytest.fixture(autouse=True)

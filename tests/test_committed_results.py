@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import host_time, report, whole_model
 from benchmarks.analytic import work
+from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import (
     GRID,
     HEAD_TO_HEAD,
@@ -14,10 +17,11 @@ from benchmarks.configs import (
     SCALING_BATCHES,
     SCALING_RANKS,
     SIZES,
+    THREADS,
     WHOLE_MODEL,
     suite_config,
 )
-from benchmarks.contestants import CONTESTANTS, NORM_PAIRS, OURS
+from benchmarks.contestants import CONTESTANTS, FLOORS, NORM_PAIRS, OURS
 from benchmarks.contestants import HEAD_TO_HEAD as RIVALS
 from benchmarks.environment import ROOT
 from benchmarks.rendering import quoted
@@ -91,11 +95,27 @@ def test_committed_results_are_complete_and_not_quick() -> None:
     head = files["head_to_head"]
     assert [(entry["mode"], entry["batch"]) for entry in head["results"]] == list(HEAD_TO_HEAD)
     for entry in head["results"]:
-        expected = {name for name in RIVALS if name == "bare_gemm" or entry["mode"] in CONTESTANTS[name].modes}
-        assert set(entry["contestants"]) == expected
+        expected = {name for name in RIVALS if name in FLOORS or entry["mode"] in CONTESTANTS[name].modes}
+        assert set(entry["contestants"]) | {BEST_FLOOR} == expected  # which older files lack
         assert entry["rounds"] >= 15
     assert [entry["point"] for entry in files["grid"]["results"]] == [c.name for c in GRID]
     assert {entry["contestant"] for entry in head["saved"]} >= {*OURS, "loop"}
+
+
+def test_the_readme_quotes_every_committed_head_to_head_the_worst_first() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    assert quoted(text, "profiles") == report.profiles_block(report.head_to_heads()), (
+        "README.md differs from its results; python benchmarks/report.py --write-readme renders them again"
+    )
+
+
+@pytest.mark.parametrize("folder", sorted(report.RESULTS.glob("cpu-*")), ids=lambda folder: folder.name)
+def test_a_folder_is_named_after_what_its_files_were_measured_with(folder: Path) -> None:
+    for content in load(folder).values():
+        about = content["environment"]
+        assert folder.name.startswith(about["machine"]) and about["cpu_capability"].lower() in about["machine"]
+        if folder.name == about["machine"]:
+            assert content["kind"] != "head_to_head" or about["threads"] == THREADS
 
 
 def test_the_page_on_swapping_quotes_the_committed_whole_models() -> None:

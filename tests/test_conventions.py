@@ -34,10 +34,10 @@ LAYERS = (
     ("autograd", "routes"),
     ("ops",),
     ("functional",),
-    ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits"),
+    ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits", "tune_products"),
     ("tune_table",),
-    ("model", "convert", "viz", "tune_measure", "warmup", "explain"),
-    ("tune_results",),
+    ("model", "convert", "viz", "tune_measure", "tune_processor", "warmup", "explain"),
+    ("tune_results", "tune_show"),
     ("tune",),
     ("__init__",),
 )

@@ -9,6 +9,7 @@ from ple_fast import GateSpec, MLPSpec
 from ple_fast.torch_backend import prepared
 from ple_fast.torch_backend.dropout import keep_mask
 from tests.helpers import TOPOLOGIES, assert_derivatives_agree, level, saved_bytes
+from tests.product_helpers import blocks_of
 
 WORD = (1 << 64) - 1
 
@@ -107,8 +108,7 @@ def test_every_row_block_drops_what_the_whole_batch_does(
     module = level(TOPOLOGIES["ple"], MLPSpec((6, 4), activation, dropout=0.4), gate).train()
     outcomes = []
     for step in (prepared.ROW_STEP, 4):
-        monkeypatch.setattr(prepared, "ROW_STEP", step)
-        monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
+        blocks_of(step, monkeypatch)
         torch.manual_seed(3)
         x = torch.randn(14, module.in_features, dtype=torch.float64, requires_grad=True)
         y = module(x)

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 import ple_fast.autograd
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
-from ple_fast.torch_backend.few_rows import MAX_TRAIN_ROWS, few_rows_train_backward, few_rows_train_forward, serves
-from ple_fast.torch_backend.products import by_onednn
+from ple_fast.torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward, serves
+from ple_fast.torch_backend.product_table import LARGEST, Limits
+from ple_fast.torch_backend.table_in_use import limited
 from tests.helpers import TOPOLOGIES, assert_close, compare, compare_low_precision, draw, level
+from tests.product_helpers import ways
 
+__all__ = ["ways"]
+
+MAX_TRAIN_ROWS = Limits().few_rows_training
 WIRINGS: dict[str, Topology] = {
     "ple": TOPOLOGIES["ple"],
     "ple-even": TOPOLOGIES["ple-even"],
@@ -132,15 +137,14 @@ def test_a_whole_ple(batch: int, units: tuple[int, ...], calls: Calls) -> None:
 
 @pytest.mark.parametrize("form", ["one", "stacked"])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_float32_and_the_products_of_onednn(batch: int, form: str, calls: Calls) -> None:
-    """Wide enough that the first layer's products go to oneDNN where that is the faster library."""
+@pytest.mark.parametrize("wide_rows", [0, LARGEST.wide_rows])
+@pytest.mark.usefixtures("ways")
+def test_float32_by_each_way_of_the_products(batch: int, form: str, wide_rows: int, calls: Calls) -> None:
     module = level(WIRINGS["ple-last"], MLPSpec((256, 16)), in_features=256)
-    compare_low_precision(
-        module, draw(form, batch, 3, 256), dtype=torch.float32, form=form, slots=3, ask_gates=False
-    )  # fmt: skip
+    with limited(wide_rows=wide_rows):
+        leaves = draw(form, batch, 3, 256)
+        compare_low_precision(module, leaves, dtype=torch.float32, form=form, slots=3, ask_gates=False)
     assert calls[0] == ("forward", batch)
-    if form == "one" and batch > 1 and by_onednn(torch.empty(0)):
-        assert batch * 6 * 256 * 256 >= 1 << 19, "this size is meant to reach oneDNN"
 
 
 def _leaves(module: ExtractionNetwork, batch: int = 3) -> list[Tensor]:

@@ -11,7 +11,8 @@ import ple_fast.functional
 from ple_fast import PLE, GateSpec, MLPSpec
 from ple_fast.functional import gate_combine, grouped_linear
 from ple_fast.reference import ExtractionNetworkReference
-from ple_fast.torch_backend.few_rows import MAX_ROWS, few_rows_forward, serves
+from ple_fast.torch_backend.few_rows import few_rows_forward, serves
+from ple_fast.torch_backend.product_table import Limits
 from tests.helpers import EXPERTS, GATES, TOPOLOGIES, assert_close, level, randomise
 
 
@@ -102,11 +103,11 @@ def test_few_rows_equal_the_reference(topology: str, experts: str, gate: str, sh
     module = level(wiring, EXPERTS[experts], GATES[gate]).eval()
     reference = ExtractionNetworkReference.like(module)
     slots, expected_calls = wiring.num_slots or 1, []
-    for shape in [(1, 7), (1, slots, 7), (MAX_ROWS - 1, 7), (3, slots, 7), (MAX_ROWS, 7)]:
+    for shape in [(1, 7), (1, slots, 7), (Limits().few_rows - 1, 7), (3, slots, 7), (Limits().few_rows, 7)]:
         x = torch.randn(shape, dtype=torch.float64)
         with torch.no_grad():
             assert_close(f"y of {shape}", module(x), reference(x), 1e-12)
-        if shape[0] < MAX_ROWS and serves(module._plan, len(shape) == 3, trains=False):
+        if shape[0] < Limits().few_rows and serves(module._plan, len(shape) == 3, trains=False):
             expected_calls.append(shape[0])
     assert short_path == expected_calls
     if topology in ("ple", "mmoe") and experts in ("1-layer", "gelu") and gate in ("plain", "no-bias"):

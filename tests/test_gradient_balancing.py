@@ -16,8 +16,8 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from ple_fast import PLE
 from ple_fast.reference import PLEReference, correspondence
-from ple_fast.torch_backend import prepared
 from tests.helpers import assert_close, randomise
+from tests.product_helpers import blocks_of
 
 TASKS, WIDTH, UNITS = 2, 7, 4
 CASES: dict[str, dict[str, Any]] = {
@@ -91,8 +91,7 @@ def test_gradients_per_task_are_those_of_the_reference(
     case: str, rows: int, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the input and of parameters, task after task through one graph, twice; then the whole loss frees it."""
-    monkeypatch.setattr(prepared, "ROW_STEP", 48)  # many rows are several blocks, which share buffers
-    monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
+    blocks_of(48, monkeypatch)  # many rows are several blocks, which share buffers
     fused, heads = trunk(backend, recompute=recompute, **CASES[case]), towers()
     x = batch(rows).requires_grad_()
     losses, inputs = losses_of(fused(x).unbind(1), heads), [x, *fused.parameters()]

@@ -23,6 +23,7 @@ from tests.helpers import (
     reference_of,
     saved_bytes,
 )
+from tests.product_helpers import blocks_of
 
 BLOCKS: dict[str, tuple[MLPSpec, ...]] = {
     "norms-differ": (MLPSpec((6, 4), norm="batch"),) * 3
@@ -36,8 +37,7 @@ BLOCKS: dict[str, tuple[MLPSpec, ...]] = {
 @pytest.fixture
 def four_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row blocks of four rows."""
-    monkeypatch.setattr(prepared, "ROW_STEP", 4)
-    monkeypatch.setattr(prepared, "BLOCK_BYTES", 0)
+    blocks_of(4, monkeypatch)
 
 
 def _compare(experts: Any, gate: GateSpec, batch: int, *, topology: str = "ple", **how: Any) -> None:

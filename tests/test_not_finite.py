@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ple_fast import CGC, PLE, SingleTask, use_backend
 from ple_fast.reference import PLEReference
-from ple_fast.torch_backend import few_rows, grouped_linear, input_grads, products
 from soak import places
 from soak.make_ups import Trial, draw_trial
 from tests.conftest import HAS_TRITON
+from tests.product_helpers import ways
+
+__all__ = ["ways"]
 
 NAN = float("nan")
 CHUNK = 40
@@ -32,20 +34,13 @@ def test_places_in_thousands_of_random_levels_are_the_references() -> None:
 
 
 @pytest.fixture
-def products_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every product of float32 goes to oneDNN, however small and on whatever processor."""
-    for module in (products, few_rows, grouped_linear, input_grads):
-        monkeypatch.setattr(module, "LINEAR_WORK", 0)
-    monkeypatch.setattr(products, "GROUPED_ROWS", 0)
-    monkeypatch.setattr(products, "TURNED_ROWS", 0)
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
-    monkeypatch.setattr(few_rows, "WIDE_ROWS", 0)
+def _rounded_as_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "TOLERANCE", 1e-3)
 
 
-@pytest.mark.usefixtures("products_of_onednn")
+@pytest.mark.usefixtures("ways", "_rounded_as_float32")
 @pytest.mark.parametrize("first", range(400, 600, CHUNK))
-def test_places_by_onednn_are_the_references(first: int) -> None:
+def test_places_by_each_way_of_the_products_are_the_references(first: int) -> None:
     for number in range(first, first + CHUNK):
         trial = replace(draw_trial(number), dtype=torch.float32, autocast=None)
         if trial.way != "double":

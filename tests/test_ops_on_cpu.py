@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, use_backend
-from ple_fast.torch_backend import prepared
 from tests.helpers import EXPERTS, FORMS, GATES, TOPOLOGIES, assert_close, by_route, draw, has_dropout, level
 from tests.operator_checks import check_operators
+from tests.product_helpers import blocks_of
 
 TWO_BLOCKS = [MLPSpec((6, 4), "gelu", norm="batch")] * 4 + [MLPSpec((5, 3, 4), dropout=0.5)] * 2
 DROPS = MLPSpec((6, 5, 4), ("relu", "gelu", "identity"), norm=(None, "layer", "batch"), dropout=(0.5, 0.25, 0.0))
@@ -66,8 +66,7 @@ def assert_same(module: ExtractionNetwork, form: str, rows: int, dtype: torch.dt
 @pytest.mark.parametrize("case", CASES)
 def test_the_operator_computes_what_an_eager_call_does(case: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "many blocks":
-        monkeypatch.setattr(prepared, "ROW_STEP", 4)
-        monkeypatch.setattr(prepared, "BLOCK_BYTES", 1)
+        blocks_of(4, monkeypatch)
     topology, experts, gate = CASES[case]
     module = level(TOPOLOGIES[topology], experts, gate)
     assert_same(module.train(), "stacked", 11)

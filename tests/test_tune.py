@@ -213,5 +213,5 @@ def test_a_sample_is_a_graph_of_several_launches(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_the_command_says_so() -> None:
-    with pytest.raises(SystemExit, match="measures on a GPU"):
+    with pytest.raises(SystemExit, match="sees no GPU here; --device cpu measures this processor"):
         tune.main(["--in-features", "6", "--num-tasks", "2", "--batch", "5"])

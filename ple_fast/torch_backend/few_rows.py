@@ -19,16 +19,11 @@ from ..tensors import WIDTH, GateTensors, LayerTensors, check_shapes
 from .activations import activation_backward, activation_forward
 from .mix import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
-from .products import LINEAR_WORK, by_onednn, linear
+from .products import linear, linear_input_grad, linear_weight_grad
+from .table_in_use import table
 
-MAX_ROWS = 32
-"""From here on the products take most of the time, and ``level.py`` chooses them better."""
-
-MAX_TRAIN_ROWS = 96
-"""The same for a training step, whose longer way through ``level.py`` counts up to more rows."""
-
-WIDE_ROWS = 2
-"""Up to here a product per expert reads the weights faster than one wide product does, MKL's always."""
+REPEATED_ROWS = 64
+"""From here on slots are copied for each of their experts, so that results need not be: they are wider."""
 
 
 @lru_cache(maxsize=1024)
@@ -56,13 +51,14 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
 
 def uses_wide_product(x: Tensor) -> bool:
     """Whether the first layer of experts that all read ``x (B, D)`` is one product."""
-    return x.shape[0] > WIDE_ROWS and by_onednn(x)
+    return x.shape[0] > table().limits.wide_rows
 
 
 def takes(plan: LevelPlan, x: Tensor, *, trains: bool) -> bool:
     """Whether a call of the plan on ``x`` is for this path: one that it ``serves``, of so few rows."""
+    limits = table().limits
     return (
-        x.shape[0] < (MAX_TRAIN_ROWS if trains else MAX_ROWS)
+        x.shape[0] < (limits.few_rows_training if trains else limits.few_rows)
         and x.dtype in (torch.float32, torch.float64)
         and serves(plan, x.dim() == 3, trains=trains)
     )
@@ -121,8 +117,12 @@ def few_rows_train_forward(
         logits = linear(x, gate.weight, gate.bias)
     else:
         slots, x = x.shape[1], x.transpose(0, 1)
-        z = _products(x, weight.reshape(slots, -1, width), bias)
-        a = z.view(slots, rows, -1, units).transpose(1, 2).reshape(count, rows, units)
+        if rows < REPEATED_ROWS:
+            z = _products(x, weight.reshape(slots, -1, width), bias)
+            a = z.view(slots, rows, -1, units).transpose(1, 2).reshape(count, rows, units)
+        else:
+            repeated = x.unsqueeze(1).expand(slots, count // slots, rows, width)
+            a = _products(repeated.reshape(count, rows, width), weight, bias)
         mixtures = plan.topology.num_mixtures
         listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
@@ -198,14 +198,10 @@ def few_rows_train_backward(
     dx = None
     if x.dim() == 2:
         if want_tensors:
-            if rows * weight.numel() >= LINEAR_WORK and by_onednn(x):
-                dweight = linear(d.t().contiguous(), x.t())
-            else:
-                dweight = torch.mm(d.t(), x)
-            grads[0] = dweight.view(count, units, width)
+            grads[0] = linear_weight_grad(d, x).reshape(count, units, width)
             grads[-WIDTH] = torch.mm(dlogits.t(), x)
         if want_x:
-            dx = linear(d, weight.reshape(-1, width).t())
+            dx = linear_input_grad(d, weight.reshape(-1, width))
             torch.addmm(dx, dlogits, gate_weight, out=dx)
         return dx, grads
     slots, mixtures = x.shape[1], plan.topology.num_mixtures

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ..slots import Groups, Slots
 from .input_grads import InputGrads
-from .products import LINEAR_WORK, by_onednn, grouped, linear
-
-FEW_ROWS = 256
-"""Up to here a weight's gradient is larger than its inputs, and turning it round costs more than turning them."""
+from .products import (
+    grouped,
+    grouped_input_grad,
+    grouped_weight_grad,
+    linear,
+    linear_weight_grad,
+)
 
 
 def slots_linear(
@@ -65,16 +68,10 @@ def slots_linear_backward(
     if not weight_grad:
         return None
     if len(groups) == 1:
-        x = slots.at(groups[0][0], rows)
-        if by_onednn(x) and x.shape[0] * flat.numel() >= LINEAR_WORK:
-            # oneDNN wants one of its inputs transposed in memory: x is the smaller, but then the result is transposed.
-            if x.shape[0] <= FEW_ROWS:
-                return linear(wide.t().contiguous(), x.t()).view(weight.shape)
-            return linear(x.t().contiguous(), wide.t()).t().view(weight.shape)
-        return torch.mm(wide.t(), x).view(weight.shape)
+        return linear_weight_grad(wide, slots.at(groups[0][0], rows)).view(weight.shape)
     if stack is not None:
         parts = wide.view(d.shape[0], s, members * units // s)
-        return torch.bmm(parts.permute(1, 2, 0), stack.transpose(0, 1)).view(weight.shape)
+        return grouped_weight_grad(parts, stack).view(weight.shape)
     dweight = torch.empty_like(flat, memory_format=torch.contiguous_format)
     for slot, first, last in groups:
         part = slice(first * units, last * units)
@@ -89,5 +86,5 @@ def stacked_linear_backward(
     dweight = None
     if weight_grad:
         assert a is not None
-        dweight = torch.bmm(d.permute(1, 2, 0), a.transpose(0, 1))
-    return grouped(d, weight.transpose(1, 2)) if below else None, dweight
+        dweight = grouped_weight_grad(d, a)
+    return grouped_input_grad(d, weight) if below else None, dweight

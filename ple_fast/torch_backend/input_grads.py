@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..slots import Place, Slots, rows_of
-from .products import LINEAR_WORK, by_onednn, convolves, grouped, linear
+from .products import grouped_input_grad, linear_input_grad
 
 
 class InputGrads:
@@ -42,13 +42,7 @@ class InputGrads:
         target = self._rows_of(place, rows)
         is_new = (place, rows.start) not in self._written
         self._written.add((place, rows.start))
-        if by_onednn(d) and d.shape[0] * weight.numel() >= LINEAR_WORK:
-            product = linear(d, weight.t())
-            target.copy_(product) if is_new else target.add_(product)
-        elif is_new:
-            torch.mm(d, weight, out=target)
-        else:
-            torch.addmm(target, d, weight, out=target)  # addmm_ is one that counters of FLOPs do not know
+        linear_input_grad(d, weight, target, adds=not is_new)
 
     def add_even(self, first: int, rows: slice, d: Tensor, weight: Tensor) -> None:
         """Gradients of n slots from ``first`` += ``d @ weight``: ``(rows, n, N)`` and ``(n, N, D)``."""
@@ -60,17 +54,7 @@ class InputGrads:
         is_new = len(missing) == len(places)
         for place in () if is_new else missing:
             self._rows_of(place, rows).zero_()
-        turned = weight.transpose(1, 2)
-        # Added to what is there, its result is one more pass: less than it saves only where there is work.
-        pays = is_new or d.shape[0] * weight.numel() >= LINEAR_WORK
-        if pays and convolves(d, turned):
-            product = grouped(d, turned)
-            target.copy_(product) if is_new else target.add_(product)
-        elif is_new:
-            torch.bmm(d.transpose(0, 1), weight, out=target.transpose(0, 1))
-        else:
-            turned_target = target.transpose(0, 1)
-            torch.baddbmm(turned_target, d.transpose(0, 1), weight, out=turned_target)
+        grouped_input_grad(d, weight, target, adds=not is_new)
         self._written.update((place, rows.start) for place in missing)
 
     def _rows_of(self, place: Place, rows: slice) -> Tensor:

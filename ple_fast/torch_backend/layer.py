@@ -132,6 +132,8 @@ class Layer:
         self.relu_drops = relu_drops(spec, kind)
         self.acts_on_product = self.activates_first and not (self.relu and at.act < 0)
         """Something is left to do of the activation, or to keep."""
+        self.any_order = not (self.has_norm or self.has_dice or self.drops)
+        """Of its output: elements are all that is left to look at. Statistics and masks are taken row by row."""
         self.ends = self.has_norm or self.drops or at.h >= 0
         """``end`` does anything."""
         self.keeps_input = at.act >= 0 and not self.by_output
@@ -148,7 +150,7 @@ class Layer:
             slots = self.slots(inputs)
             z = slots_linear(slots, block.rows, self.groups, tensor.weight, tensor.bias, relu=self.relu)
         else:
-            z = grouped(a, tensor.weight, tensor.bias, relu=self.relu)
+            z = grouped(a, tensor.weight, tensor.bias, relu=self.relu, any_order=self.any_order)
         return self.activation(inputs, block, z) if self.acts_on_product else z
 
     def after_product(self, inputs: LevelInput, block: RowBlock, z: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..call import LevelInput, Wants
 from ..grads import RowGrads, plus
 from ..slots import rows_of
+from ..tensors import flatten
 from . import mix
 from .folding import fold_norms
 from .input_grads import InputGrads
@@ -300,6 +301,10 @@ def level_backward(
             block.kept = []
     rows = [block.rows for block in blocks]
     dgate = [] if gate_x is x else gate_x.finish(rows)
-    # A product may leave its result transposed.
-    flat = [None if grad is None else grad.contiguous() for grad in grads.flat()]
+    # A product may leave its result transposed, and sums over row blocks are wide.
+    given = flatten(inputs.layers, inputs.gate)
+    flat = [
+        None if grad is None or tensor is None else mix.as_dtype(grad, tensor.dtype).contiguous()
+        for grad, tensor in zip(grads.flat(), given, strict=True)
+    ]
     return x.finish(rows), dgate, flat

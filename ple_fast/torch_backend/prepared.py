@@ -15,9 +15,8 @@ from ..slots import Groups, Place, groups_of
 from ..state import LevelKind
 from .gates import GateEnd
 from .layer import Layer, RowBlock
+from .table_in_use import table
 
-BLOCK_BYTES = 13 << 20
-"""Activations of a row block take about this much."""
 ROW_STEP = 512
 """Row blocks begin at multiples of this."""
 
@@ -117,10 +116,12 @@ def prepared(inputs: LevelInput, wants: Wants | None) -> Level:
 
 
 def row_blocks(inputs: LevelInput, level: Level) -> list[slice]:
-    """Blocks of rows; the whole batch where dice's statistics, or sums in low precision, run over all of it."""
+    """Blocks of rows; the whole batch where dice's statistics, or a norm's in low precision, run over all of it."""
     batch, weight = inputs.x.batch, inputs.layers[0].weight
-    if batch <= ROW_STEP or level.has_batch_dice or weight.dtype not in (torch.float32, torch.float64):
+    if batch <= ROW_STEP or level.has_batch_dice:
         return [slice(0, batch)]
-    size = BLOCK_BYTES // (level.width * weight.element_size())
+    if level.waits and weight.dtype not in (torch.float32, torch.float64):
+        return [slice(0, batch)]
+    size = table().limits.block_values // level.width
     size = max(ROW_STEP, size // ROW_STEP * ROW_STEP)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]

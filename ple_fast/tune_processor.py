@@ -1,0 +1,208 @@
+"""Part of ``ple_fast.tune``: the table of products of the processor that runs it, and the limits beside them."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .modules import PLE
+from .torch_backend.processor import processor_name, this_processor
+from .torch_backend.product_files import as_json
+from .torch_backend.product_table import DTYPES, LARGEST, Limits, Table
+from .torch_backend.products import onednn_takes, watched_by
+from .torch_backend.table_in_use import limited, reload_tables, using
+from .tune_products import GAIN, Samples, rows_of_table
+
+MINUTES = 2.0
+ROWS = (16, 48, 128, 256, 512, 1024)
+"""Numbers of rows at which products are timed. Larger batches are cut into row blocks of about as many as the last."""
+SAMPLES = 7
+"""Of each way of a product."""
+LIMIT_ROUNDS = 7
+BLOCK_ROWS = 4096
+BLOCKS = tuple(Limits().block_values * share // 4 for share in (1, 2, 4, 8))
+FEW = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of rows at which the short path is held against the general one."""
+WIDE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TRUNKS: tuple[dict[str, Any], ...] = (
+    {"in_features": 512, "num_tasks": 3, "expert_units": [256, 128]},
+    {"in_features": 256, "num_tasks": 2, "expert_units": [128, 64]},
+    {"in_features": 64, "num_tasks": 2, "expert_units": [64, 32]},
+)
+"""Measured unless ``--trunk`` says otherwise: a wide, a middle and a narrow trunk. The first sets the limits."""
+
+Progress = Callable[[str, float], None]
+"""Told what is done now, and which share of all is done."""
+
+
+def dtypes_here() -> tuple[str, ...]:
+    """Those that oneDNN computes on this processor; the others PyTorch emulates or computes by loops."""
+    return tuple(name for name in DTYPES if onednn_takes(getattr(torch, name)))
+
+
+def _step(about: dict[str, Any], rows: int, dtype: str, *, trains: bool) -> Callable[[], object]:
+    shape: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in about.items()}
+    shape.pop("batch", None)
+    made: Any = {"device": "cpu", "dtype": getattr(torch, dtype)}
+    trunk = PLE(**shape, **made).train(trains)
+    x = torch.randn(rows, shape["in_features"], **made).requires_grad_(trains)
+    leaves = [x, *trunk.parameters()]
+
+    def train() -> object:
+        y = trunk(x)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    def infer() -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = trunk(x)
+        return found
+
+    return train if trains else infer
+
+
+def _sample(samples: Samples, step: Callable[[], object], end: float) -> None:
+    """Run the step, the general way, until each of its products has been timed often enough, or the time is over."""
+    samples.met.clear()
+    with limited(few_rows=0, few_rows_training=0), watched_by(samples):
+        step()
+        while not samples.enough(SAMPLES) and time.monotonic() < end:
+            step()
+
+
+def _faster(step: Callable[[], object], choices: Sequence[dict[str, int]], end: float) -> list[float]:
+    """Medians of the step with each choice of limits, relative to the first, in alternation."""
+    seconds: list[list[float]] = [[] for _ in choices]
+    for _ in range(LIMIT_ROUNDS):
+        for own, choice in zip(seconds, choices, strict=True):
+            with limited(**choice):
+                step()
+                begin = time.perf_counter()
+                repeats = 0
+                while repeats == 0 or time.perf_counter() - begin < 0.005:
+                    step()
+                    repeats += 1
+                own.append((time.perf_counter() - begin) / repeats)
+        if time.monotonic() > end:
+            break
+    return [statistics.median(a / b for a, b in zip(own, seconds[0], strict=False)) for own in seconds]
+
+
+def _up_to(name: str, rows: Sequence[int], make: Callable[[int], Callable[[], object]], end: float) -> int:
+    """The number of rows from which on the way beyond the limit ``name`` is to be taken: the steps of all ``rows``
+    together then take the least, relative to the way within it. One more than the last if that is never.
+    """
+    most = getattr(LARGEST, name)
+    choices = [{name: most}, {name: 0}]
+    gains = [-math.log(_faster(make(count), choices, end)[1]) for count in rows]
+    return best_limit(rows, gains)
+
+
+def best_limit(rows: Sequence[int], gains: Sequence[float]) -> int:
+    """The one of ``rows`` from which on the sum of gains is largest; one more than the last if it is never above 0."""
+    total, best, limit = 0.0, 0.0, rows[-1] + 1
+    for count, gain in zip(reversed(rows), reversed(gains), strict=True):
+        total += gain
+        if total > best:
+            best, limit = total, count
+    return limit
+
+
+def measure_limits(about: dict[str, Any], say: Callable[[str], None], end: float) -> Limits:
+    """The limits that go with the table in use, by the steps of one trunk in float32."""
+
+    def infer(rows: int) -> Callable[[], object]:
+        return _step(about, rows, "float32", trains=False)
+
+    def train(rows: int) -> Callable[[], object]:
+        return _step(about, rows, "float32", trains=True)
+
+    own = Limits().block_values
+    choices = [{"block_values": size} for size in BLOCKS]
+    ratios = [_faster(make(BLOCK_ROWS), choices, end) for make in (infer, train)]
+    sums = dict(zip(BLOCKS, map(sum, zip(*ratios, strict=True)), strict=True))
+    size = min(sums, key=lambda size: sums[size])
+    if sums[size] > (1 - GAIN) * sums[own]:
+        size = own
+    say(f"row blocks of {size:,} activations")
+    with limited(block_values=size):
+        with limited(few_rows=LARGEST.few_rows):
+            wide = _up_to("wide_rows", WIDE, infer, end) - 1
+        say(f"the first layer expert by expert up to {wide} rows")
+        with limited(wide_rows=wide):
+            few = _up_to("few_rows", FEW, infer, end)
+            say(f"inference takes the short path below {few} rows")
+            few_training = _up_to("few_rows_training", FEW, train, end)
+            say(f"training takes the short path below {few_training} rows")
+    return Limits(few, few_training, wide, size)
+
+
+def measure(
+    trunks: Sequence[dict[str, Any]],
+    dtypes: Sequence[str],
+    minutes: float,
+    progress: Progress,
+    rows: Sequence[int] = ROWS,
+) -> Table:
+    """The table of products of this processor at the present number of threads; the one in use stays.
+
+    Args:
+        trunks: keywords of ``PLE``; a ``batch`` among them is one more number of rows.
+        dtypes: names of those to measure.
+        minutes: for all of it.
+        progress: is told what is done.
+    """
+    begin = time.monotonic()
+    end = begin + 60 * minutes
+    samples = Samples()
+    cells = [
+        (about, dtype, count, trains)
+        for about in trunks
+        for dtype in dtypes
+        for count in sorted({*rows, *([about["batch"]] if "batch" in about else [])})
+        for trains in (False, True)
+    ]
+    share = 0.7 * 60 * minutes / max(len(cells), 1)
+    for number, (about, dtype, count, trains) in enumerate(cells):
+        step = "a training step" if trains else "inference"
+        progress(f"{dtype}, {count} rows, {step}", 0.7 * number / len(cells))
+        # Time that a cell has left over is the next one's.
+        _sample(samples, _step(about, count, dtype, trains=trains), begin + share * (number + 1))
+    found = Table("", Limits(), rows_of_table(samples.medians(), dtypes))
+
+    def say(text: str) -> None:
+        progress(text, min(0.99, (time.monotonic() - begin) / (60 * minutes)))
+
+    with using(found):
+        return found._replace(limits=measure_limits(trunks[0], say, end))
+
+
+def write(path: Path, found: Table, trunks: Sequence[dict[str, Any]]) -> None:
+    """Write a table of this processor, whole or not at all, where it is read from now on."""
+    about = {
+        "name": processor_name(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "trunks": list(trunks),
+    }
+    text = as_json(this_processor(), torch.get_num_threads(), found, about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this call alone
+    try:
+        with part.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    reload_tables()

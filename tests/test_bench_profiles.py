@@ -1,0 +1,135 @@
+"""What the CPU benchmarks can vary: instructions, threads, autocast; and the floor of the fastest ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import configs, profiles, run
+from benchmarks.bare_best import BEST_FLOOR
+from benchmarks.configs import TrunkConfig
+from benchmarks.environment import machine_name, products_in_use
+from benchmarks.result_files import load, write
+from benchmarks.steps import WrongResultError, check, make_step
+from ple_fast.torch_backend import products
+from ple_fast.torch_backend.table_in_use import using
+from tests.product_helpers import nth_ways
+
+TINY = TrunkConfig("tiny-bench", 40, 12, 2, task_experts=1, shared_experts=1, units=(8, 6))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_the_best_floor_is_every_product_of_the_step_by_its_fastest_way(
+    mode: configs.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_kinds: list[str] = []
+
+    def counted(kind: str, name: str, way: Any) -> Any:
+        def compute(*arguments: Any) -> Any:
+            run_kinds.append(f"{kind}: {name}")
+            return way(*arguments)
+
+        return compute
+
+    for kind, ways in (
+        ("linear", products._LINEAR),
+        ("grouped", products._GROUPED),
+        ("grouped_weight_grad", products._GROUPED_WEIGHT_GRAD),
+    ):
+        for name, way in ways.items():
+            monkeypatch.setitem(ways, name, counted(kind, name, way))
+    step = make_step(BEST_FLOOR, TINY, mode)
+    assert step.trunk is None
+    run_kinds.clear()
+    step.run()
+    kinds = [entry.partition(":")[0] for entry in run_kinds]
+    # Gates and experts of the first level share an input; the second layers of both levels are grouped.
+    assert kinds.count("linear") == 2 and kinds.count("grouped") == 2
+    assert ("grouped_weight_grad" in kinds) == (mode == "train")
+    before = list(run_kinds)
+    run_kinds.clear()
+    step.run()
+    assert run_kinds == before, "which way is chosen once"
+
+
+def test_under_autocast_a_contestant_may_be_off_by_twice_what_the_loop_is() -> None:
+    config = TINY.under_autocast("bfloat16")
+    modes: tuple[configs.Mode, ...] = ("train", "inference")
+    for mode in modes:
+        for name in ("loop", "fast", "bmm"):
+            step = make_step(name, config, mode)
+            outputs: Any = step.run()
+            assert outputs[0].dtype == torch.bfloat16
+    with torch.random.fork_rng(devices=[]):
+        trunk = make_step("fast", config, "inference").trunk
+    assert trunk is not None
+    with torch.no_grad():
+        next(trunk.parameters()).mul_(1.1)
+    with pytest.raises(WrongResultError, match="fast at tiny-bench, inference: outputs differ"):
+        check("fast", trunk, config, "inference")
+
+
+def test_a_folder_says_what_differs_from_two_threads_and_float32() -> None:
+    name = machine_name()
+    assert name.startswith("cpu-") and name.endswith(torch.backends.cpu.get_cpu_capability().lower())
+    assert run.folder_name(configs.THREADS, "float32") == name
+    assert run.folder_name(1, "bf16") == f"{name}-1thread-bf16"
+
+
+def test_results_say_which_table_of_products_was_in_use() -> None:
+    assert products_in_use().endswith(".json") or products_in_use().startswith("none: ")
+    with using(nth_ways(0)._replace(source="/somewhere/own.json")):
+        assert products_in_use() == "own.json"
+
+
+def test_a_folder_that_mixes_machines_is_refused(tmp_path: Path) -> None:
+    about = {"cpu": "Some", "cores": 2, "cpu_capability": "AVX512"}
+    write(tmp_path / "grid.json", "grid", {"results": []}, about)
+    write(tmp_path / "norms.json", "norms", {"results": []}, about)
+    assert set(load(tmp_path)) == {"grid", "norms"}
+    write(tmp_path / "norms.json", "norms", {"results": []}, about | {"cpu_capability": "AVX2"})
+    with pytest.raises(ValueError, match=r"got grid.json: Some, 2, AVX512; norms.json: .*AVX2"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_a_profile_runs_in_a_process_of_its_own(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    class Done:
+        returncode = 3
+
+    def start(command: list[str], env: dict[str, str], check: bool) -> Done:
+        started.append((command, env))
+        return Done()
+
+    monkeypatch.setattr("benchmarks.profiles.subprocess.run", start)
+    with pytest.raises(SystemExit) as left:
+        run.main(["--profile", profile, "--only", "grid"])
+    assert left.value.code == 3
+    ((command, env),) = started
+    assert command[-4:] == ["--profile", profile, "--only", "grid"]
+    assert {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"} <= env.keys()
+    assert env["TORCHINDUCTOR_CACHE_DIR"].endswith(profile)
+
+
+def test_only_some_parts_run_under_autocast(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--dtype", "bf16", "--only", "scaling,grid"])
+    assert "--dtype bf16: only grid, head_to_head, norms, got scaling" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="nothing to emulate")
+def test_avx2_is_emulated(tmp_path: Path) -> None:
+    status = profiles.run_emulated(
+        "avx2", ["--profile", "avx2", "--quick", "--only", "grid", "--results", str(tmp_path)]
+    )
+    assert status == 0
+    (folder,) = tmp_path.iterdir()
+    content = json.loads((folder / "grid.json").read_text(encoding="utf-8"))
+    assert folder.name.endswith("-avx2") and content["environment"]["cpu_capability"] == "AVX2"
