@@ -111,7 +111,7 @@ def _gated(
         logits = _batch_norm(logits, gate.norm_weight, gate.norm_bias, state.gate_norm, moves_statistics)
     if plan.gate_spec.temperature != 1.0:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
-    return mix.gate_softmax(plan, logits)
+    return mix.gate_softmax(plan, logits, is_traced=True)
 
 
 def _after_linear(

@@ -69,8 +69,10 @@ def _gates_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock])
         block.value = gate.end(inputs, block, gate.product(inputs, block, block.value), None)
 
 
-def _rows_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock]) -> list[tuple[Tensor, Tensor]]:
-    """``y (rows, O, H)`` and dense weights ``(rows, O, E)`` of every row block."""
+def _rows_forward(
+    level: Level, inputs: LevelInput, blocks: Sequence[RowBlock], out: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """``y (rows, O, H)`` and dense weights ``(rows, O, E)`` of every row block; ``y`` in ``out``, if that is given."""
     plan, at = level.plan, level.saved.mix
     for mlp in level.experts:
         _mlp_forward(mlp, inputs, blocks)
@@ -87,7 +89,7 @@ def _rows_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock]) 
             block.kept[at.h] = h
         if at.weights >= 0:
             block.kept[at.weights] = weights
-        done.append((mix.combine(plan, weights, h), weights))
+        done.append((mix.combine(plan, weights, h, None if out is None else out[block.rows]), weights))
     return done
 
 
@@ -129,8 +131,7 @@ def level_forward(
         wide = torch.promote_types(weight.dtype, torch.float32)
         shown = torch.empty((batch, plan.topology.num_weights), dtype=wide, device=weight.device)
     for together in _one_by_one(level, blocks):
-        for block, (part, weights) in zip(together, _rows_forward(level, inputs, together), strict=True):
-            y[block.rows] = part
+        for block, (_, weights) in zip(together, _rows_forward(level, inputs, together, y), strict=True):
             if shown is not None:
                 shown[block.rows] = mix.listed_weights(plan, weights)
             if take is not None:

@@ -60,15 +60,28 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def gate_softmax(plan: LevelPlan, logits: Tensor) -> Tensor:
-    """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied."""
+NARROW = 16
+"""Experts below which PyTorch's softmax, which goes through each mixture element by element, takes the longest."""
+NARROW_ELEMENTS = 2048
+"""Elements from which on five passes over all of them take less."""
+
+
+def gate_softmax(plan: LevelPlan, logits: Tensor, *, is_traced: bool = False) -> Tensor:
+    """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied.
+
+    ``is_traced``: by an operator that can be differentiated and exported.
+    """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     experts = plan.topology.num_experts
     if not plan.is_dense:
         padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
         logits = padded.index_select(1, index_of(plan.dense_logit, logits.device))
-    return torch.softmax(logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts), dim=2)
+    dense = logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts)
+    if is_traced or experts >= NARROW or dense.numel() < NARROW_ELEMENTS or not dense.is_cpu:
+        return torch.softmax(dense, dim=2)
+    weights = (dense - dense.amax(2, keepdim=True)).exp_()
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor:
@@ -185,18 +198,27 @@ def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bo
     return done.index_select(1, index_of(sums.order, done.device)) if sums.order else done
 
 
-def mix(plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = False) -> Tensor:
-    """``weights @ sources``, or with the weights transposed, of what is weighed alone; all of one dtype."""
+def mix(
+    plan: LevelPlan, weights: Tensor, sources: Tensor, *, backward: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """``weights @ sources``, or with the weights transposed, of what is weighed alone; all of one dtype.
+
+    ``out``: contiguous memory that the result may be in, or None.
+    """
     if plan.weighs_all or weights.is_cpu:
-        dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources)
+        dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources, out=out)
         if plan.weighs_all or looks_finite(dense):
             return dense
     return sum_weighted(_expert_sums(plan) if backward else mixture_sums(plan), weights, sources)
 
 
-def combine(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
-    """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights."""
-    return as_dtype(mix(plan, weights, as_dtype(h, weights.dtype)), h.dtype)
+def combine(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
+    """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights; into
+    ``out``, contiguous, if it is given."""
+    mixed = mix(plan, weights, as_dtype(h, weights.dtype), out=out if h.dtype == weights.dtype else None)
+    if out is None:
+        return as_dtype(mixed, h.dtype)
+    return out if mixed is out else out.copy_(mixed)
 
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
