@@ -65,11 +65,6 @@ class Contestant:
     wrap: Callable[[Callable[[], Any]], Callable[[], Any]] = _as_it_is
     """Makes the step that is run out of the plain one."""
 
-    @property
-    def is_loop(self) -> bool:
-        """The baseline of its make-up, eager."""
-        return self.build is _loop
-
     def available(self) -> bool:
         """Whether the package that it needs is installed."""
         return self.requires is None or importlib.util.find_spec(self.requires) is not None

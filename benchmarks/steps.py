@@ -14,7 +14,7 @@ from benchmarks.bare_gemm import FLOOR, BareGemm
 from benchmarks.configs import SEED, Mode, TrunkConfig
 from benchmarks.contestants import CONTESTANTS, build
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places, distances
-from benchmarks.loop import baseline
+from benchmarks.loop import LoopPLE, baseline
 
 OUTPUT_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 2e-3
@@ -128,7 +128,7 @@ def errors(
             if input_grad:
                 assert x.grad is not None
                 result[INPUT] = x.grad
-            gradients = places.of_loop(module) if module is oracle else places.gradients(module)
+            gradients = places.of_loop(module) if isinstance(module, LoopPLE) else places.gradients(module)
             result |= {f"{PARAMETER}{key}": gradient.clone() for key, gradient in gradients.items()}
             module.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -143,9 +143,7 @@ def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input
     baseline's own does there."""
     own: dict[str, float] = {}
     if config.autocast:
-        make_up = CONTESTANTS[name].make_up
-        like = next(row.name for row in CONTESTANTS.values() if row.is_loop and row.make_up == make_up)
-        own = errors(like, build(like, config), config, mode, input_grad=input_grad)
+        own = errors(name, baseline(config, CONTESTANTS[name].make_up), config, mode, input_grad=input_grad)
     for what, error in errors(name, trunk, config, mode, input_grad=input_grad).items():
         tolerance = OUTPUT_TOLERANCE if what == OUTPUTS else GRADIENT_TOLERANCE
         if what.startswith(PARAMETER):
