@@ -88,7 +88,7 @@ class ExtractionLevelFunction(torch.autograd.Function):
         if call.few_rows:
             layers, gate = unflatten(tensors[1:])
             y, saved = few_rows_train_forward(call.plan, layers, gate, cast(Tensor, tensors[0]))
-            ctx.save_for_backward(*tensors, *saved)
+            ctx.save_for_backward(*tensors, *(() if call.recompute else saved))
             return y
         needed = ctx.needs_input_grad[1:]
 
@@ -147,6 +147,8 @@ def _by_hand_backward(
     if call.few_rows:
         assert dy is not None
         layers, gate = unflatten(tensors[1:])
+        if call.recompute:
+            flat = tuple(few_rows_train_forward(call.plan, layers, gate, tensors[0])[1])
         dfirst, dflat = few_rows_train_backward(
             call.plan, layers, gate, tensors[0], flat, dy, want_x=needed[0], want_tensors=any(needed[1:])
         )

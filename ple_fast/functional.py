@@ -87,12 +87,14 @@ def _bare_state(num_layers: int) -> LevelState:
 
 
 @lru_cache(maxsize=1024)
-def _few_rows_call(plan: LevelPlan, stacked: bool) -> LevelCall:
+def _few_rows_call(plan: LevelPlan, stacked: bool, recompute: bool) -> LevelCall:
     """Every training step of a plan on the short path: it has no norm and drops nothing."""
     slots = plan.topology.num_slots
     assert slots is not None
     state = _bare_state(plan.num_layers)
-    return LevelCall(plan, state, _places(slots, stacked), 1, None, 0, listed=False, recompute=False, few_rows=True)
+    return LevelCall(
+        plan, state, _places(slots, stacked), 1, None, 0, listed=False, recompute=recompute, few_rows=True
+    )  # fmt: skip
 
 
 def _check(
@@ -167,7 +169,7 @@ def extraction_level(
         _check(plan, layers, gate, x, gate_input, gate_features)
         now = state(first_of(x).shape[0], choice.name)
     asked = Asked(
-        plan, now, x, layers, gate, choice.name, backend == "torch", is_traced, records, is_special, recompute,
+        plan, now, x, layers, gate, choice.name, backend == "torch", is_traced, records, is_special,
     )  # fmt: skip
     way = route_of(asked).name
     if way == "few rows":  # whose products refuse what does not fit
@@ -175,7 +177,7 @@ def extraction_level(
         if not records:
             return few_rows_forward(plan, layers, gate, x, now if plan.has_state else None), None  # type: ignore[arg-type]  # a tensor
         # Every parameter has been seen to require a gradient.
-        call = _few_rows_call(plan, x.dim() == 3)  # type: ignore[union-attr]
+        call = _few_rows_call(plan, x.dim() == 3, recompute)  # type: ignore[union-attr]
         y: Tensor = ExtractionLevelFunction.apply(call, x, *flatten(layers, gate))  # type: ignore[no-untyped-call]  # untyped in torch
         return y, None
     if not plan.has_state:

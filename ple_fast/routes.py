@@ -42,7 +42,6 @@ class Asked(NamedTuple):
     """A backward may follow."""
     is_special: bool
     """The gates have an input of their own, the weights are an output, or autocast is at work."""
-    recompute: bool
 
 
 class Route(NamedTuple):
@@ -95,7 +94,7 @@ def _is_differentiable(asked: Asked) -> bool:
 
 
 def _has_few_rows(asked: Asked) -> bool:
-    """A CPU batch below 32 rows, 96 in training, of a level of one block and plain gates."""
+    """A CPU batch of fewer rows than the table of the processor says, of a level of one block and plain gates."""
     if asked.backend != "torch" or asked.is_special or not isinstance(asked.x, Tensor):
         return False
     if not takes(asked.plan, asked.x, trains=asked.records):
@@ -105,7 +104,7 @@ def _has_few_rows(asked: Asked) -> bool:
             for tensor in row:
                 if tensor is not None and not tensor.requires_grad:
                     return False
-        return not asked.recompute
+        return True
     return not asked.plan.has_state or serves_state(asked.state)
 
 

@@ -59,7 +59,8 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     "more rows in training": ("by hand", lambda: _eager(96)),
     "more rows in inference": ("by hand", lambda: _inference(32)),
     "norms in training": ("by hand", lambda: _eager(5, norm="batch")),
-    "recomputation": ("by hand", lambda: _eager(5, recompute=True)),
+    "recomputation": ("few rows", lambda: _eager(5, recompute=True)),
+    "recomputation of more rows": ("by hand", lambda: _eager(96, recompute=True)),
 }
 
 

@@ -13,7 +13,7 @@ from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward, serves
 from ple_fast.torch_backend.product_table import LARGEST, Limits
 from ple_fast.torch_backend.table_in_use import limited
-from tests.helpers import TOPOLOGIES, assert_close, compare, compare_low_precision, draw, level
+from tests.helpers import TOPOLOGIES, assert_close, compare, compare_low_precision, draw, level, saved_bytes
 from tests.product_helpers import ways
 
 __all__ = ["ways"]
@@ -204,21 +204,25 @@ def test_backward_within_an_autocast_region(calls: Calls) -> None:
     assert len(calls) == 4
 
 
-def _freeze(module: ExtractionNetwork) -> None:
+def test_a_frozen_tensor_takes_the_general_way(calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
     assert module.gate.bias is not None
     module.gate.bias.requires_grad_(False)
-
-
-def _recompute(module: ExtractionNetwork) -> None:
-    module.recompute = True
-
-
-@pytest.mark.parametrize("change", [_freeze, _recompute])
-def test_a_frozen_tensor_and_recomputation_take_the_general_way(change: Any, calls: Calls) -> None:
-    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
-    change(module)
     compare(module, draw("one", 3, 3, 7), ask_gates=False)
     assert calls == []
+
+
+@pytest.mark.parametrize("experts", ["1-layer-gelu", "2-layers-tanh", "3-layers-mixed"])
+@pytest.mark.parametrize("form", ["one", "stacked"])
+def test_recomputation_keeps_inputs_alone(form: str, experts: str, calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS[experts])
+    module.recompute = True
+    compare(module, draw(form, 3, 3, 7), form=form, slots=3, ask_gates=False)
+    assert [kind for kind, _ in calls[:3]] == ["forward", "forward", "backward"]
+    (x,) = draw(form, 3, 3, 7)
+    assert saved_bytes(module, x.requires_grad_()) == 0
+    module.recompute = False
+    assert saved_bytes(module, x) > 0
 
 
 def test_gates_more_rows_lists_and_autocast_take_the_general_way(calls: Calls) -> None:

@@ -92,7 +92,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_processor, "ROWS", (3, 120))
     monkeypatch.setattr(tune_processor, "SAMPLES", 1)
     monkeypatch.setattr(tune_processor, "LIMIT_ROUNDS", 1)
-    monkeypatch.setattr(tune_processor, "BLOCK_ROWS", 1100)
+    monkeypatch.setattr(tune_processor, "BLOCK_ROWS", (1100,))
     monkeypatch.setattr(tune_processor, "FEW", (4, 8))
     monkeypatch.setattr(tune_processor, "WIDE", (2, 4))
 
