@@ -223,5 +223,11 @@ def test_marks_are_read_where_the_system_tells_them(
         cpu_info.cache_clear()
 
 
+def test_the_limits_of_a_processor_say_nothing_of_another_device() -> None:
+    with limited(few_rows=7):
+        assert table_in_use.limits_of(torch.zeros(1)).few_rows == 7
+        assert table_in_use.limits_of(torch.zeros(1, device="meta")) == Limits()
+
+
 def test_products_of_other_threads_have_tables_of_their_own(two_threads: None) -> None:
     assert table_in_use.table() is table(2)

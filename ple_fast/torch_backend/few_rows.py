@@ -20,7 +20,7 @@ from .activations import activation_backward, activation_forward
 from .mix import gate_softmax, gate_softmax_backward, mix
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
 from .products import linear, linear_input_grad, linear_weight_grad
-from .table_in_use import table
+from .table_in_use import limits_of
 
 REPEATED_ROWS = 64
 """From here on slots are copied for each of their experts, so that results need not be: they are wider."""
@@ -51,12 +51,12 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
 
 def uses_wide_product(x: Tensor) -> bool:
     """Whether the first layer of experts that all read ``x (B, D)`` is one product."""
-    return x.shape[0] > table().limits.wide_rows
+    return x.shape[0] > limits_of(x).wide_rows
 
 
 def takes(plan: LevelPlan, x: Tensor, *, trains: bool) -> bool:
     """Whether a call of the plan on ``x`` is for this path: one that it ``serves``, of so few rows."""
-    limits = table().limits
+    limits = limits_of(x)
     return (
         x.shape[0] < (limits.few_rows_training if trains else limits.few_rows)
         and x.dtype in (torch.float32, torch.float64)

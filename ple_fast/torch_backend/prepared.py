@@ -15,7 +15,7 @@ from ..slots import Groups, Place, groups_of
 from ..state import LevelKind
 from .gates import GateEnd
 from .layer import Layer, RowBlock
-from .table_in_use import table
+from .table_in_use import limits_of
 
 ROW_STEP = 512
 """Row blocks begin at multiples of this."""
@@ -122,6 +122,6 @@ def row_blocks(inputs: LevelInput, level: Level) -> list[slice]:
         return [slice(0, batch)]
     if level.waits and weight.dtype not in (torch.float32, torch.float64):
         return [slice(0, batch)]
-    size = table().limits.block_values // level.width
+    size = limits_of(weight).block_values // level.width
     size = max(ROW_STEP, size // ROW_STEP * ROW_STEP)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]

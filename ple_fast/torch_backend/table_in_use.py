@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from . import product_files
 from .processor import this_processor
-from .product_table import Table
+from .product_table import DEFAULT, Limits, Table
 
 _tables: dict[int, Table] = {}
 
@@ -22,6 +23,11 @@ def table(threads: int | None = None) -> Table:
     if found is None:
         found = _tables.setdefault(threads, product_files.table_of(this_processor(), threads))
     return found
+
+
+def limits_of(x: Tensor) -> Limits:
+    """Of calls on tensors like ``x``. Those of a processor say nothing of another device."""
+    return table().limits if x.is_cpu else DEFAULT.limits
 
 
 @lru_cache(maxsize=8192)
