@@ -117,8 +117,8 @@ def test_low_precision_is_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
         levels.check(draw_trial(seed))
     right = mix.combine
 
-    def wrong(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
-        return right(plan, weights, h) * 1.05
+    def wrong(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
+        return right(plan, weights, h, out).mul_(1.05)
 
     monkeypatch.setattr(mix, "combine", wrong)
     found = next(failure for seed in seeds if (failure := next(levels.run(seed, 1, {}))) is not None)
