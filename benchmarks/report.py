@@ -98,12 +98,12 @@ def head_to_head_table(content: Result) -> str:
         operators = "" if entry is None else str(entry["forward_operators"] + entry["backward_operators"])
         title = f"**`{name}`**" if name in OURS else f"`{name}`"
         rows.append([title, *cells, mebibytes(entry and entry["saved_bytes"]), operators])
-    share = saved["fast"]["saved_bytes"] / saved["loop"]["saved_bytes"]
+    share = f"{saved['fast']['saved_bytes'] / saved['loop']['saved_bytes']:.2f} of `loop`" if saved else ""
     if any(set(case["contestants"]) & (set(PEERS) - {"loop"}) for case in cases):
         best = [f"{ratio_to_best(case):.2f} x, `{best_peer(case)}`" for case in cases]
         rows.append(["speed-up of `fast` over the best peer", *best, "", ""])
     loop = [f"{case['contestants']['loop']['ratio_to_fast']:.2f} x" for case in cases]
-    rows.append(["speed-up of `fast` over `loop`", *loop, f"{share:.2f} of `loop`", ""])
+    rows.append(["speed-up of `fast` over `loop`", *loop, share, ""])
     for floor in FLOORS:
         if floor in names:
             units = [f"{1 / case['contestants'][floor]['ratio_to_fast']:.2f} x" for case in cases]

@@ -37,6 +37,7 @@ from .modules import PLE
 from .scalars import check_count, check_number, shown
 from .torch_backend.processor import this_processor
 from .torch_backend.product_files import products_path
+from .torch_backend.table_in_use import table
 from .tune_calls import recorded
 from .tune_candidates import candidates, has_lost
 from .tune_measure import tune
@@ -224,6 +225,11 @@ def _tune_processor(options: argparse.Namespace) -> None:
     path = options.out or products_path(this_processor(), torch.get_num_threads())
     with tune_show.progress() as progress:
         found = tune_processor.measure(trunks, dtypes, minutes, progress)
+        helps = options.out is not None or tune_processor.is_faster(found, trunks, dtypes, progress)
+    if not helps:
+        print(tune_show.products(table()))
+        print("nothing is written: steps take no less with what was measured than with this table")
+        return
     tune_processor.write(path, found, trunks)
     print(tune_show.products(found._replace(source=str(path))))
     print(f"wrote {path}")

@@ -26,7 +26,9 @@ from .tune_products import GAIN, Samples, rows_of_table
 MINUTES = 2.0
 ROWS = (16, 48, 128, 256, 512, 1024)
 """Numbers of rows at which products are timed. Larger batches are cut into row blocks of about as many as the last."""
-SAMPLES = 7
+SHARE = 0.6
+"""Of the time, for products: the rest is for limits, and whole steps in the end."""
+SAMPLES = 11
 """Of each way of a product."""
 LIMIT_ROUNDS = 7
 BLOCK_ROWS = (2048, 4096)
@@ -79,19 +81,24 @@ def _sample(samples: Samples, step: Callable[[], object], end: float) -> None:
             step()
 
 
+def _seconds(step: Callable[[], object]) -> float:
+    """Of one step, after another one."""
+    step()
+    begin = time.perf_counter()
+    repeats = 0
+    while repeats == 0 or time.perf_counter() - begin < 0.005:
+        step()
+        repeats += 1
+    return (time.perf_counter() - begin) / repeats
+
+
 def _faster(step: Callable[[], object], choices: Sequence[dict[str, int]], end: float) -> list[float]:
     """Medians of the step with each choice of limits, relative to the first, in alternation."""
     seconds: list[list[float]] = [[] for _ in choices]
     for _ in range(LIMIT_ROUNDS):
         for own, choice in zip(seconds, choices, strict=True):
             with limited(**choice):
-                step()
-                begin = time.perf_counter()
-                repeats = 0
-                while repeats == 0 or time.perf_counter() - begin < 0.005:
-                    step()
-                    repeats += 1
-                own.append((time.perf_counter() - begin) / repeats)
+                own.append(_seconds(step))
         if time.monotonic() > end:
             break
     return [statistics.median(a / b for a, b in zip(own, seconds[0], strict=False)) for own in seconds]
@@ -171,10 +178,10 @@ def measure(
         for count in sorted({*rows, *([about["batch"]] if "batch" in about else [])})
         for trains in (False, True)
     ]
-    share = 0.7 * 60 * minutes / max(len(cells), 1)
+    share = SHARE * 60 * minutes / max(len(cells), 1)
     for number, (about, dtype, count, trains) in enumerate(cells):
         step = "a training step" if trains else "inference"
-        progress(f"{dtype}, {count} rows, {step}", 0.7 * number / len(cells))
+        progress(f"{dtype}, {count} rows, {step}", SHARE * number / len(cells))
         # Time that a cell has left over is the next one's.
         _sample(samples, _step(about, count, dtype, trains=trains), begin + share * (number + 1))
     found = Table("", Limits(), rows_of_table(samples.medians(), dtypes))
@@ -184,6 +191,30 @@ def measure(
 
     with using(found):
         return found._replace(limits=measure_limits(trunks[0], say, end))
+
+
+CHECKED_ROWS = (256, 4096)
+CHECK_ROUNDS = 5
+WORTH = 0.01
+"""A table must save so much of the steps' time: less is noise."""
+
+
+def is_faster(found: Table, trunks: Sequence[dict[str, Any]], dtypes: Sequence[str], progress: Progress) -> bool:
+    """Whether whole steps of the first trunk take less with this table than with the one in use, in alternation: a
+    machine that was busy meanwhile may have led to a wrong choice."""
+    gains = []
+    for dtype in dtypes:
+        for rows in CHECKED_ROWS:
+            for trains in (False, True):
+                progress(f"the table in use against the new one: {dtype}, {rows} rows", 0.99)
+                step = _step(trunks[0], rows, dtype, trains=trains)
+                ratios = []
+                for _ in range(CHECK_ROUNDS):
+                    before = _seconds(step)
+                    with using(found):
+                        ratios.append(before / _seconds(step))
+                gains.append(math.log(statistics.median(ratios)))
+    return statistics.fmean(gains) > WORTH
 
 
 def write(path: Path, found: Table, trunks: Sequence[dict[str, Any]]) -> None:

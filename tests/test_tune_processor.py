@@ -16,7 +16,7 @@ from torch import Tensor
 from ple_fast import tune, tune_processor
 from ple_fast.torch_backend import products
 from ple_fast.torch_backend.product_files import read_table
-from ple_fast.torch_backend.product_table import WAYS
+from ple_fast.torch_backend.product_table import DEFAULT, WAYS
 from ple_fast.torch_backend.table_in_use import table
 from ple_fast.tune_products import Product, Samples, fastest, rows_of_table
 
@@ -87,6 +87,16 @@ def test_a_limit_is_where_all_steps_together_take_the_least(gains: tuple[float, 
     assert tune_processor.best_limit((1, 2, 4, 8), gains) == limit
 
 
+@pytest.mark.parametrize(("slower", "expected"), [(0.5, True), (2.0, False), (1.0, False)])
+def test_a_table_is_kept_if_steps_take_less_with_it(
+    slower: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = DEFAULT._replace(source="new")
+    monkeypatch.setattr(tune_processor, "_step", lambda *about, **how: None)
+    monkeypatch.setattr(tune_processor, "_seconds", lambda step: slower if table().source == "new" else 1.0)
+    assert tune_processor.is_faster(found, [TINY], ["float32"], lambda text, share: None) == expected
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_processor, "ROWS", (3, 120))
@@ -105,11 +115,17 @@ def test_the_command_writes_a_table_that_the_library_takes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     trunk = tmp_path / "trunk.json"
     trunk.write_text(json.dumps({**TINY, "batch": 9}), encoding="utf-8")
+    monkeypatch.setattr(tune_processor, "CHECKED_ROWS", (3,))
+    monkeypatch.setattr(tune_processor, "WORTH", 1e9)
+    tune.main(["--device", "cpu", "--trunk", str(trunk), "--dtype", "float32"])
+    assert "nothing is written" in capsys.readouterr().out
+    assert not (tmp_path / "ple_fast").exists()
+    monkeypatch.setattr(tune_processor, "WORTH", -1e9)
     tune.main(["--device", "cpu", "--trunk", str(trunk), "--dtype", "float32"])
     said = capsys.readouterr()
     (path,) = (tmp_path / "ple_fast").iterdir()
     assert f"wrote {path}" in said.out and "float32 grouped: 3 x (5 -> 4):" in said.out
-    assert "the short path below" in said.err
+    assert "the table in use against the new one" in said.err
     _, threads, found = read_table(path)
     assert threads == torch.get_num_threads()
     assert {dtype for dtype, _ in found.products} == {"float32"}
