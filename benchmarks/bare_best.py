@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ple_fast.torch_backend import products
 from ple_fast.torch_backend.table_in_use import limited
-from ple_fast.tune_products import Product, Samples
+from ple_fast.tune_products import Product, Samples, product_of
 
 BEST_FLOOR = "bare_best"
 """Its name among the contestants."""
@@ -30,8 +29,7 @@ def best_products(step: Callable[[], object]) -> Callable[[], None]:
     calls: list[tuple[Product, products.Ways, tuple[Any, ...]]] = []
 
     def record(kind: str, shape: tuple[int, int, int, int], ways: products.Ways, arguments: tuple[Any, ...]) -> Tensor:
-        like: Tensor = arguments[0]
-        calls.append((Product(str(like.dtype).removeprefix("torch."), kind, *shape), ways, arguments))
+        calls.append((product_of(kind, shape, arguments), ways, arguments))
         return next(iter(ways.values()))(*arguments)
 
     with limited(few_rows=0, few_rows_training=0):
@@ -42,10 +40,7 @@ def best_products(step: Callable[[], object]) -> Callable[[], None]:
                 step()
         with products.watched_by(record):
             step()
-    best = {
-        product: min((name for name in own if own[name]), key=lambda name: statistics.median(own[name]))
-        for product, own in samples.seconds.items()
-    }
+    best = {product: min(seconds, key=lambda way: seconds[way]) for product, seconds in samples.medians().items()}
     chosen = [partial(ways[best[product]], *arguments) for product, ways, arguments in calls]
 
     def run() -> None:

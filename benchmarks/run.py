@@ -69,7 +69,7 @@ def head_to_head(quick: bool) -> list[dict[str, Any]]:
         torch._dynamo.reset()  # compiled loops of the last case count against the limit of recompilations
         steps = {}
         names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
-        # Without oneDNN low precision takes a hundred times as long: that run says nothing.
+        # Without oneDNN PyTorch computes low precision by plain loops: that run says nothing.
         for name in _available([name for name in names if not (AUTOCAST and name == "fast_mm")], mode):
             say(f"head to head: {mode} at {batch}: preparing {name}")
             steps[name] = make_step(name, config, mode).run

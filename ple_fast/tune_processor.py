@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from .modules import PLE
 from .torch_backend.processor import processor_name, this_processor
-from .torch_backend.product_files import as_json
+from .torch_backend.product_files import write_table
 from .torch_backend.product_table import DTYPES, LARGEST, Limits, Table
 from .torch_backend.products import onednn_takes, watched_by
 from .torch_backend.table_in_use import limited, reload_tables, using
@@ -225,15 +223,5 @@ def write(path: Path, found: Table, trunks: Sequence[dict[str, Any]]) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "trunks": list(trunks),
     }
-    text = as_json(this_processor(), torch.get_num_threads(), found, about)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this call alone
-    try:
-        with part.open("x", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_table(path, this_processor(), torch.get_num_threads(), found, about)
     reload_tables()

@@ -39,6 +39,12 @@ class Product(NamedTuple):
     width: int
 
 
+def product_of(kind: str, shape: tuple[int, int, int, int], arguments: tuple[Any, ...]) -> Product:
+    """What a watcher of ``products.watched_by`` is called with."""
+    like: Tensor = arguments[0]
+    return Product(str(like.dtype).removeprefix("torch."), kind, *shape)
+
+
 class Samples:
     """Seconds by product and way; a watcher for ``products.watched_by``."""
 
@@ -50,12 +56,10 @@ class Samples:
         """Since it was cleared."""
 
     def __call__(self, kind: str, shape: tuple[int, int, int, int], ways: Ways, arguments: tuple[Any, ...]) -> Tensor:
-        like: Tensor = arguments[0]
-        product = Product(str(like.dtype).removeprefix("torch."), kind, *shape)
+        product = product_of(kind, shape, arguments)
         self.met.add(product)
         found = self.seconds.setdefault(product, {name: [] for name in ways})
-        best = min((statistics.median(own) for own in found.values() if own), default=math.inf)
-        names = [name for name, own in found.items() if not own or statistics.median(own) < RARELY * best]
+        names = self._not_lost(product)
         turn, number = divmod(self._calls[product], IN_A_ROW)
         self._calls[product] += 1
         name = names[turn % len(names)]
@@ -69,13 +73,14 @@ class Samples:
     def enough(self, count: int) -> bool:
         """Whether every product that was met has so many samples of each way that has not lost."""
         return all(
-            len(own) >= count or (own and statistics.median(own) >= RARELY * self._best(product))
-            for product in self.met
-            for own in self.seconds[product].values()
+            len(self.seconds[product][name]) >= count for product in self.met for name in self._not_lost(product)
         )
 
-    def _best(self, product: Product) -> float:
-        return min(statistics.median(own) for own in self.seconds[product].values() if own)
+    def _not_lost(self, product: Product) -> list[str]:
+        """The ways that have not taken ``RARELY`` times the least."""
+        found = {name: statistics.median(own) if own else 0.0 for name, own in self.seconds[product].items()}
+        best = min((seconds for seconds in found.values() if seconds), default=math.inf)
+        return [name for name, seconds in found.items() if seconds < RARELY * best]
 
     def medians(self) -> dict[Product, dict[str, float]]:
         """Of all samples; products that came too seldom to know every way are left out."""

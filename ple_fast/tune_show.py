@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,11 +54,11 @@ def _tiles(device: torch.device) -> str:
     """The tables of kernels of a GPU."""
     files = importlib.import_module("ple_fast_kernels._tile_files")
     tiles = importlib.import_module("ple_fast_kernels._tiles")
+    key = tiles.table_of(device)[0]
+    architecture, _, gpu = key.partition("/")  # of a GPU whose file was read
     name = torch.cuda.get_device_name(device)
-    path = files.tiles_path(name)
-    is_own = os.environ.get(files.ENVIRONMENT) != "" and path.is_file()
-    lines = [f"GPU: {name}, {tiles.architecture(device)[0]}", f"table: {path if is_own else 'shipped'}"]
-    lines += [f"{kind}: {row}" for kind, row in tiles.rows_of(tiles.table_of(device)[0]).items()]
+    lines = [f"GPU: {name}, {architecture}", f"table: {files.tiles_path(gpu) if gpu else 'shipped'}"]
+    lines += [f"{kind}: {row}" for kind, row in tiles.rows_of(key).items()]
     return "\n".join(lines)
 
 

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from ..slots import Groups, Slots
 from .input_grads import InputGrads
-from .products import (
-    grouped,
-    grouped_input_grad,
-    grouped_weight_grad,
-    linear,
-    linear_weight_grad,
-)
+from .products import grouped, grouped_input_grad, grouped_weight_grad, linear, linear_weight_grad
 
 
 def slots_linear(

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -188,6 +189,21 @@ def as_json(processor: Processor, threads: int, table: Table, about: dict[str, A
         dtypes.append(f"{json.dumps(dtype)}: {{\n   {_joined(kinds, 3)}\n  }}")
     products = f'"products": {{\n  {_joined(dtypes, 2)}\n }}'
     return f"{{\n {_joined([*lines, products], 1)}\n}}\n"
+
+
+def write_table(path: Path, processor: Processor, threads: int, table: Table, about: dict[str, Any]) -> None:
+    """Write a table, whole or not at all."""
+    text = as_json(processor, threads, table, about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # of this call alone
+    try:
+        with part.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _joined(parts: Sequence[str], indent: int) -> str:

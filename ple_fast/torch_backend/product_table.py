@@ -19,6 +19,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "grouped_weight_grad": ("batched", "turned"),
 }
 """Of each kind of product (``products.py``) the ways to compute it; the first is PyTorch's own."""
+ONEDNN = frozenset({"onednn", "onednn turns x", "onednn turns d", "convolution"})
+"""The ways that are oneDNN's."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 

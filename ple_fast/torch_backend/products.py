@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .product_table import WAYS
+from .product_table import ONEDNN, WAYS
 from .table_in_use import way_of
 
 _is_enabled = torch._C._get_mkldnn_enabled  # torch.backends.mkldnn.enabled, the user's switch
@@ -65,9 +65,9 @@ def way(kind: str, like: Tensor, rows: int, members: int, units: int, width: int
     if not like.is_cpu or like.dtype == torch.float64:
         return WAYS[kind][0]
     found = way_of(kind, like.dtype, rows, members, units, width, _threads())
-    if found[0] not in "oc":  # onednn, convolution
+    if found not in ONEDNN or (_is_enabled() and not _modes() and onednn_takes(like.dtype)):
         return found
-    return found if _is_enabled() and not _modes() and onednn_takes(like.dtype) else WAYS[kind][0]
+    return WAYS[kind][0]
 
 
 def _compute(kind: str, ways: Ways, like: Tensor, shape: tuple[int, int, int, int], *arguments: Any) -> Tensor:
