@@ -52,17 +52,16 @@ def _available(names: Iterable[str], mode: configs.Mode) -> list[str]:
     return chosen
 
 
-AUTOCAST = ""
-"""The dtype of the region of autocast in which everything is called; empty: without, in float32."""
-
-
 def _rounds(quick: bool) -> int:
     return configs.QUICK_ROUNDS if quick else configs.ROUNDS
 
 
-def head_to_head(quick: bool) -> list[dict[str, Any]]:
-    """Every contestant against every other at the sizes and modes that the README quotes."""
-    size = configs.SIZES["cpu"].under_autocast(AUTOCAST)
+def head_to_head(quick: bool, autocast: str = "") -> list[dict[str, Any]]:
+    """Every contestant against every other at the sizes and modes that the README quotes.
+
+    ``autocast``: the dtype of the region in which everything is called; empty: without, in float32.
+    """
+    size = configs.SIZES["cpu"].under_autocast(autocast)
     results = []
     for mode, batch in configs.HEAD_TO_HEAD:
         config = size.at(batch)
@@ -70,7 +69,7 @@ def head_to_head(quick: bool) -> list[dict[str, Any]]:
         steps = {}
         names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
         # Without oneDNN PyTorch computes low precision by plain loops: that run says nothing.
-        for name in _available([name for name in names if not (AUTOCAST and name == "fast_mm")], mode):
+        for name in _available([name for name in names if not (autocast and name == "fast_mm")], mode):
             say(f"head to head: {mode} at {batch}: preparing {name}")
             steps[name] = make_step(name, config, mode).run
         paired = time_paired(steps, rounds=_rounds(quick))
@@ -82,9 +81,9 @@ def head_to_head(quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-def saved(quick: bool) -> list[dict[str, Any]]:
+def saved(quick: bool, autocast: str = "") -> list[dict[str, Any]]:
     """Bytes saved for backward and operators of a training step, of every eager contestant."""
-    if AUTOCAST:  # hooks see casts that nothing keeps
+    if autocast:  # hooks see casts that nothing keeps
         return []
     names = QUICK_HEAD_TO_HEAD if quick else HEAD_TO_HEAD
     # Of a compiled loop the hooks see only part of the graph, and no products.
@@ -97,13 +96,13 @@ def _saved_by(name: str) -> dict[str, Any]:
     return {"contestant": name, "size": config.name, "batch": config.batch, **measured}
 
 
-def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
+def norms(quick: bool, autocast: str = "") -> dict[str, list[dict[str, Any]]]:
     """Each peer with norms or dropout against ours of the same modules, and the bytes that they save for backward."""
     results = []
     pairs = [pair for pair in NORM_PAIRS if not quick or CONTESTANTS[pair[0]].available()]
     for pair in pairs:
         for mode, batch in configs.HEAD_TO_HEAD:
-            config = configs.SIZES["cpu"].under_autocast(AUTOCAST).at(batch)
+            config = configs.SIZES["cpu"].under_autocast(autocast).at(batch)
             peer, ours = _available(pair, mode)
             paired = time_paired({name: make_step(name, config, mode).run for name in pair}, rounds=_rounds(quick))
             entry = {
@@ -122,13 +121,13 @@ def norms(quick: bool) -> dict[str, list[dict[str, Any]]]:
     return {"results": results, "saved": [_saved_by(name) for pair in pairs for name in pair]}
 
 
-def grid(quick: bool) -> list[dict[str, Any]]:
+def grid(quick: bool, autocast: str = "") -> list[dict[str, Any]]:
     """Median paired ratio of the loop to ours at every point of the grid."""
     results = []
     for point in configs.GRID:
         if quick and point.name not in configs.QUICK_GRID:
             continue
-        config = point.under_autocast(AUTOCAST)
+        config = point.under_autocast(autocast)
         about = {"point": config.name, "batch": config.batch, "in_features": config.in_features}
         entry: dict[str, Any] = {**about, "tasks": config.num_tasks, "units": list(config.units)}
         for mode in configs.GRID_MODES:
@@ -217,13 +216,13 @@ def suite(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "head_to_head": lambda quick: {"results": head_to_head(quick), "saved": saved(quick)},
+PARTS: dict[str, Callable[[bool, str], dict[str, Any]]] = {
+    "head_to_head": lambda quick, cast: {"results": head_to_head(quick, cast), "saved": saved(quick, cast)},
     "norms": norms,
-    "grid": lambda quick: {"results": grid(quick)},
-    "whole_model": lambda quick: {"results": whole_model(quick)},
-    "scaling": lambda quick: {"results": scaling(quick)},
-    "suite": lambda quick: {"results": suite(quick)},
+    "grid": lambda quick, cast: {"results": grid(quick, cast)},
+    "whole_model": lambda quick, _: {"results": whole_model(quick)},
+    "scaling": lambda quick, _: {"results": scaling(quick)},
+    "suite": lambda quick, _: {"results": suite(quick)},
 }
 
 
@@ -270,14 +269,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"--dtype {options.dtype}: only {', '.join(sorted(LOW_PRECISION))}, got {', '.join(sorted(others))}"
         )
     results = options.results or ROOT / ("out/benchmarks" if options.quick else "benchmarks/results")
-    global AUTOCAST
-    AUTOCAST = AUTOCASTS.get(options.dtype, "")
     torch.set_num_threads(options.threads)
     folder = results / folder_name(options.threads, options.dtype)
     say(f"{folder.name}, products by {products_in_use()}, load average {os.getloadavg()[0]:.2f}")
     for part in parts:
         path = folder / f"{part}.json"
-        write(path, part, PARTS[part](options.quick))
+        write(path, part, PARTS[part](options.quick, AUTOCASTS.get(options.dtype, "")))
         say(f"wrote {path}")
     report.main([str(folder), *(["--write-readme"] if options.write_readme else [])])
 

@@ -33,7 +33,6 @@ import torch
 
 from . import tune_measure as tuning
 from . import tune_processor, tune_show
-from .modules import PLE
 from .scalars import check_count, check_number, shown
 from .torch_backend.processor import this_processor
 from .torch_backend.product_files import products_path
@@ -43,6 +42,7 @@ from .tune_candidates import candidates, has_lost
 from .tune_measure import tune
 from .tune_results import Results, gpu_name, save
 from .tune_table import Measured
+from .tune_trunks import build
 
 __all__ = ["Measured", "candidates", "main", "save", "tune"]
 
@@ -140,11 +140,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _build(about: dict[str, Any], dtype: torch.dtype, device: torch.device, most: int | None = None) -> Any:
     """A trunk and its input."""
-    shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in about.items()}
-    batch = shape.pop("batch")
-    trunk = PLE(**shape, device=device, dtype=dtype)
-    rows = batch if most is None else min(batch, most)
-    return trunk, torch.randn(rows, shape["in_features"], device=device, dtype=dtype, requires_grad=True)
+    batch = about["batch"]
+    return build(about, batch if most is None else min(batch, most), device=device, dtype=dtype)
 
 
 def say(text: str) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modules import PLE
 from .torch_backend.processor import processor_name, this_processor
 from .torch_backend.product_files import write_table
 from .torch_backend.product_table import DTYPES, LARGEST, Limits, Table
 from .torch_backend.products import onednn_takes, watched_by
 from .torch_backend.table_in_use import limited, reload_tables, using
 from .tune_products import GAIN, Samples, rows_of_table
+from .tune_trunks import build
 
 MINUTES = 2.0
 ROWS = (16, 48, 128, 256, 512, 1024)
@@ -51,11 +51,8 @@ def dtypes_here() -> tuple[str, ...]:
 
 
 def _step(about: dict[str, Any], rows: int, dtype: str, *, trains: bool) -> Callable[[], object]:
-    shape: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in about.items()}
-    shape.pop("batch", None)
-    made: Any = {"device": "cpu", "dtype": getattr(torch, dtype)}
-    trunk = PLE(**shape, **made).train(trains)
-    x = torch.randn(rows, shape["in_features"], **made).requires_grad_(trains)
+    trunk, x = build(about, rows, device="cpu", dtype=getattr(torch, dtype), requires_grad=trains)
+    trunk.train(trains)
     leaves = [x, *trunk.parameters()]
 
     def train() -> object:

@@ -35,7 +35,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic", "tune_library", "tune_calls", "tune_candidates", "tune_splits", "tune_products"),
-    ("tune_table",),
+    ("tune_table", "tune_trunks"),
     ("model", "convert", "viz", "tune_measure", "tune_processor", "warmup", "explain"),
     ("tune_results", "tune_show"),
     ("tune",),
