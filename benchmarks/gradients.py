@@ -19,6 +19,9 @@ from benchmarks.loop import LoopPLE, baseline
 OUTPUTS, INPUT, PARAMETER = "outputs", "the gradient of the input", "the gradient of parameter "
 """What is compared; the last one with the name of a parameter of the loop behind it."""
 ALL = "the gradients of all parameters together"
+KINKS = {PARAMETER: 1.0, INPUT: 0.1, ALL: 0.1}
+"""How far gradients in low precision may be apart besides, in units of 1 / sqrt(batch): a sample whose pre-activation
+is within rounding of zero falls on either side of ReLU's kink, and its gradient of that unit is there or not."""
 FIRST = 2.0**40
 """The number of the first weight: no weight of any start is as large, and float64 holds all that follow."""
 
@@ -37,6 +40,11 @@ def distances(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, 
         squares = sum((apart[key] * norm) ** 2 for key, norm in norms.items())
         apart[ALL] = math.sqrt(squares / max(sum(norm**2 for norm in norms.values()), 1e-60))
     return apart
+
+
+def kinks(key: str, batch: int) -> float:
+    """What a result may be off by for ReLU's kink alone, relative (Frobenius)."""
+    return KINKS.get(PARAMETER if key.startswith(PARAMETER) else key, 0.0) / math.sqrt(batch)
 
 
 def without_gradient(loop: LoopPLE) -> set[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from benchmarks.configs import Mode, TrunkConfig
 from benchmarks.contestants import BASELINE, CONTESTANTS, OURS
 from benchmarks.gpu_steps import Runner, matmul_precision
-from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER, Places, distances
+from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER, Places, distances, kinks
 from benchmarks.loop import MakeUp, baseline
 from benchmarks.steps import WrongResultError, inputs
 
@@ -18,9 +16,6 @@ CEILING_ERROR = {"bfloat16": 0.25, "float32": 2e-2}
 """What the loop itself may differ from the loop in float32, relative (Frobenius); by dtype of the trunk."""
 SLACK = 1e-4
 """What may come on top, relative."""
-KINKS = {PARAMETER: 1.0, INPUT: 0.1, ALL: 0.1}
-"""Of gradients besides, in units of 1 / sqrt(batch): a sample whose pre-activation is within rounding of zero falls on
-either side of ReLU's kink, and its gradient of that unit is there or not."""
 
 
 class Oracles:
@@ -72,9 +67,8 @@ class Oracles:
         times = 2 if name in OURS else 4  # other libraries mix experts in low precision
 
         def most(key: str) -> float:
-            is_one = key.startswith(PARAMETER)
-            kinks = KINKS.get(PARAMETER if is_one else key, 0.0) / math.sqrt(self.config.batch)
-            return times * (max(loop[key], usual) if is_one else loop[key]) + SLACK + kinks
+            own = max(loop[key], usual) if key.startswith(PARAMETER) else loop[key]
+            return times * own + SLACK + kinks(key, self.config.batch)
 
         wrong = [
             f"{key} by {error:.1e}, the loop by {loop[key]:.1e}"

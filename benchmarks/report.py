@@ -192,7 +192,8 @@ def head_to_heads() -> dict[str, Result]:
 
 
 def norms_table(content: Result) -> str:
-    """A row per peer: milliseconds of it and of ours, and how many times faster ours is; last, the bytes saved."""
+    """A row per peer: milliseconds of it and of ours, and how many times faster ours is; last, the bytes saved, which
+    nobody counted under autocast."""
     pairs: dict[tuple[str, str], list[Result]] = {}
     for entry in content["results"]:
         pairs.setdefault((entry["peer"], entry["ours"]), []).append(entry)
@@ -200,10 +201,11 @@ def norms_table(content: Result) -> str:
     rows: list[list[str]] = []
     for (peer, ours), entries in pairs.items():
         cells = [f"{number(e['peer_ms'])} / {number(e['ours_ms'])}: **{e['ratio']:.2f} x**" for e in entries]
-        cells.append(f"{mebibytes(saved[peer])} / {mebibytes(saved[ours])}: {saved[ours] / saved[peer]:.2f}")
+        if saved:
+            cells.append(f"{mebibytes(saved[peer])} / {mebibytes(saved[ours])}: {saved[ours] / saved[peer]:.2f}")
         rows.append([f"`{peer}` / `{ours}`", *cells])
     heads = [f"{MODE_NAMES[entry['mode']]}, {entry['batch']}" for entry in next(iter(pairs.values()))]
-    return table(["ms, at batch", *heads, "saved, MiB"], rows)
+    return table(["ms, at batch", *heads, *(["saved, MiB"] if saved else [])], rows)
 
 
 def scaling_table(content: Result) -> str:

@@ -13,7 +13,7 @@ from benchmarks.bare_best import BEST_FLOOR, best_products
 from benchmarks.bare_gemm import FLOOR, BareGemm
 from benchmarks.configs import SEED, Mode, TrunkConfig
 from benchmarks.contestants import CONTESTANTS, build
-from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places, distances
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, Places, distances, kinks
 from benchmarks.loop import LoopPLE, baseline
 
 OUTPUT_TOLERANCE = 1e-4
@@ -140,7 +140,7 @@ def errors(
 
 def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input_grad: bool = True) -> None:
     """Refuse a contestant whose result differs from the baseline's: under autocast by more than twice as much as the
-    baseline's own does there, four times for one parameter, which few units may be all of."""
+    baseline's own does there, four times for one parameter, which few units may be all of, and what lies at kinks."""
     own: dict[str, float] = {}
     if config.autocast:
         own = errors(name, baseline(config, CONTESTANTS[name].make_up), config, mode, input_grad=input_grad)
@@ -148,7 +148,9 @@ def check(name: str, trunk: nn.Module, config: TrunkConfig, mode: Mode, *, input
         tolerance = OUTPUT_TOLERANCE if what == OUTPUTS else GRADIENT_TOLERANCE
         if what.startswith(PARAMETER):
             tolerance = PARAMETER_TOLERANCE
-        tolerance = max(tolerance, (4 if what.startswith(PARAMETER) else 2) * own.get(what, 0.0))
+        if config.autocast:
+            usual = (4 if what.startswith(PARAMETER) else 2) * own[what]
+            tolerance = max(tolerance, usual + kinks(what, config.batch))
         if not error <= tolerance:
             raise WrongResultError(
                 f"{name} at {config.name}, {mode}: {what} differ by {error:.1e}, more than {tolerance:.0e}"

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import configs, profiles, run
+from benchmarks import configs, profiles, run, steps
 from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import TrunkConfig
 from benchmarks.environment import machine_name, products_in_use
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, kinks
+from benchmarks.report import norms_table
 from benchmarks.result_files import load, write
 from benchmarks.steps import WrongResultError, check, make_step
 from ple_fast.torch_backend import products
@@ -71,6 +73,25 @@ def test_under_autocast_a_contestant_may_be_off_by_twice_what_the_loop_is() -> N
         next(trunk.parameters()).mul_(1.1)
     with pytest.raises(WrongResultError, match="fast at tiny-bench, inference: outputs differ"):
         check("fast", trunk, config, "inference")
+
+
+def test_one_row_under_autocast_may_lie_at_a_kink_and_outputs_may_not() -> None:
+    assert kinks(INPUT, 1) == 0.1 and kinks(f"{PARAMETER}of a name", 4) == 0.5
+    assert kinks(OUTPUTS, 1) == 0.0
+    assert kinks(INPUT, 1 << 16) < 1e-3
+    for seed in range(5):
+        config = TINY.under_autocast("bfloat16").at(1)
+        with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "SEED", seed)
+            make_step("fast", config, "train")
+
+
+def test_norms_under_autocast_count_no_bytes() -> None:
+    entry = {"peer": "a", "ours": "b", "mode": "train", "batch": 4, "ratio": 1.5, "peer_ms": 3.0, "ours_ms": 2.0}
+    shown = norms_table({"results": [entry], "saved": []})
+    assert "1.50 x" in shown and "MiB" not in shown
+    counts = [{"contestant": name, "saved_bytes": 1 << 20} for name in ("a", "b")]
+    assert "saved, MiB" in norms_table({"results": [entry], "saved": counts})
 
 
 def test_a_folder_says_what_differs_from_two_threads_and_float32() -> None:
