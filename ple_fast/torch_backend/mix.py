@@ -212,24 +212,50 @@ def mix(
     return sum_weighted(_expert_sums(plan) if backward else mixture_sums(plan), weights, sources)
 
 
+WIDENED_VALUES = 1 << 18
+"""Values of low precision that are widened at once: their memory is then always the same, and stays in cache."""
+
+
+def _parts(rows: int, values: int) -> list[slice]:
+    """Rows of so many values each, in parts that are widened one after the other."""
+    step = max(1, WIDENED_VALUES // max(values, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _widened(plan: LevelPlan, weights: Tensor, sources: Tensor, out: Tensor, *, backward: bool = False) -> Tensor:
+    """``mix`` of sources in low precision, in the dtype of the weights, rounded into ``out``."""
+    for part in _parts(out.shape[0], max(sources.shape[1], out.shape[1]) * out.shape[2]):
+        out[part] = mix(plan, weights[part], sources[part].to(weights.dtype), backward=backward)
+    return out
+
+
 def combine(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
     """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights; into
     ``out``, contiguous, if it is given."""
-    mixed = mix(plan, weights, as_dtype(h, weights.dtype), out=out if h.dtype == weights.dtype else None)
-    if out is None:
-        return as_dtype(mixed, h.dtype)
-    return out if mixed is out else out.copy_(mixed)
+    if h.dtype != weights.dtype:
+        shape = (*weights.shape[:2], h.shape[2])
+        return _widened(plan, weights, h, torch.empty(shape, dtype=h.dtype, device=h.device) if out is None else out)
+    mixed = mix(plan, weights, h, out=out)
+    return mixed if out is None or mixed is out else out.copy_(mixed)
 
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
-    return as_dtype(mix(plan, weights, as_dtype(dy, weights.dtype), backward=True), dy.dtype)
+    if dy.dtype != weights.dtype:
+        shape = (weights.shape[0], weights.shape[2], dy.shape[2])
+        return _widened(plan, weights, dy, torch.empty(shape, dtype=dy.dtype, device=dy.device), backward=True)
+    return mix(plan, weights, dy, backward=True)
 
 
 def weights_grad(dy: Tensor, h: Tensor) -> Tensor:
     """Gradient of the dense weights ``(rows, O, E)`` in float32 (or float64), of ``(rows, O, H)``, ``(rows, E, H)``."""
     wide = _wide(dy.dtype)
-    return torch.bmm(as_dtype(dy, wide), as_dtype(h, wide).transpose(1, 2))
+    if dy.dtype == h.dtype == wide:
+        return torch.bmm(dy, h.transpose(1, 2))
+    grad = torch.empty((h.shape[0], dy.shape[1], h.shape[1]), dtype=wide, device=h.device)
+    for part in _parts(h.shape[0], max(dy.shape[1], h.shape[1]) * h.shape[2]):
+        torch.bmm(as_dtype(dy[part], wide), as_dtype(h[part], wide).transpose(1, 2), out=grad[part])
+    return grad
 
 
 def combine_dense(weights: Tensor, h: Tensor) -> Tensor:
