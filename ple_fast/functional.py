@@ -97,6 +97,22 @@ def _few_rows_call(plan: LevelPlan, stacked: bool, recompute: bool) -> LevelCall
     )  # fmt: skip
 
 
+def _run_few_rows(
+    plan: LevelPlan,
+    state: LevelState,
+    x: Tensor,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    recompute: bool,
+) -> Tensor:
+    """The route of few rows, where every parameter has been seen to require a gradient if anything is recorded."""
+    if not torch.is_grad_enabled():
+        return few_rows_forward(plan, layers, gate, x, state if plan.has_state else None)
+    call = _few_rows_call(plan, x.dim() == 3, recompute)
+    y: Tensor = ExtractionLevelFunction.apply(call, x, *flatten(layers, gate))  # type: ignore[no-untyped-call]  # untyped in torch
+    return y
+
+
 def _check(
     plan: LevelPlan,
     layers: Sequence[LayerTensors],
@@ -161,7 +177,7 @@ def extraction_level(
         )
     is_traced = must_see_operators(weight)
     choice = resolve(weight.device, backend)
-    is_special = gate_input is not None or return_gates or autocast is not None
+    is_special = gate_input is not None or return_gates
     records = torch.is_grad_enabled()
     if not plan.has_state:
         now = _bare_state(plan.num_layers)
@@ -169,17 +185,17 @@ def extraction_level(
         _check(plan, layers, gate, x, gate_input, gate_features)
         now = state(first_of(x).shape[0], choice.name)
     asked = Asked(
-        plan, now, x, layers, gate, choice.name, backend == "torch", is_traced, records, is_special,
+        plan, now, x, layers, gate, choice.name, backend == "torch", is_traced, records, is_special, autocast,
     )  # fmt: skip
     way = route_of(asked).name
     if way == "few rows":  # whose products refuse what does not fit
         note(choice)
-        if not records:
-            return few_rows_forward(plan, layers, gate, x, now if plan.has_state else None), None  # type: ignore[arg-type]  # a tensor
-        # Every parameter has been seen to require a gradient.
-        call = _few_rows_call(plan, x.dim() == 3, recompute)  # type: ignore[union-attr]
-        y: Tensor = ExtractionLevelFunction.apply(call, x, *flatten(layers, gate))  # type: ignore[no-untyped-call]  # untyped in torch
-        return y, None
+        assert isinstance(x, Tensor)
+        if autocast is None:
+            return _run_few_rows(plan, now, x, layers, gate, recompute), None
+        layers, gate = _cast_layers(layers, gate, autocast, once=True)
+        with torch.autocast(weight.device.type, enabled=False):
+            return _run_few_rows(plan, now, x.to(autocast), layers, gate, recompute), None
     if not plan.has_state:
         _check(plan, layers, gate, x, gate_input, gate_features)
     if way == "differentiable" and choice.name == "triton":

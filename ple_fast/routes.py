@@ -41,7 +41,9 @@ class Asked(NamedTuple):
     records: bool
     """A backward may follow."""
     is_special: bool
-    """The gates have an input of their own, the weights are an output, or autocast is at work."""
+    """The gates have an input of their own, or the weights are an output."""
+    autocast: torch.dtype | None
+    """In which the products run, if autocast is at work."""
 
 
 class Route(NamedTuple):
@@ -97,7 +99,7 @@ def _has_few_rows(asked: Asked) -> bool:
     """A CPU batch of fewer rows than the table of the processor says, of a level of one block and plain gates."""
     if asked.backend != "torch" or asked.is_special or not isinstance(asked.x, Tensor):
         return False
-    if not takes(asked.plan, asked.x, trains=asked.records):
+    if not takes(asked.plan, asked.x, trains=asked.records, autocast=asked.autocast):
         return False
     if asked.records:
         for row in (*asked.layers, asked.gate):  # plain loops: a small batch waits for this

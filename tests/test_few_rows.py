@@ -147,6 +147,25 @@ def test_float32_by_each_way_of_the_products(batch: int, form: str, wide_rows: i
     assert calls[0] == ("forward", batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("experts", ["1-layer", "1-layer-no-bias", "1-layer-gelu", "2-layers-tanh", "3-layers-mixed"])
+@pytest.mark.parametrize("topology", ["ple", "ple-last", "all-to-all"])
+@pytest.mark.usefixtures("ways")
+def test_low_precision(topology: str, experts: str, autocast: bool, dtype: torch.dtype, calls: Calls) -> None:
+    wiring = WIRINGS[topology]
+    module, slots = level(wiring, EXPERTS[experts], in_features=32), _slots(wiring)
+    for form, batch, wide_rows in (("one", 1, 0), ("one", 9, 0), ("one", 9, 1 << 12), ("stacked", 9, 0)):
+        if serves(module._plan, form == "stacked"):
+            with limited(wide_rows=wide_rows):
+                leaves = draw(form, batch, slots, 32)
+                how: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "form": form, "slots": slots}
+                compare_low_precision(module, leaves, ask_gates=False, **how)
+                calls.took(batch)
+                compare_low_precision(module, leaves, ask_gates=False, train=False, **how)
+                calls.clear()
+
+
 def _leaves(module: ExtractionNetwork, batch: int = 3) -> list[Tensor]:
     (x,) = draw("one", batch, 3, 7)
     return [x.requires_grad_(), *module.parameters()]
@@ -225,13 +244,22 @@ def test_recomputation_keeps_inputs_alone(form: str, experts: str, calls: Calls)
     assert saved_bytes(module, x) > 0
 
 
-def test_gates_more_rows_lists_and_autocast_take_the_general_way(calls: Calls) -> None:
+def test_autocast_casts_a_parameter_once_in_a_region(calls: Calls) -> None:
+    module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = module(torch.randn(3, 7)), module(torch.randn(3, 7))
+    assert first.dtype == torch.bfloat16
+    kept: list[list[Tensor]] = [[t for t in y.grad_fn.saved_tensors if t is not None] for y in (first, second)]
+    casts = [{t.data_ptr() for t in saved if t.dim() == 3 and t.shape[2] == 7} for saved in kept]
+    assert casts[0] == casts[1] and len(casts[0]) == 1
+    assert len(calls) == 2
+
+
+def test_gates_more_rows_and_lists_take_the_general_way(calls: Calls) -> None:
     module = level(WIRINGS["ple-last"], EXPERTS["2-layers-tanh"])
     compare(module, draw("one", 3, 3, 7))
     compare(module, draw("one", MAX_TRAIN_ROWS, 3, 7), ask_gates=False)
     compare(module, draw("list", 3, 3, 7), form="list", slots=3, ask_gates=False)
     (x,) = draw("one", 3, 3, 7)
     assert_close("y", module(x, x.clone()), module.eval()(x, x), 1e-12)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module.float()(x.float()).dtype == torch.bfloat16
     assert calls == []

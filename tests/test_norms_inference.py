@@ -83,8 +83,11 @@ def test_low_precision_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_low_precision_in_eval_mode(norm: str, position: str, autocast: bool) -> None:
     spec = MLPSpec((6, 4), norm=norm, norm_position=position)
     module = level(TOPOLOGIES["ple-last"], spec, GATES["logits-norm"])
-    leaves = draw("one", 40, 3, 7)
-    compare_low_precision(module, leaves, dtype=torch.bfloat16, autocast=autocast, train=False)
+    for rows, ask_gates in ((40, True), (3, False)):
+        leaves = draw("one", rows, 3, 7)
+        compare_low_precision(
+            module, leaves, dtype=torch.bfloat16, autocast=autocast, train=False, ask_gates=ask_gates
+        )  # fmt: skip
 
 
 def _scale_in_place(module: ExtractionNetwork) -> None:

@@ -17,11 +17,12 @@ from ..specs import from_output
 from ..state import LevelState, NormState
 from ..tensors import WIDTH, GateTensors, LayerTensors, check_shapes
 from .activations import activation_backward, activation_forward
-from .mix import gate_softmax, gate_softmax_backward, mix
+from .mix import as_dtype, combine, combine_backward, gate_softmax, gate_softmax_backward, weights_grad
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
 from .products import linear, linear_input_grad, linear_weight_grad
 from .table_in_use import limits_of
 
+WIDE = (torch.float32, torch.float64)
 REPEATED_ROWS = 64
 """From here on slots are copied for each of their experts, so that results need not be: they are wider."""
 
@@ -54,12 +55,15 @@ def uses_wide_product(x: Tensor) -> bool:
     return x.shape[0] > limits_of(x).wide_rows
 
 
-def takes(plan: LevelPlan, x: Tensor, *, trains: bool) -> bool:
-    """Whether a call of the plan on ``x`` is for this path: one that it ``serves``, of so few rows."""
+def takes(plan: LevelPlan, x: Tensor, *, trains: bool, autocast: torch.dtype | None = None) -> bool:
+    """Whether a call of the plan on ``x`` is for this path: one that it ``serves``, of so few rows.
+
+    In low precision, by ``autocast`` or as ``x`` is, the level has no norms.
+    """
     limits = limits_of(x)
     return (
         x.shape[0] < (limits.few_rows_training if trains else limits.few_rows)
-        and x.dtype in (torch.float32, torch.float64)
+        and (not plan.has_norms or (autocast is None and x.dtype in WIDE))
         and serves(plan, x.dim() == 3, trains=trains)
     )
 
@@ -149,7 +153,7 @@ def few_rows_train_forward(
             kept += (a, z)
         if norm is not None and spec.norm_position == "after":
             a = _normed(a, layers[i].norm_weight, layers[i].norm_bias, norm)
-    return mix(plan, weights, a.transpose(0, 1)), kept
+    return combine(plan, weights, a.transpose(0, 1)), kept
 
 
 def few_rows_train_backward(
@@ -168,7 +172,7 @@ def few_rows_train_backward(
     rows, at = x.shape[0], len(kept)
     grads: list[Tensor | None] = [None] * (WIDTH * (len(specs) + 1))
     assert gate_weight is not None
-    d = mix(plan, kept[0], dy, backward=True).transpose(0, 1)
+    d = _by_member(combine_backward(plan, kept[0], dy))
     dlogits = None
     for i in range(len(specs) - 1, -1, -1):
         activation = specs[i].activation
@@ -177,7 +181,8 @@ def few_rows_train_backward(
         if not from_output(activation):
             at -= 1
         if dlogits is None:
-            dlogits = gate_softmax_backward(plan, torch.bmm(dy, kept[at].permute(1, 2, 0)), kept[0])
+            dweights = weights_grad(dy, kept[at].transpose(0, 1))
+            dlogits = as_dtype(gate_softmax_backward(plan, dweights, kept[0]), x.dtype)
         activation_backward(d, act, activation, None, slope_grad=False)
         if i > 0:
             if want_tensors:
@@ -205,10 +210,10 @@ def few_rows_train_backward(
             torch.addmm(dx, dlogits, gate_weight, out=dx)
         return dx, grads
     slots, mixtures = x.shape[1], plan.topology.num_mixtures
-    d = d.view(rows, slots, -1).transpose(0, 1)
-    dlogits = dlogits.view(rows, mixtures, -1).transpose(0, 1)
+    d = _by_member(d.view(rows, slots, -1))
+    dlogits = _by_member(dlogits.view(rows, mixtures, -1))
     if want_tensors:
-        x = x.transpose(0, 1)
+        x = _by_member(x)
         grads[0] = torch.bmm(d.transpose(1, 2), x).view(count, units, width)
         grads[-WIDTH] = torch.bmm(dlogits.transpose(1, 2), x[:mixtures]).view(-1, width)
     if want_x:
@@ -217,6 +222,12 @@ def few_rows_train_backward(
         by_gate = by_slot[:mixtures]
         torch.baddbmm(by_gate, dlogits, gate_weight.reshape(mixtures, -1, width), out=by_gate)
     return dx, grads
+
+
+def _by_member(d: Tensor) -> Tensor:
+    """``(rows, n, H)`` as ``(n, rows, H)``; in low precision, whose products copy what has gaps, without gaps."""
+    turned = d.transpose(0, 1)
+    return turned if d.dtype in WIDE else turned.contiguous()
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
