@@ -47,6 +47,12 @@ def kinks(key: str, batch: int) -> float:
     return KINKS.get(PARAMETER if key.startswith(PARAMETER) else key, 0.0) / math.sqrt(batch)
 
 
+def usual(own: dict[str, float], most: float) -> float:
+    """What the gradient of a parameter is off by in low precision where it is off most, up to ``most``: some parameters
+    are few numbers, in which a contestant is exact by luck."""
+    return min(max((error for key, error in own.items() if key.startswith(PARAMETER)), default=0.0), most)
+
+
 def without_gradient(loop: LoopPLE) -> set[str]:
     """Biases in front of a batch norm: the batch's mean takes them out, and what a step leaves there is rounding."""
     found = set()

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.configs import Mode, TrunkConfig
 from benchmarks.contestants import BASELINE, CONTESTANTS, OURS
 from benchmarks.gpu_steps import Runner, matmul_precision
-from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER, Places, distances, kinks
+from benchmarks.gradients import ALL, INPUT, OUTPUTS, PARAMETER, Places, distances, kinks, usual
 from benchmarks.loop import MakeUp, baseline
 from benchmarks.steps import WrongResultError, inputs
 
@@ -59,15 +59,14 @@ class Oracles:
         """
         oracle, loop = self.of(name)
         dtype = self.config.dtype
-        worst = max((error for key, error in loop.items() if key.startswith(PARAMETER)), default=0.0)
-        usual = min(worst, CEILING_ERROR[dtype] / 2)
+        floor = usual(loop, CEILING_ERROR[dtype] / 2)
         for key in (OUTPUTS, INPUT, ALL):
             if not loop.get(key, 0.0) <= CEILING_ERROR[dtype]:
                 raise WrongResultError(f"the loop itself is off by {loop[key]:.1e} in {dtype}: {key}")
         times = 2 if name in OURS else 4  # other libraries mix experts in low precision
 
         def most(key: str) -> float:
-            own = max(loop[key], usual) if key.startswith(PARAMETER) else loop[key]
+            own = max(loop[key], floor) if key.startswith(PARAMETER) else loop[key]
             return times * own + SLACK + kinks(key, self.config.batch)
 
         wrong = [

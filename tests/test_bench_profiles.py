@@ -13,7 +13,7 @@ from benchmarks import configs, profiles, run, steps
 from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import TrunkConfig
 from benchmarks.environment import machine_name, products_in_use
-from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, kinks
+from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, kinks, usual
 from benchmarks.report import norms_table
 from benchmarks.result_files import load, write
 from benchmarks.steps import WrongResultError, check, make_step
@@ -84,6 +84,13 @@ def test_one_row_under_autocast_may_lie_at_a_kink_and_outputs_may_not() -> None:
         with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
             patch.setattr(steps, "SEED", seed)
             make_step("fast", config, "train")
+
+
+def test_a_parameter_may_be_off_as_far_as_the_one_that_is_off_most() -> None:
+    """In low precision which of them the baseline has nearly right is luck."""
+    own = {f"{PARAMETER}a": 0.01, f"{PARAMETER}b": 0.05, OUTPUTS: 0.2}
+    assert usual(own, 0.125) == 0.05 and usual(own, 0.02) == 0.02
+    assert usual({OUTPUTS: 0.2}, 0.125) == 0.0
 
 
 def test_norms_under_autocast_count_no_bytes() -> None:
