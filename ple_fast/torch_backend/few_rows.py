@@ -19,7 +19,7 @@ from ..tensors import WIDTH, GateTensors, LayerTensors, check_shapes
 from .activations import activation_backward, activation_forward
 from .mix import as_dtype, combine, combine_backward, gate_softmax, gate_softmax_backward, weights_grad
 from .norms import BatchNormSaved, batch_norm_coefficients, batch_norm_forward, layer_norm_forward
-from .products import linear, linear_input_grad, linear_weight_grad
+from .products import batched, linear, linear_input_grad, linear_weight_grad
 from .table_in_use import limits_of
 
 WIDE = (torch.float32, torch.float64)
@@ -112,7 +112,7 @@ def few_rows_train_forward(
         check_shapes(plan, layers, gate, x.shape[-1], x.shape[-1])
     if x.dim() == 2:
         if not uses_wide_product(x):
-            a = _products(x.expand(count, rows, width), weight, bias)
+            a = batched(x.expand(count, rows, width), weight, bias)
         else:
             applied = specs[0].activation.name == "relu" and (norms[0] is None or specs[0].norm_position == "after")
             flat_bias = None if bias is None else bias.reshape(-1)
@@ -122,13 +122,13 @@ def few_rows_train_forward(
     else:
         slots, x = x.shape[1], x.transpose(0, 1)
         if rows < REPEATED_ROWS:
-            z = _products(x, weight.reshape(slots, -1, width), bias)
+            z = batched(x, weight.reshape(slots, -1, width), bias)
             a = z.view(slots, rows, -1, units).transpose(1, 2).reshape(count, rows, units)
         else:
             repeated = x.unsqueeze(1).expand(slots, count // slots, rows, width)
-            a = _products(repeated.reshape(count, rows, width), weight, bias)
+            a = batched(repeated.reshape(count, rows, width), weight, bias)
         mixtures = plan.topology.num_mixtures
-        listed = _products(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
+        listed = batched(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
     if state is not None and state.gate_norm is not None:
         logits = _normed(logits.unsqueeze(0), gate.norm_weight, gate.norm_bias, state.gate_norm)[0]
@@ -140,7 +140,7 @@ def few_rows_train_forward(
             weight, bias = layers[i].weight, layers[i].bias
             if bias is not None and bias.shape != (count, spec.units):
                 check_shapes(plan, layers, gate, width, width)
-            z = _products(a, weight, bias)
+            z = batched(a, weight, bias)
         if norm is not None and spec.norm_position == "before":
             z = _normed(z, layers[i].norm_weight, layers[i].norm_bias, norm)
         if i == 0 and applied:
@@ -228,13 +228,6 @@ def _by_member(d: Tensor) -> Tensor:
     """``(rows, n, H)`` as ``(n, rows, H)``; in low precision, whose products copy what has gaps, without gaps."""
     turned = d.transpose(0, 1)
     return turned if d.dtype in WIDE else turned.contiguous()
-
-
-def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(n, rows, K)``, ``(n, H, K)`` and ``n * H`` biases to ``(n, rows, H)``."""
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.reshape(weight.shape[0], 1, -1), x, weight.transpose(1, 2))
 
 
 def _normed(z: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormState) -> Tensor:

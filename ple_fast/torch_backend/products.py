@@ -141,15 +141,15 @@ def linear_weight_grad(d: Tensor, x: Tensor) -> Tensor:
     return _compute("linear_weight_grad", _LINEAR_WEIGHT_GRAD, d, (d.shape[0], 1, d.shape[1], x.shape[1]), d, x)
 
 
-def _batched(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """``(n, rows, K)``, ``(n, H, K)`` and ``(n, H)`` to ``(n, rows, H)``."""
+def batched(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``(n, rows, K)``, ``(n, H, K)`` and ``n * H`` biases to ``(n, rows, H)``, by PyTorch's batched product."""
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2), out=out)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2), out=out)
+    return torch.baddbmm(bias.reshape(weight.shape[0], 1, -1), x, weight.transpose(1, 2), out=out)
 
 
 def _members(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _batched(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return batched(x.transpose(0, 1), weight, bias).transpose(0, 1)
 
 
 def _copied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,7 +158,7 @@ def _copied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty((x.shape[0], *weight.shape[:2]), dtype=x.dtype, device=x.device)
-    _batched(x.transpose(0, 1), weight, bias, out.transpose(0, 1))
+    batched(x.transpose(0, 1), weight, bias, out.transpose(0, 1))
     return out
 
 
