@@ -22,8 +22,9 @@ from .tune_products import GAIN, Samples, rows_of_table
 from .tune_trunks import build
 
 MINUTES = 2.0
-ROWS = (16, 48, 128, 256, 512, 1024)
-"""Numbers of rows at which products are timed. Larger batches are cut into row blocks of about as many as the last."""
+ROWS = (16, 48, 128, 256, 512, 1024, 4096)
+"""Numbers of rows at which products are timed. Larger batches are cut into row blocks: of a wide trunk so are the last,
+of a narrow one blocks have about as many as the last."""
 SHARE = 0.6
 """Of the time, for products: the rest is for limits, and whole steps in the end."""
 SAMPLES = 11
