@@ -17,16 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.bare_gemm import FLOOR
+from benchmarks.configs import GRID_MODES
 from benchmarks.contestants import CONTESTANTS, FLOORS, OURS, PEERS
 from benchmarks.environment import ROOT
 from benchmarks.gpu_report import gpu_block
 from benchmarks.pictures import plots
 from benchmarks.rendering import MODE_NAMES, mebibytes, number, quoted, software, table, with_block
-from benchmarks.result_files import Result, load, read
+from benchmarks.result_files import Result, load
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 README_BLOCK = "cpu"
+PROFILE_PARTS = ("head_to_head", "grid", "norms")
+"""What is told of every machine and profile."""
+NOTHING: Result = {"results": []}
 
 
 FLOOR_NOTES = {
@@ -171,24 +175,54 @@ def profiles_table(folders: Mapping[str, Result]) -> str:
     return table(["speed of `fast`, at batch", *heads], [row for _, row in sorted(rows)])
 
 
-def profiles_block(folders: Mapping[str, Result]) -> str:
-    """What the README says of all processors and profiles: the worst case, then a line for each."""
-    name, content = min(folders.items(), key=lambda item: min(map(ratio_to_best, item[1]["results"])))
-    commits = sorted({str(own["environment"]["commit"]) for own in folders.values()})
+def spreads_table(folders: Mapping[str, Mapping[str, Result]]) -> str:
+    """Grid and norms of several machines and profiles, by the names of their folders: the worst first, an empty cell
+    where nothing was measured."""
+    rows: list[tuple[float, list[str]]] = []
+    for name, parts in folders.items():
+        cells, all_ratios = [], []
+        for mode in GRID_MODES:
+            ratios = sorted((float(e[mode]["ratio"]), f"`{e['point']}`") for e in parts.get("grid", NOTHING)["results"])
+            all_ratios += ratios
+            middle = f"; {statistics.median(r for r, _ in ratios):.2f} x in the middle" if ratios else ""
+            cells.append(f"{ratios[0][0]:.2f} x at {ratios[0][1]}{middle}" if ratios else "")
+        for mode in GRID_MODES:
+            norms = [e for e in parts.get("norms", NOTHING)["results"] if e["mode"] == mode]
+            ratios = sorted((float(e["ratio"]), f"`{e['peer']}`, {e['batch']}") for e in norms)
+            all_ratios += ratios
+            cells.append(f"{ratios[0][0]:.2f} x {ratios[0][1]}" if ratios else "")
+        if all_ratios:
+            rows.append((min(all_ratios)[0], [name, *cells]))
+    heads = [f"{what}, {MODE_NAMES[mode]}" for what in ("grid", "norms and dropout") for mode in GRID_MODES]
+    return table(["worst of", *heads], [row for _, row in sorted(rows)])
+
+
+def profiles_block(folders: Mapping[str, Mapping[str, Result]]) -> str:
+    """What the README says of all processors and profiles: the worst case, then a line for each; ``folders``: by name
+    the parts that were measured, a head to head at least."""
+    heads = {name: parts["head_to_head"] for name, parts in folders.items()}
+    name, content = min(heads.items(), key=lambda item: min(map(ratio_to_best, item[1]["results"])))
+    used = [own for parts in folders.values() for part, own in parts.items() if part in PROFILE_PARTS]
+    commits = sorted({str(own["environment"]["commit"]) for own in used})
     paragraphs = [
         f"{worst_case_sentence(content)} That is {name}.",
-        profiles_table(folders),
+        profiles_table(heads),
         f"How many times faster than the best peer of the case; then the time in units of `{BEST_FLOOR}`, "
-        f"{FLOOR_NOTES[BEST_FLOOR]}. A name without threads is of 2, one without a dtype of float32; bf16 is autocast. "
+        f"{FLOOR_NOTES[BEST_FLOOR]}. A name without threads is of 2, one without a dtype of float32; bf16 is autocast.",
+        "The other parts, where they were measured: `fast` against `loop` on a grid of sizes (batch, tasks, expert "
+        "layers), and each peer with norms or dropout, at each batch, against ours of the same modules.",
+        spreads_table(folders),
         f"Commits {', '.join(commits)}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def head_to_heads() -> dict[str, Result]:
-    """Those that are committed, by the names of their folders."""
-    found = sorted(RESULTS.glob("*/head_to_head.json"))
-    return {path.parent.name: read(path, "head_to_head") for path in found}
+def profiles() -> dict[str, dict[str, Result]]:
+    """What is committed of each machine and profile, by the names of their folders."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/head_to_head.json"))
+    return {
+        folder.name: {part: own for part, own in load(folder).items() if part in PROFILE_PARTS} for folder in folders
+    }
 
 
 def norms_table(content: Result) -> str:
@@ -375,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     drawn = plots(files, options.out)
     print(f"wrote {', '.join(str(path) for path in (options.out / 'report.md', *drawn))}", file=sys.stderr)
     if options.write_readme:
-        blocks = [(README, "profiles", profiles_block(head_to_heads()))]
+        blocks = [(README, "profiles", profiles_block(profiles()))]
         if "head_to_head" in files:
             blocks.append((README, README_BLOCK, readme_block(folder.name, files)))
         blocks += [

@@ -14,7 +14,7 @@ from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import TrunkConfig
 from benchmarks.environment import machine_name, products_in_use
 from benchmarks.gradients import INPUT, OUTPUTS, PARAMETER, kinks, usual
-from benchmarks.report import norms_table
+from benchmarks.report import norms_table, spreads_table
 from benchmarks.result_files import load, write
 from benchmarks.steps import WrongResultError, check, make_step
 from ple_fast.torch_backend import products
@@ -99,6 +99,22 @@ def test_norms_under_autocast_count_no_bytes() -> None:
     assert "1.50 x" in shown and "MiB" not in shown
     counts = [{"contestant": name, "saved_bytes": 1 << 20} for name in ("a", "b")]
     assert "saved, MiB" in norms_table({"results": [entry], "saved": counts})
+
+
+def test_the_table_of_profiles_leads_with_the_worst_of_grid_and_norms() -> None:
+    def grid(low: float) -> dict[str, Any]:
+        points = [
+            {"point": f"b{i}", "train": {"ratio": low + i}, "inference": {"ratio": low + 2 * i}} for i in range(3)
+        ]
+        return {"results": points}
+
+    norms = {"results": [{"peer": "a", "mode": "inference", "batch": 4, "ratio": 0.5}]}
+    shown = spreads_table({"good": {"grid": grid(1.5)}, "bad": {"grid": grid(1.0), "norms": norms}, "none": {}})
+    lines = shown.splitlines()[2:]
+    assert lines == [
+        "| bad | 1.00 x at `b0`; 2.00 x in the middle | 1.00 x at `b0`; 3.00 x in the middle |  | 0.50 x `a`, 4 |",
+        "| good | 1.50 x at `b0`; 2.50 x in the middle | 1.50 x at `b0`; 3.50 x in the middle |  |  |",
+    ]
 
 
 def test_a_folder_says_what_differs_from_two_threads_and_float32() -> None:

@@ -104,7 +104,7 @@ def test_committed_results_are_complete_and_not_quick() -> None:
 
 def test_the_readme_quotes_every_committed_head_to_head_the_worst_first() -> None:
     text = report.README.read_text(encoding="utf-8")
-    assert quoted(text, "profiles") == report.profiles_block(report.head_to_heads()), (
+    assert quoted(text, "profiles") == report.profiles_block(report.profiles()), (
         "README.md differs from its results; python benchmarks/report.py --write-readme renders them again"
     )
 
