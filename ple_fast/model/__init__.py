@@ -1,8 +1,21 @@
 """A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
 
 from .columns import Categorical, Encoded, Numeric, encode
+from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
+from .progress import Step
 from .statistics import columns_from
-from .training import EpochResult, Step
 
-__all__ = ["Categorical", "Encoded", "EpochResult", "MultiTaskModel", "Numeric", "Step", "columns_from", "encode"]
+__all__ = [
+    "Categorical",
+    "Encoded",
+    "EpochResult",
+    "Evaluation",
+    "History",
+    "MultiTaskModel",
+    "Numeric",
+    "Step",
+    "TaskScores",
+    "columns_from",
+    "encode",
+]

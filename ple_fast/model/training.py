@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import Labels
-from .columns import Encoded
+from ..losses import JointLossResult
+from .history import EpochResult, History, TaskScores
 from .network import TaskNetwork
+from .progress import Reporter, Step
 from .run import Run
-from .scoring import Scorer
+from .scoring import Rows, Scorer
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a progress callback is told after each batch."""
+class Best(NamedTuple):
+    """The epoch of the best score."""
 
+    score: float
     epoch: int
-    """1 is the first."""
-    epochs: int
-    batch: int
-    """1 is the first."""
-    batches: int
-    loss: Tensor
-    """Total loss of the batch, detached; reading its value waits for the device."""
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch of :meth:`MultiTaskModel.fit`."""
-
-    epoch: int
-    """1 is the first."""
-    loss: float
-    """Mean total loss over the epoch's batches, while the weights were changing."""
-    score: float | None
-    """On the validation data after the epoch, higher is better; None without validation data, or where they have no
-    label."""
-    seconds: float
-    """Of training, without validation."""
-
-
-Progress = Callable[[Step], None]
+    tensors: list[Tensor]
+    """Copies of parameters and buffers."""
 
 
 def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
@@ -69,99 +45,137 @@ def _restore(model: nn.Module, copies: list[Tensor]) -> None:
         tensor.copy_(copy)
 
 
-def train(
-    model: TaskNetwork,
-    rows: Encoded,
-    labels: Labels,
-    run: Run,
-    *,
-    epochs: int,
-    batch_size: int,
-    score: Scorer | None,
-    progress: Progress | None,
-) -> list[EpochResult]:
-    """Trains in place, every module in the mode it is in.
+class Sums:
+    """What an epoch adds up, on the device: nothing of it is read before the epoch is over."""
 
-    With ``score`` the weights of the best epoch are back at the end, also after an interruption. The optimizer of
-    ``run`` stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran as
-    its ``history``.
+    def __init__(self, model: TaskNetwork, has_weights: bool) -> None:
+        device, shape = next(model.parameters()).device, (len(model.tasks),)
+        self.names, self.has_weights = model.task_names, has_weights
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        """Of the joint losses, each times its batch's rows."""
+        self.losses = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.weights = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    Raises:
-        FloatingPointError: the loss of an epoch is not finite.
-    """
-    optimizer, joint_loss = run.take_optimizer(), model.joint_loss
-    device = next(model.parameters()).device
-    bounds = batch_bounds(len(rows), batch_size)
-    results: list[EpochResult] = []
-    best: tuple[float, int, list[Tensor]] | None = None
-    is_complete = False
-    try:
-        for epoch in range(1, epochs + 1):
-            begin = time.perf_counter()
-            order = torch.randperm(len(rows), generator=run.generator, device="cpu")
-            summed = torch.zeros((), dtype=torch.float64, device=device)
-            for batch, (start, stop) in enumerate(bounds, 1):
-                index = order[start:stop]
-                target = {name: label[index].to(device) for name, label in labels.items()}
-                loss = joint_loss(model(rows.rows(index).to(device)), target).total
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
-                detached = loss.detach()
-                summed += detached * (stop - start)
-                if progress is not None:
-                    progress(Step(epoch, epochs, batch, len(bounds), detached))
-            joint_loss.step_epoch()
-            mean, seconds = float(summed) / len(rows), time.perf_counter() - begin
-            if not np.isfinite(mean):
-                raise FloatingPointError(
-                    f"epoch {epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, may "
-                    "mend it"
-                )
-            value = None if score is None else score(epoch)
-            results.append(EpochResult(epoch, mean, value, seconds))
-            if value is not None and (best is None or value > best[0]):
-                best = value, epoch, _copied(model)
-            if score is not None and score.patience is not None and best and epoch - best[1] >= score.patience:
-                break
-        is_complete = True
-    except BaseException as error:
-        vars(error)["history"] = results
-        raise
-    finally:
-        is_put_back = best is not None and not (is_complete and best[1] == len(results))
-        if best is not None and is_put_back:
-            _restore(model, best[2])
-    if not is_put_back:
-        run.keep(optimizer)
-    return results
+    @torch.no_grad()
+    def add(self, result: JointLossResult, rows: int) -> Tensor:
+        """A batch; its joint loss, detached."""
+        loss = result.total.detach()
+        self.total += loss * rows
+        weights = torch.stack(tuple(result.sample_weights.values()))
+        self.losses += torch.stack(tuple(result.per_task.values())) * weights
+        self.weights += weights
+        self.counts += torch.stack(tuple(result.counts.values())) if self.has_weights else weights
+        return loss
+
+    def tasks(self) -> dict[str, TaskScores]:
+        """The mean loss of each task, and its labels."""
+        rows = zip(self.names, self.losses.tolist(), self.weights.tolist(), self.counts.tolist(), strict=True)
+        return {name: TaskScores(loss / weight if count else None, count) for name, loss, weight, count in rows}
 
 
-def progress_bar(progress: bool | Progress | None) -> AbstractContextManager[Progress | None]:
-    """The callback itself, or a rich progress bar for ``True``.
+class Trainer:
+    """One call of ``fit``: trains in place, every module in the mode it is in."""
 
-    Raises:
-        ImportError: rich is missing.
-    """
-    if progress is True:
-        return _rich_bar()
-    return nullcontext(None if progress is False else progress)
+    def __init__(
+        self,
+        model: TaskNetwork,
+        rows: Rows,
+        run: Run,
+        *,
+        epochs: int,
+        batch_size: int,
+        scorer: Scorer | None,
+        reporter: Reporter,
+    ) -> None:
+        self.model, self.rows, self.run, self.epochs = model, rows, run, epochs
+        self.bounds = batch_bounds(len(rows.data), batch_size)
+        self.scorer, self.reporter = scorer, reporter
+        self.device = next(model.parameters()).device
+        self.history = History()
+        self.history.watched = None if scorer is None else scorer.watched
+        self.best: Best | None = None
+        self.epoch = 1  # that begins, or runs
 
+    def train(self) -> History:
+        """To the end of the last epoch.
 
-@contextmanager
-def _rich_bar() -> Iterator[Progress]:
-    try:
-        from rich.progress import Progress as Bar
-    except ImportError as error:
-        raise ImportError("progress=True draws with rich: pip install rich, or pass a function") from error
-    with Bar() as bar:
-        line = bar.add_task("epoch 1")
+        With a scorer the weights of the best epoch are back at the end, also after an interruption. The optimizer of
+        the run stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran
+        as its ``history``.
 
-        def show(step: Step) -> None:
-            done = (step.epoch - 1) * step.batches + step.batch
-            bar.update(
-                line, total=step.epochs * step.batches, completed=done, description=f"epoch {step.epoch}/{step.epochs}"
+        Raises:
+            FloatingPointError: the loss of an epoch is not finite.
+        """
+        self.optimizer = self.run.take_optimizer()
+        is_complete = False
+        try:
+            while self.epoch <= self.epochs and not self._is_stopped():
+                self._run_epoch()
+            is_complete = True
+        except BaseException as error:
+            vars(error)["history"] = self.history
+            raise
+        finally:
+            best = self.best
+            is_put_back = best is not None and not (is_complete and best.epoch == len(self.history))
+            if best is not None and is_put_back:
+                _restore(self.model, best.tensors)
+        if not is_put_back:
+            self.run.keep(self.optimizer)
+        if self.history.stopped is not None:
+            self.reporter.end(self.history.stopped)
+        return self.history
+
+    def _is_stopped(self) -> bool:
+        """Whether patience is at its end; says so in the history."""
+        if self.scorer is None or self.scorer.patience is None or self.best is None:
+            return False
+        ran, best = len(self.history), self.best
+        if ran - best.epoch < self.scorer.patience:
+            return False
+        self.history.stopped = (
+            f"stopped after epoch {ran} of {self.epochs}: {self.scorer.watched} was best in epoch {best.epoch}, whose "
+            f"weights are back; patience={self.scorer.patience}"
+        )
+        return True
+
+    def _run_epoch(self) -> None:
+        begin = time.perf_counter()
+        order = torch.randperm(len(self.rows.data), generator=self.run.generator, device="cpu")
+        sums = Sums(self.model, bool(self.rows.labels.weights))
+        for batch, (start, stop) in enumerate(self.bounds, 1):
+            loss = self._step(order[start:stop], sums)
+            if self.reporter.wants_steps:
+                self.reporter.step(Step(self.epoch, self.epochs, batch, len(self.bounds), loss, stop))
+        self.model.joint_loss.step_epoch()
+        mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
+        if not np.isfinite(mean):
+            raise FloatingPointError(
+                f"epoch {self.epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, "
+                "may mend it"
             )
+        found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
+        rate, tasks = self._learning_rate(), sums.tasks()
+        self.history.append(EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found))
+        is_best = score is not None and (self.best is None or score > self.best.score)
+        if score is not None and is_best:
+            self.best = Best(score, self.epoch, _copied(self.model))
+        self.reporter.epoch(self.history[-1], self.epochs, is_best)
+        self.epoch += 1
 
-        yield show
+    def _step(self, index: Tensor, sums: Sums) -> Tensor:
+        """One batch; its joint loss, detached."""
+        labels = self.rows.labels.rows(index).to(self.device)
+        outputs = self.model(self.rows.data.rows(index).to(self.device))
+        result = self.model.joint_loss(outputs, labels.targets, sample_weight=labels.weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        result.total.backward()
+        self.optimizer.step()
+        torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
+        return sums.add(result, len(index))
+
+    def _learning_rate(self) -> float | None:
+        """Of the first group; None of an optimizer without groups."""
+        groups = getattr(self.optimizer, "param_groups", None)
+        return float(groups[0]["lr"]) if groups and "lr" in groups[0] else None
