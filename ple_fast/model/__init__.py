@@ -1,5 +1,6 @@
 """A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
 
+from .callbacks import Callback, StopTraining
 from .columns import Categorical, Encoded, Numeric, encode
 from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
@@ -7,6 +8,7 @@ from .progress import Step
 from .statistics import columns_from
 
 __all__ = [
+    "Callback",
     "Categorical",
     "Encoded",
     "EpochResult",
@@ -15,6 +17,7 @@ __all__ = [
     "MultiTaskModel",
     "Numeric",
     "Step",
+    "StopTraining",
     "TaskScores",
     "columns_from",
     "encode",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..losses import TaskLoss
 from ..scalars import check_count, check_seed, shown
 from . import storage
 from .arguments import warn_caller, warn_of_unlabelled
+from .callbacks import Callbacks
 from .columns import Encoded, to_json
 from .configuration import task_to_json
 from .eval_view import is_training
@@ -23,10 +24,11 @@ from .metrics import Metrics
 from .network import TaskNetwork
 from .progress import Progress, reporter
 from .rebuild import rebuilt, saved_form
-from .run import Run, run_for
+from .run import MakeSchedule, Run, run_for
 from .scoring import Score, Scorer, checked_metrics, rows_of, with_validation
 from .tables import Array, Table
 from .training import Trainer
+from .updates import Updates
 
 
 class MultiTaskModel(TaskNetwork):
@@ -66,12 +68,16 @@ class MultiTaskModel(TaskNetwork):
         batch_size: int = 1024,
         lr: float = 1e-3,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        schedule: MakeSchedule | None = None,
+        schedule_every: Literal["epoch", "batch"] = "epoch",
+        clip_norm: float | None = None,
         sample_weight: SampleWeight = None,
         validation: tuple[Any, ...] | float | None = None,
         metrics: Metrics = None,
         score: Score | str | None = None,
         patience: int | None = None,
         seed: int = 0,
+        callbacks: Sequence[Any] = (),
         progress: bool | Progress | None = None,
     ) -> History:
         """Trains on all rows of ``data``, in an order of its own generator.
@@ -80,17 +86,24 @@ class MultiTaskModel(TaskNetwork):
         keeps its statistics.
 
         A later call goes on where the last one ended, with the next order of the rows and the optimizer with its state:
-        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr`` or ``optimizer`` (another
-        function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or elsewhere,
-        or of another dtype) and ``load_state_dict`` begin anew. The optimizer alone is a new one after a call that
-        raised, or that put the weights of an earlier epoch back, because its state is not that of the weights. The
-        state stays in memory with the model, and is no part of its copies, pickles and files.
+        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, ``optimizer`` or ``schedule``
+        (another function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or
+        elsewhere, or of another dtype) and ``load_state_dict`` begin anew. The optimizer and its schedule alone are new
+        ones after a call that raised, or that put the weights of an earlier epoch back, because their state is not that
+        of the weights. The state stays in memory with the model, and is no part of its copies, pickles and files.
 
         Args:
             data: columns by name, or what :meth:`encode` made of them.
             labels: by task, ``(N,)``; NaN where a label is missing (multiclass: also -1).
             epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before.
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
+            schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
+                ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
+                with the optimizer in a later call. ``ReduceLROnPlateau`` is shown minus the score, or without
+                validation data the loss of training: what is lower where it is better.
+            schedule_every: whether the scheduler's ``step`` is called after each ``"epoch"`` or each ``"batch"``, of
+                which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
+            clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.
             sample_weight: of each row, 0 or more: one column ``(N,)`` for all tasks, or a table of columns by task,
                 where a task that is absent weighs its rows alike. A task's loss is the weighted mean over its sample
                 space, so a weight of 0 takes a row out of it.
@@ -110,6 +123,8 @@ class MultiTaskModel(TaskNetwork):
                 ``"click/loss"``. An epoch where it is undefined has no score.
             patience: stop after so many epochs without a better score; ``history.stopped`` says so.
             seed: of the order of the rows, and of those that ``validation=0.1`` holds back.
+            callbacks: objects with some of the methods of :class:`Callback`, called before and after each epoch and
+                after each step.
             progress: None shows each epoch on standard output: on a terminal a bar (with rich, where it is installed)
                 that becomes a line, elsewhere a line. True is the same, and an error where rich is missing. False is
                 silent, and so is a function, which is called with a :class:`Step` after each batch.
@@ -136,13 +151,18 @@ class MultiTaskModel(TaskNetwork):
             raise ValueError("score, patience, metrics: expected validation=0.1 or (data, labels) with them, got none")
         if not (score is None or isinstance(score, str) or callable(score)):
             raise TypeError(f"score: expected a function or a name, got {shown(score)}")
-        shown_by = reporter(progress)
+        if schedule is None and schedule_every != "epoch":
+            raise ValueError("schedule_every: expected schedule= with it, got none")
+        called, shown_by = Callbacks(callbacks), reporter(progress)
         seed = check_seed(seed)
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
         with torch.inference_mode(False), torch.enable_grad():
             rows, held = with_validation(self, rows_of(self, data, labels, sample_weight, "labels"), validation, seed)
             scorer = None if held is None else Scorer(self, held, score, metrics, batch_size, patience)
-            run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
+            run = run_for(
+                self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters(), schedule=schedule
+            )
+            updates = Updates(run, clip_norm, schedule_every)
             tasks = measured_tasks(self.tasks, rows.labels.targets)
             warn_of_unlabelled(self.joint_loss, rows.labels.targets, "labels", "they are not trained")
             if held is not None:
@@ -157,7 +177,16 @@ class MultiTaskModel(TaskNetwork):
             self._run = run
             self._set_tasks(tasks)
             with shown_by as shows:
-                trainer = Trainer(self, rows, run, epochs=epochs, batch_size=batch_size, scorer=scorer, reporter=shows)
+                trainer = Trainer(
+                    self,
+                    rows,
+                    updates,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    scorer=scorer,
+                    callbacks=called,
+                    reporter=shows,
+                )
                 return trainer.train()
 
     def evaluate(

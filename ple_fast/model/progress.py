@@ -31,6 +31,10 @@ class Step:
     """Total loss of the batch, detached; reading its value waits for the device."""
     rows: int = 0
     """Of the epoch, up to here."""
+    lr: float | None = None
+    """Learning rate of the step, of the optimizer's first group."""
+    gradient_norm: Tensor | None = None
+    """Of all gradients together, before they were clipped; None without ``clip_norm``."""
 
 
 Progress = Callable[[Step], None]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import JointLossResult
+from .callbacks import Callbacks, StopTraining
 from .history import EpochResult, History, TaskScores
 from .network import TaskNetwork
 from .progress import Reporter, Step
-from .run import Run
 from .scoring import Rows, Scorer
+from .updates import Updates
 
 
 class Best(NamedTuple):
@@ -81,21 +82,24 @@ class Trainer:
         self,
         model: TaskNetwork,
         rows: Rows,
-        run: Run,
+        updates: Updates,
         *,
         epochs: int,
         batch_size: int,
         scorer: Scorer | None,
+        callbacks: Callbacks,
         reporter: Reporter,
     ) -> None:
-        self.model, self.rows, self.run, self.epochs = model, rows, run, epochs
+        self.model, self.rows, self.updates, self.epochs = model, rows, updates, epochs
         self.bounds = batch_bounds(len(rows.data), batch_size)
-        self.scorer, self.reporter = scorer, reporter
+        self.scorer, self.callbacks, self.reporter = scorer, callbacks, reporter
+        self.is_watched = bool(reporter.wants_steps or callbacks.after_step)
         self.device = next(model.parameters()).device
         self.history = History()
         self.history.watched = None if scorer is None else scorer.watched
         self.best: Best | None = None
         self.epoch = 1  # that begins, or runs
+        self.is_in_epoch = False
 
     def train(self) -> History:
         """To the end of the last epoch.
@@ -107,12 +111,16 @@ class Trainer:
         Raises:
             FloatingPointError: the loss of an epoch is not finite.
         """
-        self.optimizer = self.run.take_optimizer()
+        self.updates.begin()
         is_complete = False
         try:
             while self.epoch <= self.epochs and not self._is_stopped():
                 self._run_epoch()
             is_complete = True
+        except StopTraining as stop:
+            is_complete = not self.is_in_epoch
+            place = f"in epoch {self.epoch}" if self.is_in_epoch else f"after epoch {len(self.history)}"
+            self.history.stopped = str(stop) or f"stopped by a callback {place} of {self.epochs}"
         except BaseException as error:
             vars(error)["history"] = self.history
             raise
@@ -122,7 +130,7 @@ class Trainer:
             if best is not None and is_put_back:
                 _restore(self.model, best.tensors)
         if not is_put_back:
-            self.run.keep(self.optimizer)
+            self.updates.keep()
         if self.history.stopped is not None:
             self.reporter.end(self.history.stopped)
         return self.history
@@ -141,13 +149,16 @@ class Trainer:
         return True
 
     def _run_epoch(self) -> None:
+        for call in self.callbacks.before_epoch:
+            call(self.model, self.epoch)
+        self.is_in_epoch = True
         begin = time.perf_counter()
-        order = torch.randperm(len(self.rows.data), generator=self.run.generator, device="cpu")
+        order = torch.randperm(len(self.rows.data), generator=self.updates.run.generator, device="cpu")
         sums = Sums(self.model, bool(self.rows.labels.weights))
         for batch, (start, stop) in enumerate(self.bounds, 1):
             loss = self._step(order[start:stop], sums)
-            if self.reporter.wants_steps:
-                self.reporter.step(Step(self.epoch, self.epochs, batch, len(self.bounds), loss, stop))
+            if self.is_watched:
+                self._tell(batch, loss, stop)
         self.model.joint_loss.step_epoch()
         mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
         if not np.isfinite(mean):
@@ -156,26 +167,32 @@ class Trainer:
                 "may mend it"
             )
         found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
-        rate, tasks = self._learning_rate(), sums.tasks()
-        self.history.append(EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found))
+        rate, tasks = self.updates.last_rate(), sums.tasks()
+        result = EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found)
+        self.history.append(result)
         is_best = score is not None and (self.best is None or score > self.best.score)
         if score is not None and is_best:
             self.best = Best(score, self.epoch, _copied(self.model))
-        self.reporter.epoch(self.history[-1], self.epochs, is_best)
+        self.updates.end_epoch(mean if self.scorer is None else None if score is None else -score)
+        self.is_in_epoch = False
         self.epoch += 1
+        self.reporter.epoch(result, self.epochs, is_best)
+        for call in self.callbacks.after_epoch:
+            call(self.model, result)
 
     def _step(self, index: Tensor, sums: Sums) -> Tensor:
         """One batch; its joint loss, detached."""
         labels = self.rows.labels.rows(index).to(self.device)
         outputs = self.model(self.rows.data.rows(index).to(self.device))
         result = self.model.joint_loss(outputs, labels.targets, sample_weight=labels.weights)
-        self.optimizer.zero_grad(set_to_none=True)
-        result.total.backward()
-        self.optimizer.step()
+        self.updates.step(result.total)
         torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
         return sums.add(result, len(index))
 
-    def _learning_rate(self) -> float | None:
-        """Of the first group; None of an optimizer without groups."""
-        groups = getattr(self.optimizer, "param_groups", None)
-        return float(groups[0]["lr"]) if groups and "lr" in groups[0] else None
+    def _tell(self, batch: int, loss: Tensor, rows: int) -> None:
+        rate, norm = self.updates.last_rate(), self.updates.gradient_norm
+        step = Step(self.epoch, self.epochs, batch, len(self.bounds), loss, rows, rate, norm)
+        for call in self.callbacks.after_step:
+            call(self.model, step)
+        if self.reporter.wants_steps:
+            self.reporter.step(step)
