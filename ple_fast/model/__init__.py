@@ -1,6 +1,7 @@
 """A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
 
 from .callbacks import Callback, StopTraining
+from .checkpoint import Checkpoint
 from .columns import Categorical, Encoded, Numeric, encode
 from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
@@ -10,6 +11,7 @@ from .statistics import columns_from
 __all__ = [
     "Callback",
     "Categorical",
+    "Checkpoint",
     "Encoded",
     "EpochResult",
     "Evaluation",

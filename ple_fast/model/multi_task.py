@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..losses import TaskLoss
-from ..scalars import check_count, check_seed, shown
+from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
 from .arguments import warn_caller, warn_of_unlabelled
 from .callbacks import Callbacks
@@ -78,6 +77,9 @@ class MultiTaskModel(TaskNetwork):
         patience: int | None = None,
         seed: int = 0,
         callbacks: Sequence[Any] = (),
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
         progress: bool | Progress | None = None,
     ) -> History:
         """Trains on all rows of ``data``, in an order of its own generator.
@@ -125,6 +127,12 @@ class MultiTaskModel(TaskNetwork):
             seed: of the order of the rows, and of those that ``validation=0.1`` holds back.
             callbacks: objects with some of the methods of :class:`Callback`, called before and after each epoch and
                 after each step.
+            checkpoint: a file that is written after each epoch, before the callbacks, and replaced in one step: all
+                that the rest of the training depends on, so that a run which was killed goes on from it.
+            checkpoint_every: batches after which it is also written.
+            resume: go on from ``checkpoint`` where there is one: in mid-epoch, and on the machine that wrote it with
+                the same numbers as if nothing had happened. ``epochs`` counts those that ran before. One of other
+                settings (rows, ``batch_size``, ``optimizer``, ...) is refused. False begins anew, and replaces it.
             progress: None shows each epoch on standard output: on a terminal a bar (with rich, where it is installed)
                 that becomes a line, elsewhere a line. True is the same, and an error where rich is missing. False is
                 silent, and so is a function, which is called with a :class:`Step` after each batch.
@@ -141,7 +149,8 @@ class MultiTaskModel(TaskNetwork):
         Raises:
             TypeError: an argument of another type.
             ValueError: no rows, labels or weights that are missing, of another length or out of range, options that
-                need ``validation`` without it, an unknown metric, or a module that cannot be scored in train mode.
+                need ``validation`` or ``checkpoint`` without it, an unknown metric, a module that cannot be scored in
+                train mode, or a checkpoint that is damaged, of other settings, of another model or of more epochs.
             ImportError: a package that ``metrics`` or ``progress=True`` needs.
             FloatingPointError: the loss is not finite, or the score is infinite.
         """
@@ -153,6 +162,10 @@ class MultiTaskModel(TaskNetwork):
             raise TypeError(f"score: expected a function or a name, got {shown(score)}")
         if schedule is None and schedule_every != "epoch":
             raise ValueError("schedule_every: expected schedule= with it, got none")
+        checkpoint_every = None if checkpoint_every is None else check_count("checkpoint_every", checkpoint_every)
+        resume = check_flag("resume", resume)
+        if checkpoint is None and (checkpoint_every is not None or resume):
+            raise ValueError("checkpoint_every, resume: expected checkpoint='checkpoint.pt' with them, got none")
         called, shown_by = Callbacks(callbacks), reporter(progress)
         seed = check_seed(seed)
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
@@ -174,8 +187,7 @@ class MultiTaskModel(TaskNetwork):
                     "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
                     "batch norm stand still; call model.train() first if that is not wanted"
                 )
-            self._run = run
-            self._set_tasks(tasks)
+            self._run, self.tasks, self.joint_loss.tasks = run, tasks, tasks
             with shown_by as shows:
                 trainer = Trainer(
                     self,
@@ -186,8 +198,10 @@ class MultiTaskModel(TaskNetwork):
                     scorer=scorer,
                     callbacks=called,
                     reporter=shows,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
                 )
-                return trainer.train()
+                return trainer.train(resume=resume)
 
     def evaluate(
         self,
@@ -216,9 +230,6 @@ class MultiTaskModel(TaskNetwork):
         rows = rows_of(self, data, labels, sample_weight, "labels")
         wanted = checked_metrics(self, rows.labels, metrics)
         return evaluation(self, rows.data, rows.labels, wanted, batch_size)[0]
-
-    def _set_tasks(self, tasks: tuple[TaskLoss, ...]) -> None:
-        self.tasks = self.joint_loss.tasks = tasks
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.

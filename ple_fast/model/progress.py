@@ -51,8 +51,8 @@ class Reporter:
     def epoch(self, result: EpochResult, epochs: int, is_best: bool) -> None:
         """After each epoch and its validation."""
 
-    def end(self, words: str) -> None:
-        """Why training ended before its last epoch."""
+    def say(self, words: str) -> None:
+        """That training goes on from a checkpoint, or why it ended before its last epoch."""
 
 
 class _Function(Reporter):
@@ -71,7 +71,7 @@ class _Lines(Reporter):
     def epoch(self, result: EpochResult, epochs: int, is_best: bool) -> None:
         print(line_of(result, epochs, is_best), flush=True)
 
-    def end(self, words: str) -> None:
+    def say(self, words: str) -> None:
         print(words, flush=True)
 
 
@@ -102,9 +102,9 @@ class _Bar(Reporter):
         if self.line is not None:
             self.bar.remove_task(self.line)
             self.line = None
-        self.end(line_of(result, epochs, is_best))
+        self.say(line_of(result, epochs, is_best))
 
-    def end(self, words: str) -> None:
+    def say(self, words: str) -> None:
         self.bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 
 from ..losses import JointLossResult
 from .callbacks import Callbacks, StopTraining
-from .history import EpochResult, History, TaskScores
+from .checkpoint import Checkpoint
+from .configuration import task_to_json, tasks_of
+from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
 from .network import TaskNetwork
 from .progress import Reporter, Step
 from .scoring import Rows, Scorer
@@ -69,6 +73,15 @@ class Sums:
         self.counts += torch.stack(tuple(result.counts.values())) if self.has_weights else weights
         return loss
 
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"total": self.total, "losses": self.losses, "weights": self.weights, "counts": self.counts}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """What :meth:`state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
     def tasks(self) -> dict[str, TaskScores]:
         """The mean loss of each task, and its labels."""
         rows = zip(self.names, self.losses.tolist(), self.weights.tolist(), self.counts.tolist(), strict=True)
@@ -89,6 +102,8 @@ class Trainer:
         scorer: Scorer | None,
         callbacks: Callbacks,
         reporter: Reporter,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         self.model, self.rows, self.updates, self.epochs = model, rows, updates, epochs
         self.bounds = batch_bounds(len(rows.data), batch_size)
@@ -98,11 +113,18 @@ class Trainer:
         self.history = History()
         self.history.watched = None if scorer is None else scorer.watched
         self.best: Best | None = None
+        settings = {**self._settings(), "batch_size": batch_size}
+        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, settings)
+        self.checkpoint_every = checkpoint_every
         self.epoch = 1  # that begins, or runs
         self.is_in_epoch = False
+        self.batch = 0  # the last one of the epoch that is done
+        self.seconds = 0.0  # of the epoch, until the last checkpoint
+        self.sums = Sums(model, bool(rows.labels.weights))
+        self.order = updates.run.generator.get_state()  # before it draws the epoch's
 
-    def train(self) -> History:
-        """To the end of the last epoch.
+    def train(self, *, resume: bool = False) -> History:
+        """To the end of the last epoch, from the beginning or from the checkpoint, if there is one.
 
         With a scorer the weights of the best epoch are back at the end, also after an interruption. The optimizer of
         the run stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran
@@ -110,8 +132,14 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss of an epoch is not finite.
+            ValueError: a checkpoint that is damaged, of other settings, of another model or of more epochs.
         """
+        state = self.checkpoint.read() if resume and self.checkpoint is not None else None
+        if state is not None:
+            self._check(state)
         self.updates.begin()
+        if state is not None:
+            self._resume(state)
         is_complete = False
         try:
             while self.epoch <= self.epochs and not self._is_stopped():
@@ -132,7 +160,7 @@ class Trainer:
         if not is_put_back:
             self.updates.keep()
         if self.history.stopped is not None:
-            self.reporter.end(self.history.stopped)
+            self.reporter.say(self.history.stopped)
         return self.history
 
     def _is_stopped(self) -> bool:
@@ -152,13 +180,19 @@ class Trainer:
         for call in self.callbacks.before_epoch:
             call(self.model, self.epoch)
         self.is_in_epoch = True
-        begin = time.perf_counter()
+        begin = time.perf_counter() - self.seconds
+        self.order = self.updates.run.generator.get_state()
         order = torch.randperm(len(self.rows.data), generator=self.updates.run.generator, device="cpu")
-        sums = Sums(self.model, bool(self.rows.labels.weights))
-        for batch, (start, stop) in enumerate(self.bounds, 1):
+        sums, every = self.sums, self.checkpoint_every
+        for start, stop in self.bounds[self.batch :]:
             loss = self._step(order[start:stop], sums)
+            self.batch += 1
             if self.is_watched:
-                self._tell(batch, loss, stop)
+                self._tell(self.batch, loss, stop)
+            steps = (self.epoch - 1) * len(self.bounds) + self.batch
+            if every is not None and steps % every == 0 and self.batch < len(self.bounds):
+                self.seconds = time.perf_counter() - begin
+                self._save()
         self.model.joint_loss.step_epoch()
         mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
         if not np.isfinite(mean):
@@ -175,7 +209,10 @@ class Trainer:
             self.best = Best(score, self.epoch, _copied(self.model))
         self.updates.end_epoch(mean if self.scorer is None else None if score is None else -score)
         self.is_in_epoch = False
-        self.epoch += 1
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums = Sums(self.model, sums.has_weights)
+        self.order = self.updates.run.generator.get_state()
+        self._save()
         self.reporter.epoch(result, self.epochs, is_best)
         for call in self.callbacks.after_epoch:
             call(self.model, result)
@@ -196,3 +233,72 @@ class Trainer:
             call(self.model, step)
         if self.reporter.wants_steps:
             self.reporter.step(step)
+
+    def _save(self) -> None:
+        """Writes the checkpoint, if there is to be one: all that the rest of the training depends on."""
+        if self.checkpoint is None:
+            return
+        generators = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        self.checkpoint.write(
+            {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "seconds": self.seconds,
+                "sums": self.sums.state(),
+                "history": [result_to_plain(result) for result in self.history],
+                "best": None if self.best is None else self.best._asdict(),
+                "tasks": [task_to_json(task) for task in self.model.tasks],
+                "model": dict(self.model.state_dict()),
+                "optimizer": self.updates.optimizer.state_dict(),
+                "schedule": None if self.updates.scheduler is None else self.updates.scheduler.state_dict(),
+                "order": self.order,
+                "generators": generators,
+            }
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the loss curve depends on, beside the number of epochs."""
+        return {
+            "rows": len(self.rows.data),
+            "validation": 0 if self.scorer is None else len(self.scorer.rows.data),
+            "watched": self.history.watched,
+            "sample_weight": list(self.rows.labels.weights),
+            "tasks": self.model.task_names,
+            **self.updates.settings(),
+        }
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        assert self.checkpoint is not None
+        self.checkpoint.check(state)
+        where, begun = self.checkpoint.file, state["epoch"] - (0 if state["batch"] else 1)
+        if begun > self.epochs:
+            raise ValueError(f"{where}: expected epochs={begun} or more, which it has begun, got {self.epochs}")
+        shapes, saved = ({n: tuple(t.shape) for n, t in s.items()} for s in (self.model.state_dict(), state["model"]))
+        if other := [name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)]:
+            name = other[0]
+            raise ValueError(
+                f"{where}: expected the weights of this model, got {name} {saved.get(name, 'missing')}, which is "
+                f"{shapes.get(name, 'missing')} in the model; build the model as it was, or name another file"
+            )
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        assert self.checkpoint is not None
+        where = self.checkpoint.file
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():  # load_state_dict would end the run
+                tensor.copy_(state["model"][name])
+        self.model.tasks = self.model.joint_loss.tasks = tuple(tasks_of(where, state))
+        self.updates.load(state["optimizer"], state["schedule"])
+        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.sums.load(state["sums"])
+        self.history.extend(map(result_from_plain, state["history"]))
+        if state["best"] is not None:
+            self.best = Best(**state["best"])
+        self.updates.run.generator.set_state(state["order"])
+        torch.set_rng_state(state["generators"][0])
+        if self.device.type == "cuda" and len(state["generators"]) > 1:
+            torch.cuda.set_rng_state(state["generators"][1], self.device)
+        place = f"batch {self.batch} of epoch {self.epoch}" if self.batch else f"epoch {self.epoch - 1}"
+        self.reporter.say(f"resumed after {place} of {self.epochs} from {where}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..scalars import check_number, shown
+from .checkpoint import described
 from .run import Run
 
 
@@ -30,6 +31,17 @@ class Updates:
         """Of the last step, before it was clipped."""
         self._rate: float | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """What another training would have to share, for its checkpoint to be one of this."""
+        return {
+            "seed": self.run.seed,
+            "lr": float(self.run.lr),
+            "optimizer": described(self.run.make),
+            "schedule": described(self.run.schedule),
+            "schedule_every": "batch" if self.is_by_batch else "epoch",
+            "clip_norm": self.clip_norm,
+        }
+
     def begin(self) -> None:
         """With the optimizer and the scheduler of the last call, or with new ones."""
         self.optimizer = self.run.take_optimizer()
@@ -38,6 +50,12 @@ class Updates:
     def keep(self) -> None:
         """For the next call of ``fit``."""
         self.run.keep(self.optimizer, self.scheduler)
+
+    def load(self, optimizer: dict[str, Any], schedule: dict[str, Any] | None) -> None:
+        """The states of a checkpoint."""
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None and schedule is not None:
+            self.scheduler.load_state_dict(schedule)
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient of ``loss``."""
