@@ -7,6 +7,7 @@ from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
 from .progress import Step
 from .statistics import columns_from
+from .tensorboard import TensorBoard
 
 __all__ = [
     "Callback",
@@ -21,6 +22,7 @@ __all__ = [
     "Step",
     "StopTraining",
     "TaskScores",
+    "TensorBoard",
     "columns_from",
     "encode",
 ]
