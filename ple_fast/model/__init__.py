@@ -1,8 +1,28 @@
 """A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
 
+from .callbacks import Callback, StopTraining
+from .checkpoint import Checkpoint
 from .columns import Categorical, Encoded, Numeric, encode
+from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
+from .progress import Step
 from .statistics import columns_from
-from .training import EpochResult, Step
+from .tensorboard import TensorBoard
 
-__all__ = ["Categorical", "Encoded", "EpochResult", "MultiTaskModel", "Numeric", "Step", "columns_from", "encode"]
+__all__ = [
+    "Callback",
+    "Categorical",
+    "Checkpoint",
+    "Encoded",
+    "EpochResult",
+    "Evaluation",
+    "History",
+    "MultiTaskModel",
+    "Numeric",
+    "Step",
+    "StopTraining",
+    "TaskScores",
+    "TensorBoard",
+    "columns_from",
+    "encode",
+]

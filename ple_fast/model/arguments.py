@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
 from .columns import Categorical, Column, Numeric
-from .tables import Table, check_names, column_of, label_values
+from .tables import Table, cells_of, check_names, column_of, label_values
 
 Labels = Mapping[str, Tensor]
-"""By task, ``(N,)`` float32."""
+"""By task, ``(N,)`` float32; float64 where a regression is standardised."""
 
 COLUMN_TYPES = (Categorical, Numeric)
 
@@ -41,7 +42,7 @@ def kind_of(data: Any) -> str:
 
 
 def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) -> Labels:
-    """Labels as float32 tensors ``(rows,)``, one per task, checked.
+    """Labels as float32 tensors ``(rows,)``, one per task, checked; float64 where a regression is standardised.
 
     Raises:
         TypeError: no columns by name, or one that holds no numbers.
@@ -57,7 +58,11 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
     targets = {}
     for task in joint_loss.tasks:
         name = task.name
-        label = label_values(f"{what}[{name!r}]", column_of(labels, name, what))
+        where, column = f"{what}[{name!r}]", column_of(labels, name, what)
+        if task.standardise or task.is_scaled:  # of 1e9 and more float32 keeps no units
+            label = cells_of(where, column).numbers("numbers").astype(np.float64)
+        else:
+            label = label_values(where, column)
         if label.shape != (rows,):
             raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
         targets[name] = torch.from_numpy(label)
@@ -68,10 +73,17 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
 def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect: str) -> None:
     """One warning, at whoever called ``fit``, that names the tasks which have no label at all."""
     if none := joint_loss.unlabelled(targets):
-        warnings.warn(
-            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}",
-            stacklevel=3,
+        warn_caller(
+            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}"
         )
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the first line outside of this package: whoever called the model."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("ple_fast."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_columns(columns: Any) -> tuple[Column, ...]:
