@@ -92,7 +92,8 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
         ValueError: one is missing, unknown, or of another type.
     """
     # Of a trunk of the user's own: which of its entries follow from which (version 2, where there are any).
-    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES})
+    # Versions before there were some have no columns of tasks.
+    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": SOURCES})
     for place, column in enumerate(config["columns"]):
         kind = column.get("kind")
         if not isinstance(kind, str) or kind not in COLUMNS:

@@ -60,7 +60,14 @@ class FeatureEmbedding(nn.Module):
         embedded = len(self._owners)
         self.number_weight = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
         self.number_bias = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
-        self.out_features = sum(column.width for column in categorical) + len(self._plain) + embedded
+        numbers = [column.name for column in numeric for _ in range(column.features)]
+        ordered = [categorical[place] for pick in self._picks for place in pick]
+        self.feature_columns = (
+            *(column.name for column in ordered for _ in range(column.width)),
+            *(numbers[place] for place in (*self._plain, *self._owners)),
+        )
+        """Of each feature the name of its column."""
+        self.out_features = len(self.feature_columns)
         self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]  # untyped in torch
         self.reset_parameters()
 

@@ -48,11 +48,16 @@ class MultiTaskModel(TaskNetwork):
         given: for events in a chain (ESMM): ``{"purchase": "click"}`` says that the tower of "purchase" predicts the
             probability given a click, and that the task's output is the product with that of "click". Both are binary,
             and the condition stands before in ``tasks``.
+        task_columns: names of the columns that a task reads, by task, ``{"click": ["age", "country"]}``; a task that is
+            not in it reads all. The slot of a task reads its own columns, a shared slot those that every task may read.
+            A column that would reach a task that must not read it, by whatever path through the trunk or ``given``, is
+            a ValueError that names the path.
         process_group: see :class:`~ple_fast.losses.JointLoss`.
 
     Raises:
         TypeError: an argument of another type, or an option that the trunk does not have.
-        ValueError: a column or task twice, an unknown trunk or activation, a trunk that does not return ``(B, T, H)``.
+        ValueError: a column or task twice, an unknown trunk or activation, a trunk that does not return ``(B, T, H)``,
+            or a column that is hidden from a task and would reach it.
     """
 
     _run: Run | None = None

@@ -15,6 +15,7 @@ from .arguments import check_columns, check_given, has_no_names, kind_of, mappin
 from .columns import Column, Encoded, encode
 from .embedding import FeatureEmbedding
 from .tables import Table
+from .task_columns import Hidden, check_task_columns, hidden_features, slot_inputs
 from .towers import build_tower, tower_options
 from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
 
@@ -33,6 +34,7 @@ class TaskNetwork(nn.Module):
         tower_activation: str = "relu",
         tower_dropout: float = 0.0,
         given: Mapping[str, str] | None = None,
+        task_columns: Mapping[str, Sequence[str]] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -41,6 +43,8 @@ class TaskNetwork(nn.Module):
         self.tasks = self.joint_loss.tasks
         self.given = dict(mapping("given", given))
         check_given(self.given, self.tasks)
+        names = [column.name for column in self.columns]
+        self.task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         self.embedding = FeatureEmbedding(self.columns)
         width = self.embedding.out_features
@@ -48,6 +52,10 @@ class TaskNetwork(nn.Module):
         self.trunk = make_trunk(trunk, width, len(self.tasks), options)
         defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
+        self._hidden: Hidden | None = None
+        if self.task_columns:
+            features = self.embedding.feature_columns
+            self._hidden = hidden_features(self.trunk, self.task_names, features, self.task_columns, self.given)
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
             build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
@@ -60,6 +68,7 @@ class TaskNetwork(nn.Module):
             "tower_activation": tower_activation,
             "tower_dropout": dropout,
             "given": self.given,
+            "task_columns": self.task_columns,
         }
 
     @property
@@ -104,10 +113,12 @@ class TaskNetwork(nn.Module):
         """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass)."""
         return self._outputs(self.trunk(self._features(batch)))
 
-    def _features(self, batch: Table | Encoded) -> Tensor:
+    def _features(self, batch: Table | Encoded) -> Tensor | list[Tensor]:
+        """What the trunk reads: ``(B, F)``, or one for each slot where some columns are not for all tasks."""
         rows = batch if isinstance(batch, Encoded) else self.encode(batch).to(self.device)
         features: Tensor = self.embedding(rows)
-        return features.to(next(self.towers.parameters()).dtype)
+        features = features.to(next(self.towers.parameters()).dtype)
+        return features if self._hidden is None else slot_inputs(features, self._hidden)
 
     def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}

@@ -105,6 +105,7 @@ def rebuilt(
 
 def _built(cls: type[Network], where: str | Path, config: Mapping[str, Any], trunk: Any) -> Network:
     options = {name: config[name] for name in OPTIONS}
+    options["task_columns"] = config.get("task_columns")
     if isinstance(trunk, str):
         options["trunk_options"] = config["trunk"]["options"]
     return cls(columns_of(where, config), tasks_of(where, config), trunk=trunk, **options)
@@ -114,6 +115,7 @@ def _blank(cls: type[Network], where: str | Path, config: Mapping[str, Any], sta
     """The model that ``load`` would build, without memory; without a trunk where it is the user's."""
     trunk: Any = config["trunk"]["kind"]
     if trunk == CUSTOM:
+        config = {**config, "task_columns": None}  # what is hidden depends on its wiring
         if FIRST not in state or state[FIRST].dim() != 2:
             raise ValueError(f"missing: {FIRST}, unexpected: none")
         trunk = _Hidden(len(config["tasks"]), state[FIRST].shape[1])
