@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
-from .columns import Categorical, Column, Numeric
+from .columns import COLUMN_TYPES, Column, owners_of
 from .tables import Table, check_names, column_of, label_values
 
 Labels = Mapping[str, Tensor]
 """By task, ``(N,)`` float32."""
-
-COLUMN_TYPES = (Categorical, Numeric)
 
 
 def has_no_names(data: Any) -> bool:
@@ -79,15 +77,18 @@ def check_columns(columns: Any) -> tuple[Column, ...]:
 
     Raises:
         TypeError: other than columns.
-        ValueError: a name twice.
+        ValueError: a name twice; a column that shares the embedding of one that is not there.
     """
     if isinstance(columns, (str, *COLUMN_TYPES)) or not isinstance(columns, Iterable):
-        raise TypeError(f"columns: expected a sequence of Categorical and Numeric, got {kind_of(columns)}")
+        raise TypeError(f"columns: expected a sequence of Categorical, Hashed and Numeric, got {kind_of(columns)}")
     found = tuple(columns)
     for column in found:
         if not isinstance(column, COLUMN_TYPES):
-            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {shown(column)}")
+            raise TypeError(
+                f"columns: expected Categorical, Hashed or Numeric, which columns_from makes, got {shown(column)}"
+            )
     check_names([column.name for column in found])
+    owners_of(found)
     return found
 
 

@@ -31,7 +31,8 @@ class MultiTaskModel(TaskNetwork):
     Initial weights come from PyTorch's global generator: call ``torch.manual_seed`` before.
 
     Args:
-        columns: :class:`Categorical` and :class:`Numeric`; :func:`columns_from` makes them of training data.
+        columns: :class:`Categorical`, :class:`Hashed` and :class:`Numeric`; :func:`columns_from` makes them of training
+            data.
         tasks: :class:`~ple_fast.losses.TaskLoss`, names unique.
         trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"ml_mmoe"``, ``"adatt"``, ``"cross_stitch"``, ``"hard_sharing"``,
             ``"customized_sharing"``, ``"asymmetric_sharing"`` or ``"single_task"``; a module, or a function that takes
