@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,25 @@ def test_compiled_and_exported_programs_pool_alike_for_any_number_of_rows(poolin
         gradients, torch.autograd.grad(module(*rows).square().sum(), list(embedding.parameters())), strict=True
     ):
         assert torch.allclose(own, gradient)
+
+
+@pytest.mark.slow  # a compiler of C++, and an exporter
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_inductor_and_onnx_pool_alike(pooling: Any, tmp_path: Path) -> None:
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    embedding, rows, _ = made(pooling, torch.float32)
+    module = Both(embedding)
+    expected = module(*rows).detach()
+    assert torch.allclose(torch.compile(module, fullgraph=True, dynamic=True)(*rows), expected, atol=1e-6)
+    batch = torch.export.Dim("batch")
+    file = tmp_path / "embedding.onnx"
+    torch.onnx.export(module, tuple(rows), file, dynamo=True, dynamic_shapes=({0: batch}, {0: batch}), verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    for part in (slice(0, 5), slice(1, 3)):
+        given = dict(zip(names, (tensor.numpy() for tensor in rows.rows(part)), strict=True))
+        assert np.allclose(session.run(None, given)[0], expected[part], atol=1e-6)
 
 
 def operators(embedding: FeatureEmbedding, rows: Encoded) -> list[str]:
