@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from examples.census_data import Data, about, load
 from examples.census_income import LEARNING_RATE, MODELS, TASKS, TOWER_UNITS, Trainings, aucs, parse
 from examples.progress import Work, console_for, progress
-from ple_fast.model import MultiTaskModel, Step
+from ple_fast.model import Checkpoint, MultiTaskModel, Step
 
 CHECKPOINT, CURVE, MODEL = "checkpoint.pt", "losses.csv", "model"
 SETTINGS = ("rows", "batch_size", "dropout")
@@ -45,7 +45,7 @@ class Training:
         self.batch_size, self.epochs = options.batch_size, options.epochs
         self.batches = -(-len(self.rows) // self.batch_size)
         self.labels = {name: torch.from_numpy(label) for name, label in data.train.labels.items()}
-        self.settings = {name: getattr(options, name) for name in SETTINGS}
+        self.checkpoint = Checkpoint(options.out / CHECKPOINT, {name: getattr(options, name) for name in SETTINGS})
         self.losses: list[Tensor] = []
         torch.manual_seed(SEED)
         self.model = MultiTaskModel(
@@ -80,45 +80,40 @@ class Training:
         dist.all_reduce(mean)
         return mean
 
-    def save(self, file: Path) -> None:
+    def save(self) -> None:
         """One file for all ranks, which rank 0 writes. It is replaced at once: a kill leaves the old one or the new."""
         generators: list[Any] = [None] * self.ranks
         own = [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
         dist.gather_object(own, generators if self.rank == 0 else None)
         if self.rank:
             return
-        state = {
-            "settings": self.settings,
-            "losses": torch.stack(self.losses).cpu(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generators": generators,
-        }
-        fresh = file.with_suffix(".tmp")
-        with fresh.open("wb") as handle:
-            torch.save(state, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        fresh.replace(file)
+        self.checkpoint.write(
+            {
+                "losses": torch.stack(self.losses).cpu(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generators": generators,
+            }
+        )
 
-    def resume(self, file: Path) -> None:
+    def resume(self) -> None:
         """Goes on where :meth:`save` was called, if it was: on as many ranks, or on others. Rank 0 reads the file.
 
         Raises:
             SystemExit: the checkpoint is one of other settings, or of more epochs.
         """
-        read: list[Any] = [None]
-        if self.rank == 0 and file.exists():
-            read = [torch.load(file, map_location="cpu", weights_only=True)]
+        read: list[Any] = [self.checkpoint.read() if self.rank == 0 else None]
         dist.broadcast_object_list(read)
         (state,) = read
         if state is None:
             return
+        try:
+            self.checkpoint.check(state)  # on every rank: none goes on alone
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         begun = -(-len(state["losses"]) // self.batches)
-        if state["settings"] != self.settings:
-            expected, got = state["settings"], self.settings
-            raise SystemExit(f"{file}: expected its own settings, {expected}, got {got}; use those, or another --out")
         if begun > self.epochs:
+            file = self.checkpoint.file
             raise SystemExit(f"{file}: expected --epochs {begun} or more, which it has begun, got {self.epochs}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -144,7 +139,7 @@ def train(training: Training, options: argparse.Namespace, work: Work) -> None:
             if at == batches:
                 training.model.joint_loss.step_epoch()  # the tasks' weights may change per epoch (eq. 10)
             if at == batches or len(losses) % options.checkpoint_every == 0:
-                training.save(options.out / CHECKPOINT)
+                training.save()
             show(Step(epoch + 1, options.epochs, at, batches, losses[-1]))
 
 
@@ -164,7 +159,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     with progress(console, "loading") as work:
         data = load(options.rows)
         training = Training(data, options, device)
-        training.resume(options.out / CHECKPOINT)
+        training.resume()
         if training.losses:
             console.print(f"Resumed after {len(training.losses)} batches.")
         train(training, options, work)

@@ -39,7 +39,7 @@ def make_model(trunk: str, seed: int) -> MultiTaskModel:
     columns: list[Column] = [Categorical("a", size=20, width=4), Categorical("b", size=7, width=4), Numeric("n")]
     tasks = [TaskLoss("click"), TaskLoss("amount", kind="regression")]
     model = MultiTaskModel(columns, tasks, trunk=kind, trunk_options={**options, "expert_units": (12, 8)})
-    model.fit(*make_data(seed), batch_size=64)
+    model.fit(*make_data(seed), batch_size=64, progress=False)
     return model.train()
 
 
@@ -99,7 +99,7 @@ def train(seed: int) -> list[Tensor]:
     name = sorted(TRUNKS)[seed % len(TRUNKS)]
     model = make_model(name, seed)
     data, labels = make_data(seed + 1)
-    model.fit(data, labels, batch_size=50)
+    model.fit(data, labels, batch_size=50, progress=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rows = model.encode(data)
     for start in range(0, ROWS, 60):

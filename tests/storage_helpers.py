@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
 from ple_fast.model.columns import to_json
+from ple_fast.model.configuration import task_to_json
 from ple_fast.model.tensor_file import read
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ def config_of(net: MultiTaskModel) -> dict[str, Any]:
         "version": 1,
         "dtype": "float32",
         "columns": [to_json(column) for column in net.columns],
-        "tasks": [asdict(task) for task in net.tasks],
+        "tasks": [task_to_json(task) for task in net.tasks],
         **net._config,
     }
 

@@ -69,12 +69,20 @@ def auc_of_one_class(_predictions: Any, _labels: Any) -> float:
     return float("nan")
 
 
-def test_a_score_that_is_nan_is_named_and_the_learning_rate_is_not_blamed() -> None:
+def test_a_score_that_is_nan_is_named_once_and_training_goes_on() -> None:
     data, labels = table()
-    with pytest.raises(
-        FloatingPointError, match=r"validation score, got nan from auc_of_one_class; .*both classes"
+    with pytest.warns(
+        UserWarning, match=r"epoch 1: score auc_of_one_class of the validation data .* is undefined .*both classes"
     ) as caught:
-        model().fit(data, labels, validation=(data, labels), score=auc_of_one_class)
+        history = model().fit(data, labels, epochs=3, validation=(data, labels), score=auc_of_one_class, patience=1)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert [result.score for result in history] == [None] * 3
+
+
+def test_a_score_that_is_infinite_is_named_and_the_learning_rate_is_not_blamed() -> None:
+    data, labels = table()
+    with pytest.raises(FloatingPointError, match="epoch 1: expected a finite validation score, got inf") as caught:
+        model().fit(data, labels, validation=(data, labels), score=lambda p, y: float("inf"))
     assert "lr" not in str(caught.value)
 
 

@@ -78,7 +78,11 @@ def test_errors_show_other_values_on_one_line_and_not_without_end() -> None:
     [
         ({"seed": 2**65}, "seed: expected less than 2 ** 64, got 36893488147419103232"),
         ({"lr": torch.ones(2)}, "lr: expected a number, got Tensor of shape (2,)"),
-        ({"validation": ({"x": [0.0]}, {"y": [1]}, 3)}, "got tuple of 3"),
+        (
+            {"validation": ({"x": [0.0]}, {"y": [1]}, 3)},
+            "validation sample_weight: expected one weight per row, (1,), got 3",
+        ),
+        ({"validation": ({"x": [0.0]}, {"y": [1]}, None, 3)}, "got tuple of 4"),
     ],
 )
 def test_arguments_of_fit_that_do_not_fit_are_named(options: dict[str, Any], part: str) -> None:

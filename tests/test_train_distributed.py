@@ -149,7 +149,7 @@ def test_a_checkpoint_of_other_settings_is_refused(runs: tuple[Path, list[list[s
     dropout, batch_size, rows, epochs = refused[0]
     start = f"{folder / 'resumed' / example.CHECKPOINT}: expected "
     own = "its own settings, {'rows': 1000, 'batch_size': 111, 'dropout': 0.1}, got "
-    end = "; use those, or another --out"
+    end = "; use those, or another file"
     assert dropout == start + own + "{'rows': 1000, 'batch_size': 111, 'dropout': 0.2}" + end
     assert batch_size == start + own + "{'rows': 1000, 'batch_size': 64, 'dropout': 0.1}" + end
     assert rows == start + own + "{'rows': 1001, 'batch_size': 111, 'dropout': 0.1}" + end

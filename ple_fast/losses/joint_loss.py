@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..scalars import shown
-from .task_loss import MISSING_CLASS, TaskLoss, check_tensor, task_sum
+from .task_loss import MISSING_CLASS, TaskLoss, TaskSum, check_tensor, task_sum
 
 
 class JointLossResult(NamedTuple):
@@ -22,6 +22,8 @@ class JointLossResult(NamedTuple):
     """Eq. 9: each task's loss without its weight, differentiable (``detach`` what you keep)."""
     counts: dict[str, Tensor]
     """Size of each sample space, int64; summed over ranks where a process group is given."""
+    sample_weights: dict[str, Tensor]
+    """What each task's losses were divided by: the sum of the weights in its sample space, or its count."""
 
 
 class JointLoss(nn.Module):
@@ -84,6 +86,7 @@ class JointLoss(nn.Module):
         predictions: Mapping[str, Tensor],
         labels: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
+        sample_weight: Mapping[str, Tensor] | None = None,
     ) -> JointLossResult:
         """The joint loss of a batch.
 
@@ -94,40 +97,55 @@ class JointLoss(nn.Module):
                 sample out of the sample space; so does ``MISSING_CLASS`` (-1) in a multi-class task. Values are not
                 checked here, where this would wait for the device: :meth:`check_labels` does it, once per data set.
             masks: by task, bool, ``(B,)`` or ``(B, 1)``; False takes a sample out as well. Tasks may be absent.
+            sample_weight: by task, floating, ``(B,)`` or ``(B, 1)``, 0 or more: L_k is then the weighted mean,
+                ``sum w l / sum w``, so a weight of 0 takes a sample out, and equal weights change nothing. Tasks may be
+                absent. With a process group either all ranks give weights, of the same tasks, or none does.
 
         Raises:
-            TypeError: not tensors by task, a prediction that is not floating, a complex label, a mask that is not bool.
-            ValueError: a missing or unknown task, or shapes or devices that do not agree.
+            TypeError: not tensors by task, a prediction or weight that is not floating, a complex label, a mask that is
+                not bool.
+            ValueError: a missing or unknown task, shapes or devices that do not agree, or a task whose
+                ``standardise=True`` has not been measured.
         """
         masks = {} if masks is None else masks
+        sample_weight = {} if sample_weight is None else sample_weight
         names = [task.name for task in self.tasks]
-        for source, given in (("predictions", predictions), ("labels", labels), ("masks", masks)):
+        given_by_task = {"predictions": predictions, "labels": labels, "masks": masks, "sample_weight": sample_weight}
+        for source, given in given_by_task.items():
             _check_named(source, given, names[0])
-        for source, given in (("predictions", predictions), ("masks", masks)):
+        for source, given in (("predictions", predictions), ("masks", masks), ("sample_weight", sample_weight)):
             for name in given:
                 if name not in names:
                     raise ValueError(f"{source}: there is no task {name!r}, the tasks are {names}; leave it out")
-        sums, counts = [], []
+        parts: list[TaskSum] = []
         for task in self.tasks:
             name = task.name
             if name not in predictions or name not in labels:
                 absent = "predictions" if name not in predictions else "labels"
                 given = predictions if name not in predictions else labels
                 raise ValueError(f"{absent}: expected an entry for task {name!r}, got {sorted(given)}")
-            total, count = task_sum(task, predictions[name], labels[name], masks.get(name))
-            sums.append(total)
-            counts.append(count)
-        count_of = torch.stack(counts)
+            parts.append(task_sum(task, predictions[name], labels[name], masks.get(name), sample_weight.get(name)))
+        count_of = torch.stack([part.size for part in parts])
         ranks = 1
         if self.process_group is not None:
             dist.all_reduce(count_of, group=self.process_group)
             ranks = dist.get_world_size(self.process_group)
-        losses = [ranks * total / count for total, count in zip(sums, count_of.clamp(min=1).unbind(), strict=True)]
+        count_by_task = dict(zip(names, count_of.unbind(), strict=True))
+        if sample_weight:
+            weight_of = torch.stack([part.weight.to(part.total.dtype) for part in parts])
+            if self.process_group is not None:
+                dist.all_reduce(weight_of, group=self.process_group)
+            weight_by_task = dict(zip(names, weight_of.unbind(), strict=True))
+            divisors = torch.where(weight_of > 0, weight_of, 1.0)
+        else:
+            weight_by_task, divisors = count_by_task, count_of.clamp(min=1)
+        losses = [ranks * part.total / divisor for part, divisor in zip(parts, divisors.unbind(), strict=True)]
         terms = [self._weight(task, loss.dtype) * loss for task, loss in zip(self.tasks, losses, strict=True)]
         return JointLossResult(
             total=torch.stack(terms).sum(),
             per_task=dict(zip(names, losses, strict=True)),
-            counts=dict(zip(names, count_of.unbind(), strict=True)),
+            counts=count_by_task,
+            sample_weights=weight_by_task,
         )
 
     def check_labels(self, labels: Mapping[str, Tensor]) -> None:

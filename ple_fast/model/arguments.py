@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
+from .caller import warn_caller
 from .columns import COLUMN_TYPES, Column, owners_of
-from .tables import Table, check_names, column_of, label_values
+from .tables import Table, cells_of, check_names, column_of, label_values
 
 Labels = Mapping[str, Tensor]
-"""By task, ``(N,)`` float32."""
+"""By task, ``(N,)`` float32; float64 where a regression is standardised."""
 
 
 def has_no_names(data: Any) -> bool:
@@ -39,7 +39,7 @@ def kind_of(data: Any) -> str:
 
 
 def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) -> Labels:
-    """Labels as float32 tensors ``(rows,)``, one per task, checked.
+    """Labels as float32 tensors ``(rows,)``, one per task, checked; float64 where a regression is standardised.
 
     Raises:
         TypeError: no columns by name, or one that holds no numbers.
@@ -55,7 +55,11 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
     targets = {}
     for task in joint_loss.tasks:
         name = task.name
-        label = label_values(f"{what}[{name!r}]", column_of(labels, name, what))
+        where, column = f"{what}[{name!r}]", column_of(labels, name, what)
+        if task.standardise or task.is_scaled:  # of 1e9 and more float32 keeps no units
+            label = cells_of(where, column).numbers("numbers").astype(np.float64)
+        else:
+            label = label_values(where, column)
         if label.shape != (rows,):
             raise ValueError(f"{what}[{name!r}]: expected one label per row, ({rows},), got shape {label.shape}")
         targets[name] = torch.from_numpy(label)
@@ -66,9 +70,8 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
 def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect: str) -> None:
     """One warning, at whoever called ``fit``, that names the tasks which have no label at all."""
     if none := joint_loss.unlabelled(targets):
-        warnings.warn(
-            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}",
-            stacklevel=3,
+        warn_caller(
+            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}"
         )
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .caller import warn_caller
 from .categorical import Categorical
 from .hashed import Hashed
 from .numeric import Numeric
 from .tables import Array, Table, column_of
-from .unknown import said_of_unknown, warn_user
+from .unknown import said_of_unknown
 
 
 class Encoded(NamedTuple):
@@ -129,7 +130,7 @@ def warn_of_unknown(data: Table, columns: Sequence[Column], unknown: Sequence[Em
     owners = owners_of(columns)
     for column in unknown:
         raw = column_of(data, column.name)
-        warn_user(f"column {column.name!r}: {said_of_unknown(column, raw, owners[column.name])}")
+        warn_caller(f"column {column.name!r}: {said_of_unknown(column, raw, owners[column.name])}")
 
 
 def to_json(column: Column) -> dict[str, Any]:

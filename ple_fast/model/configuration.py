@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,9 @@ SHARING = {"kind": TEXT, "name": NAME, "share": NAME}
 SEVERAL = {"pooling": TEXT, "max_length": INT, "padding": NAME, "keep": TEXT}
 """Of a column of several values per row."""
 TASK = {"name": TEXT, "kind": TEXT, "num_classes": _or_null(INT), "weight": NUMBER, "gamma": NUMBER}
+FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+LATER_OF_TASK = {"pos_weight": NUMBER, "standardise": FLAG, "mean": NUMBER, "std": NUMBER}
+"""Written only where they are not the default: older releases read the others."""
 OWN_TRUNK = {"kind": TEXT, "class": TEXT}
 NAMED_TRUNK = {"kind": TEXT, "options": OBJECT}
 
@@ -101,7 +105,7 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
         rules = SHARING if kind == "Categorical" and "share" in column else COLUMNS[kind]
         _check_fields(where, f"columns[{place}].", column, rules, may=None if kind == "Numeric" else SEVERAL)
     for place, task in enumerate(config["tasks"]):
-        _check_fields(where, f"tasks[{place}].", task, TASK)
+        _check_fields(where, f"tasks[{place}].", task, TASK, may=LATER_OF_TASK)
     trunk = config["trunk"]
     _check_fields(where, "trunk.", trunk, OWN_TRUNK if trunk.get("kind") == CUSTOM else NAMED_TRUNK)
 
@@ -140,6 +144,12 @@ def columns_of(where: str | Path, config: Mapping[str, Any]) -> list[Column]:
         with read_from(where, f"columns[{place}]: "):
             found.append(from_json(column))
     return found
+
+
+def task_to_json(task: TaskLoss) -> dict[str, Any]:
+    """A task as plain values, for :func:`tasks_of`."""
+    defaults = asdict(TaskLoss("any"))
+    return {name: value for name, value in asdict(task).items() if name in TASK or value != defaults[name]}
 
 
 def tasks_of(where: str | Path, config: Mapping[str, Any]) -> list[TaskLoss]:

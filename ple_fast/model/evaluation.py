@@ -6,22 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..losses import TaskLoss
+from ..losses.task_loss import task_sum
 from .columns import Encoded
 from .eval_view import eval_view
+from .history import Evaluation, TaskScores
+from .labels import Labelled, sample_space
+from .metrics import Metric
 from .network import TaskNetwork
 from .tables import Array, Table
 
 
 def predictions(model: TaskNetwork, data: Table | Encoded, batch_size: int) -> dict[str, Array]:
     """``MultiTaskModel.predict``."""
+    for task in model.tasks:
+        task.check_measured()
     parts: dict[str, list[Array]] = {name: [] for name in model.task_names}
     for _, outputs in _evaluate(model, data, batch_size, gates=False):
         for task in model.tasks:
-            output = outputs[task.name].float()
-            if task.kind != "regression":
-                output = output.softmax(1) if task.kind == "multiclass" else output.sigmoid()
-            parts[task.name].append(output.cpu().numpy())
+            parts[task.name].append(prediction_of(task, outputs[task.name]).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def prediction_of(task: TaskLoss, output: Tensor) -> Tensor:
+    """A task's prediction from its raw output, float32: probabilities, or a value in the label's own scale."""
+    output = output.float()
+    if task.kind == "regression":
+        return output * task.std + task.mean if task.is_scaled else output
+    return output.softmax(1) if task.kind == "multiclass" else output.sigmoid()
 
 
 def gate_weights(model: TaskNetwork, data: Table | Encoded, batch_size: int) -> list[list[Tensor]]:
@@ -49,3 +61,46 @@ def _evaluate(
                 mixtures = view.trunk(features)
             found.append((weights, view._outputs(mixtures)))
     return found
+
+
+def evaluation(
+    model: TaskNetwork,
+    rows: Encoded,
+    labels: Labelled,
+    metrics: dict[str, tuple[Metric, ...]],
+    batch_size: int,
+    *,
+    all_predictions: bool = False,
+) -> tuple[Evaluation, dict[str, Array]]:
+    """Losses and metrics over whole data, each task over its whole sample space, in one pass.
+
+    Returns:
+        The numbers, and the predictions of the tasks that have metrics, or of all.
+    """
+    view, tasks = eval_view(model), model.tasks
+    sums = {task.name: [0.0, 0.0, 0.0] for task in tasks}
+    parts: dict[str, list[Array]] = {task.name: [] for task in tasks if all_predictions or metrics[task.name]}
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            outputs, own = view(rows.rows(part).to(view.device)), labels.rows(part).to(view.device)
+            for task in tasks:
+                name = task.name
+                found = task_sum(task, outputs[name], own.targets[name], weight=own.weights.get(name))
+                sums[name] = [total + float(value) for total, value in zip(sums[name], found, strict=True)]
+                if name in parts:
+                    parts[name].append(prediction_of(task, outputs[name]).cpu().numpy())
+    predicted = {name: np.concatenate(part) for name, part in parts.items()}
+    scores, weights = {}, model.joint_loss.weights()
+    for task in tasks:
+        total, count, weight = sums[task.name]
+        values = _values(task, labels, predicted[task.name], metrics[task.name]) if metrics[task.name] else {}
+        scores[task.name] = TaskScores(total / weight if count else None, int(count), values)
+    losses = [weights[name] * task.loss for name, task in scores.items() if task.loss is not None]
+    return Evaluation(sum(losses) if losses else None, scores), predicted
+
+
+def _values(task: TaskLoss, labels: Labelled, predicted: Array, metrics: tuple[Metric, ...]) -> dict[str, float | None]:
+    label, weight, inside = sample_space(task, labels)
+    of_space = predicted[inside]
+    return {metric.name: metric.value(task, label, of_space, weight) for metric in metrics}

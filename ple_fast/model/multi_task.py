@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..scalars import check_count, shown
+from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
-from .arguments import label_tensors, warn_of_unlabelled
+from .arguments import warn_of_unlabelled
+from .callbacks import Callbacks
+from .caller import warn_caller
 from .columns import Encoded, to_json
+from .configuration import task_to_json
 from .eval_view import is_training
-from .evaluation import gate_weights, predictions
+from .evaluation import evaluation, gate_weights, predictions
+from .history import Evaluation, History
+from .labels import SampleWeight, measured_tasks, warn_of_scale
+from .metrics import Metrics
 from .network import TaskNetwork
+from .progress import Progress, reporter
 from .rebuild import rebuilt, saved_form
-from .run import Run, run_for
-from .scoring import Score, Scorer
+from .run import MakeSchedule, Run, run_for
+from .scoring import Score, Scorer, checked_metrics, rows_of, with_validation
 from .tables import Array, Table
-from .training import EpochResult, Progress, progress_bar, train
+from .training import Trainer
+from .updates import Updates
 
 
 class MultiTaskModel(TaskNetwork):
@@ -63,83 +69,174 @@ class MultiTaskModel(TaskNetwork):
         batch_size: int = 1024,
         lr: float = 1e-3,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-        validation: tuple[Table | Encoded, Table] | None = None,
-        score: Score | None = None,
+        schedule: MakeSchedule | None = None,
+        schedule_every: Literal["epoch", "batch"] = "epoch",
+        clip_norm: float | None = None,
+        sample_weight: SampleWeight = None,
+        validation: tuple[Any, ...] | float | None = None,
+        metrics: Metrics = None,
+        score: Score | str | None = None,
         patience: int | None = None,
         seed: int = 0,
+        callbacks: Sequence[Any] = (),
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
         progress: bool | Progress | None = None,
-    ) -> list[EpochResult]:
+    ) -> History:
         """Trains on all rows of ``data``, in an order of its own generator.
 
         Every module stays in the mode it is in: of what ``eval()`` was called on before, dropout is off and batch norm
         keeps its statistics.
 
         A later call goes on where the last one ended, with the next order of the rows and the optimizer with its state:
-        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr`` or ``optimizer`` (another
-        function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or elsewhere,
-        or of another dtype) and ``load_state_dict`` begin anew. The optimizer alone is a new one after a call that
-        raised, or that put the weights of an earlier epoch back, because its state is not that of the weights. The
-        state stays in memory with the model, and is no part of its copies, pickles and files.
+        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, ``optimizer`` or ``schedule``
+        (another function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or
+        elsewhere, or of another dtype) and ``load_state_dict`` begin anew. The optimizer and its schedule alone are new
+        ones after a call that raised, or that put the weights of an earlier epoch back, because their state is not that
+        of the weights. The state stays in memory with the model, and is no part of its copies, pickles and files.
 
         Args:
             data: columns by name, or what :meth:`encode` made of them.
             labels: by task, ``(N,)``; NaN where a label is missing (multiclass: also -1).
             epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before.
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
-            validation: data and labels that are scored after each epoch, in eval mode. The weights of this call's best
-                epoch are restored at the end, also when training is interrupted.
-            score: of the predictions (see :meth:`predict`) and the validation labels, higher is better; default: minus
-                the joint loss.
-            patience: stop after so many epochs without a better score.
-            seed: of the order of the rows.
-            progress: True for a progress bar (needs rich), or a function that is called with a ``Step`` after each
-                batch.
+            schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
+                ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
+                with the optimizer in a later call. ``ReduceLROnPlateau`` is shown minus the score, or without
+                validation data the loss of training: what is lower where it is better.
+            schedule_every: whether the scheduler's ``step`` is called after each ``"epoch"`` or each ``"batch"``, of
+                which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
+            clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.
+            sample_weight: of each row, 0 or more: one column ``(N,)`` for all tasks, or a table of columns by task,
+                where a task that is absent weighs its rows alike. A task's loss is the weighted mean over its sample
+                space, so a weight of 0 takes a row out of it.
+            validation: ``(data, labels)`` or ``(data, labels, sample_weight)`` that are scored after each epoch, in
+                eval mode; or a share of the rows, such as 0.1, which ``seed`` draws and which are then not trained on.
+                The weights of this call's best epoch are restored at the end, also when training is interrupted.
+            metrics: of the validation data, each over the task's own sample space, weighted as its loss is. Names:
+                ``"auc"``, ``"average_precision"`` (binary; need scikit-learn), ``"logloss"``, ``"accuracy"`` (binary,
+                multiclass), ``"rmse"``, ``"mae"`` (regression); functions that are called as scikit-learn's are,
+                ``f(labels, predictions)``, with ``sample_weight=`` where there are weights and they take it; metrics of
+                torchmetrics. One; several, of which a name goes to the tasks that it is for and a function to all; or
+                several by task, ``{"click": {"auc"}, "watch": [function]}``. One that is undefined (an AUC of one
+                class, a function that gives NaN) is None.
+            score: the number that is watched: which epoch is the best, and when ``patience`` ends. A function of the
+                predictions (see :meth:`predict`) and the validation labels, higher is better; or a name: ``"loss"``
+                (the default: the joint loss), ``"auc"`` (the mean over the tasks that it is for), ``"click/auc"``,
+                ``"click/loss"``. An epoch where it is undefined has no score.
+            patience: stop after so many epochs without a better score; ``history.stopped`` says so.
+            seed: of the order of the rows, and of those that ``validation=0.1`` holds back.
+            callbacks: objects with some of the methods of :class:`Callback`, called before and after each epoch and
+                after each step.
+            checkpoint: a file that is written after each epoch, before the callbacks, and replaced in one step: all
+                that the rest of the training depends on, so that a run which was killed goes on from it.
+            checkpoint_every: batches after which it is also written.
+            resume: go on from ``checkpoint`` where there is one: in mid-epoch, and on the machine that wrote it with
+                the same numbers as if nothing had happened. ``epochs`` counts those that ran before. One of other
+                settings (rows, ``batch_size``, ``optimizer``, ...) is refused. False begins anew, and replaces it.
+            progress: None shows each epoch on standard output: on a terminal a bar (with rich, where it is installed)
+                that becomes a line, elsewhere a line. True is the same, and an error where rich is missing. False is
+                silent, and so is a function, which is called with a :class:`Step` after each batch.
 
         Returns:
-            One result per epoch that ran. An exception that ends the training, such as Ctrl-C's KeyboardInterrupt, has
-            them as ``error.history``.
+            One result per epoch that ran, as a list that ``to_frame()`` makes a data frame of. An exception that ends
+            the training, such as Ctrl-C's KeyboardInterrupt, has it as ``error.history``.
 
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
-                labels (where no task has any, the default score is None, and nothing is stopped or restored by it).
+                labels (where no task has any, the default score is None, and nothing is stopped or restored by it); the
+                score of an epoch is undefined; labels of a regression are far from 1 and not standardised.
 
         Raises:
             TypeError: an argument of another type.
-            ValueError: no rows, labels that are missing, of another length or out of range, options that need
-                ``validation`` without it, or a module that cannot be scored in train mode.
-            FloatingPointError: the loss or the score is not finite.
+            ValueError: no rows, labels or weights that are missing, of another length or out of range, options that
+                need ``validation`` or ``checkpoint`` without it, an unknown metric, a module that cannot be scored in
+                train mode, or a checkpoint that is damaged, of other settings, of another model or of more epochs.
+            ImportError: a package that ``metrics`` or ``progress=True`` needs.
+            FloatingPointError: the loss is not finite, or the score is infinite.
         """
         epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
         patience = None if patience is None else check_count("patience", patience)
-        if validation is None and (score is not None or patience is not None):
-            raise ValueError("score, patience: expected validation=(data, labels) with them, got none")
-        for name, function in (("score", score), ("progress", progress)):
-            if not (function is None or callable(function) or (name == "progress" and isinstance(function, bool))):
-                raise TypeError(f"{name}: expected a function, got {shown(function)}")
+        if validation is None and not (score is None and patience is None and metrics is None):
+            raise ValueError("score, patience, metrics: expected validation=0.1 or (data, labels) with them, got none")
+        if not (score is None or isinstance(score, str) or callable(score)):
+            raise TypeError(f"score: expected a function or a name, got {shown(score)}")
+        if schedule is None and schedule_every != "epoch":
+            raise ValueError("schedule_every: expected schedule= with it, got none")
+        checkpoint_every = None if checkpoint_every is None else check_count("checkpoint_every", checkpoint_every)
+        resume = check_flag("resume", resume)
+        if checkpoint is None and (checkpoint_every is not None or resume):
+            raise ValueError("checkpoint_every, resume: expected checkpoint='checkpoint.pt' with them, got none")
+        called, shown_by = Callbacks(callbacks), reporter(progress)
+        seed = check_seed(seed)
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
         with torch.inference_mode(False), torch.enable_grad():
-            rows = self.encode(data)
-            targets = label_tensors(labels, len(rows), self.joint_loss, "labels")
-            scorer = None if validation is None else Scorer(self, self.predict, validation, score, batch_size, patience)
-            run = run_for(self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters())
-            warn_of_unlabelled(self.joint_loss, targets, "labels", "they are not trained")
-            if scorer is not None:
+            rows, held = with_validation(self, rows_of(self, data, labels, sample_weight, "labels"), validation, seed)
+            scorer = None if held is None else Scorer(self, held, score, metrics, batch_size, patience)
+            run = run_for(
+                self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters(), schedule=schedule
+            )
+            updates = Updates(run, clip_norm, schedule_every)
+            tasks = measured_tasks(self.tasks, rows.labels.targets)
+            warn_of_unlabelled(self.joint_loss, rows.labels.targets, "labels", "they are not trained")
+            if held is not None:
                 effect = "the default score leaves them out"
-                warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
+                warn_of_unlabelled(self.joint_loss, held.labels.targets, "validation labels", effect)
+            warn_of_scale(tasks, rows.labels.targets)
             if not is_training(self):
-                warnings.warn(
+                warn_caller(
                     "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
-                    "batch norm stand still; call model.train() first if that is not wanted",
-                    stacklevel=2,
+                    "batch norm stand still; call model.train() first if that is not wanted"
                 )
-            self._run = run
-            with progress_bar(progress) as report:
-                return train(
-                    self, rows, targets, run, epochs=epochs, batch_size=batch_size, score=scorer, progress=report
+            self._run, self.tasks, self.joint_loss.tasks = run, tasks, tasks
+            with shown_by as shows:
+                trainer = Trainer(
+                    self,
+                    rows,
+                    updates,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    scorer=scorer,
+                    callbacks=called,
+                    reporter=shows,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
                 )
+                return trainer.train(resume=resume)
+
+    def evaluate(
+        self,
+        data: Table | Encoded,
+        labels: Table,
+        *,
+        metrics: Metrics = None,
+        sample_weight: SampleWeight = None,
+        batch_size: int = 8192,
+    ) -> Evaluation:
+        """Losses and metrics over data with labels: the numbers that ``fit`` gives of validation data.
+
+        In eval mode, as :meth:`predict` is.
+
+        Args:
+            data, labels, metrics, sample_weight: see :meth:`fit`.
+
+        Returns:
+            ``loss`` (the joint loss), and for each task ``loss``, ``count`` and ``metrics``: ``found["click"]["auc"]``.
+            A loss or metric of no label is None.
+
+        Raises:
+            TypeError, ValueError, ImportError: see :meth:`fit`; or labels that ``standardise=True`` has not measured.
+        """
+        batch_size = check_count("batch_size", batch_size)
+        rows = rows_of(self, data, labels, sample_weight, "labels")
+        wanted = checked_metrics(self, rows.labels, metrics)
+        return evaluation(self, rows.data, rows.labels, wanted, batch_size)[0]
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.
+
+        Values are in the scale of the labels, also where a regression is standardised.
 
         In eval mode and without autograd, and no module's mode is touched: any number of threads may share the model,
         also while it is trained. Where a module is in train mode, a view of the model is read that shares its tensors:
@@ -148,7 +245,7 @@ class MultiTaskModel(TaskNetwork):
 
         Raises:
             TypeError, ValueError: see :meth:`encode`; or a part in train mode that only ``model.eval()`` can bring into
-                eval mode.
+                eval mode; or a task whose ``standardise=True`` has measured no labels yet.
         """
         batch_size = check_count("batch_size", batch_size)
         return predictions(self, data, batch_size)
@@ -190,7 +287,7 @@ class MultiTaskModel(TaskNetwork):
         config = {
             "dtype": str(next(self.towers.parameters()).dtype).removeprefix("torch."),
             "columns": [to_json(column) for column in self.columns],
-            "tasks": [asdict(task) for task in self.tasks],
+            "tasks": [task_to_json(task) for task in self.tasks],
             **self._config,
         }
         storage.write(*saved_form(self, config), directory)

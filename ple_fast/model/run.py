@@ -1,4 +1,4 @@
-"""What one call of fit hands on to the next: the order of the rows, and the optimizer with its state."""
+"""What one call of fit hands on to the next: the order of the rows, the optimizer and the schedule of its rate."""
 
 from __future__ import annotations
 
@@ -13,25 +13,39 @@ from torch import Tensor, nn
 from ..scalars import check_number, check_seed, shown
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], Any]
+"""Gives a scheduler of ``torch.optim.lr_scheduler``, or what has its ``step``."""
 
 
 class Run:
-    """A training that may take several calls of ``fit``: the generator of its order, and its optimizer.
+    """A training that may take several calls of ``fit``: the generator of its order, its optimizer and schedule.
 
-    It is over, and the next call begins another one, when ``seed``, ``lr``, the optimizer or the trainable parameters
-    (which, on which device, of which dtype) are others.
+    It is over, and the next call begins another one, when ``seed``, ``lr``, the optimizer, the schedule or the
+    trainable parameters (which, on which device, of which dtype) are others.
     """
 
     def __init__(
-        self, seed: int, lr: float | Tensor, optimizer: MakeOptimizer, parameters: Sequence[nn.Parameter]
+        self,
+        seed: int,
+        lr: float | Tensor,
+        optimizer: MakeOptimizer,
+        parameters: Sequence[nn.Parameter],
+        schedule: MakeSchedule | None,
     ) -> None:
         self.seed, self.lr, self.make, self.parameters = seed, lr, optimizer, list(parameters)
+        self.schedule = schedule
         self.places = _places(parameters)
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self._kept: torch.optim.Optimizer | None = None
+        self._kept_scheduler: Any = None
 
     def goes_on_with(
-        self, seed: int, lr: float | Tensor, optimizer: MakeOptimizer, parameters: Sequence[nn.Parameter]
+        self,
+        seed: int,
+        lr: float | Tensor,
+        optimizer: MakeOptimizer,
+        parameters: Sequence[nn.Parameter],
+        schedule: MakeSchedule | None,
     ) -> bool:
         """Whether a call with these arguments continues this run."""
         same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
@@ -41,6 +55,7 @@ class Run:
             and self.seed == seed
             and (type(self.lr), float(self.lr)) == (type(lr), float(lr))
             and _are_equal(self.make, optimizer)
+            and _are_equal(self.schedule, schedule)
         )
 
     def take_optimizer(self) -> torch.optim.Optimizer:
@@ -57,9 +72,25 @@ class Run:
             raise TypeError(f"optimizer: expected the function to return an optimizer, got {shown(made)}")
         return made
 
-    def keep(self, optimizer: torch.optim.Optimizer) -> None:
+    def take_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """That of the last call if it is this optimizer's, or a new one; None without a schedule.
+
+        Raises:
+            TypeError: the function returned something else.
+        """
+        kept, self._kept_scheduler = self._kept_scheduler, None
+        if self.schedule is None:
+            return None
+        if kept is not None and getattr(kept, "optimizer", None) is optimizer:
+            return kept
+        made = self.schedule(optimizer)
+        if not callable(getattr(made, "step", None)):
+            raise TypeError(f"schedule: expected the function to return a scheduler, got {shown(made)}")
+        return made
+
+    def keep(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
         """For the next call: the weights are those that its last step left."""
-        self._kept = optimizer
+        self._kept, self._kept_scheduler = optimizer, scheduler
 
 
 def run_for(
@@ -69,6 +100,7 @@ def run_for(
     lr: Any,
     optimizer: Any,
     parameters: Iterable[nn.Parameter],
+    schedule: Any = None,
 ) -> Run:
     """The run that a call of ``fit`` with these arguments belongs to.
 
@@ -81,6 +113,11 @@ def run_for(
             "optimizer: expected a class or function that is called as optimizer(parameters, lr=lr), such as "
             f"torch.optim.Adam, got {shown(optimizer)}"
         )
+    if not (schedule is None or callable(schedule)):
+        raise TypeError(
+            "schedule: expected a function of the optimizer that returns a scheduler, such as functools.partial("
+            f"torch.optim.lr_scheduler.StepLR, step_size=2), got {shown(schedule)}"
+        )
     seed = check_seed(seed)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise TypeError(f"lr: expected a number, got {shown(lr)}")
@@ -88,9 +125,9 @@ def run_for(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("fit: expected parameters that require a gradient, got a model whose parameters are frozen")
-    if last is not None and last.goes_on_with(seed, lr, optimizer, trained):
+    if last is not None and last.goes_on_with(seed, lr, optimizer, trained, schedule):
         return last
-    return Run(seed, lr, optimizer, trained)
+    return Run(seed, lr, optimizer, trained, schedule)
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:

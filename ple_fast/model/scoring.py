@@ -1,108 +1,230 @@
-"""The score of a model on validation data."""
+"""Validation: the rows that are held back, what is measured on them, and the number that training watches."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from ..losses import JointLoss
-from ..scalars import check_number
-from .arguments import Labels, kind_of, label_tensors
+from ..losses import TaskLoss
+from ..scalars import check_number, shown
+from .arguments import kind_of
+from .caller import warn_caller
 from .columns import Encoded
 from .eval_view import eval_view, is_training
+from .evaluation import evaluation
+from .history import Evaluation
+from .labels import Labelled, labelled, sample_space
+from .metrics import NAMED, Metric, metrics_by_task
 from .network import TaskNetwork
 from .tables import Array, Table
 
 Score = Callable[[dict[str, Array], Table], float]
 LEAST_ROWS = 8192
 """Of a batch: scoring keeps nothing for a backward."""
+HELD_BACK = 0x5D588B656C078965
+"""What is added to the seed for the rows that are held back: the order of the others is another draw."""
+
+
+class Rows(NamedTuple):
+    """Rows with their labels."""
+
+    data: Encoded
+    labels: Labelled
+    given: Table
+    """The labels as the user's ``score`` reads them."""
+
+
+def rows_of(model: TaskNetwork, data: Any, labels: Any, sample_weight: Any, what: str) -> Rows:
+    """Data of a user, encoded and checked. TypeError, ValueError: see ``MultiTaskModel.fit``."""
+    encoded = model.encode(data)
+    return Rows(encoded, labelled(labels, sample_weight, len(encoded), model.joint_loss, what), labels)
+
+
+def with_validation(model: TaskNetwork, rows: Rows, validation: Any, seed: int) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and those to validate on.
+
+    Args:
+        validation: data and labels, and weights maybe; or a share of ``rows``, which ``seed`` draws.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a share that is not between 0 and 1, or leaves one of the two without a row.
+    """
+    if validation is None:
+        return rows, None
+    is_pair = isinstance(validation, (tuple, list)) and not isinstance(validation, Encoded)
+    if is_pair and len(validation) in (2, 3):
+        weight = validation[2] if len(validation) == 3 else None
+        return rows, rows_of(model, validation[0], validation[1], weight, "validation labels")
+    try:
+        share = check_number("validation", validation)
+    except TypeError as error:
+        raise TypeError(
+            "validation: expected (data, labels), (data, labels, sample_weight), or a share of the rows such as 0.1, "
+            f"got {kind_of(validation)}"
+        ) from error
+    count = len(rows.data)
+    held = round(share * count) if 0 < share < 1 else 0
+    if not 0 < held < count:
+        raise ValueError(
+            f"validation: expected a share between 0 and 1 that leaves rows on both sides, got {share} of {count} rows"
+        )
+    generator = torch.Generator(device="cpu").manual_seed((seed + HELD_BACK) % 2**63)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    return _some(rows, order[held:]), _some(rows, order[:held])
+
+
+def _some(rows: Rows, index: Tensor) -> Rows:
+    labels = rows.labels.rows(index)
+    return Rows(rows.data.rows(index), labels, {name: label.numpy() for name, label in labels.targets.items()})
+
+
+class Watched(NamedTuple):
+    """The number by which the best epoch is chosen."""
+
+    words: str
+    """What it is."""
+    value: Callable[[Evaluation], float | None]
+    """Higher is better; None where it is undefined."""
 
 
 class Scorer:
-    """Called with the number of an epoch: the score after it, higher is better.
+    """Called with the number of an epoch: what the validation rows say after it, and the score, higher is better.
 
-    Without a function of the user's it is minus the joint loss, and None where no task has a label. ``patience``: after
-    how many epochs without a better one training ends.
+    The score is that of the user's function; or of a name, minus it where lower is better; by default minus the joint
+    loss. It is None where that is undefined. ``patience``: after how many epochs without a better one training ends.
 
     Raises:
-        TypeError: ``validation`` is not a pair of tables.
-        ValueError: labels that do not fit, or a part of the model that cannot be scored in train mode.
+        TypeError: a metric that is no name and no function.
+        ValueError: an unknown name, or a part of the model that cannot be scored in train mode.
+        ImportError: a metric's library is missing.
     """
 
     def __init__(
         self,
         model: TaskNetwork,
-        predict: Callable[..., dict[str, Array]],
-        validation: Any,
-        score: Score | None,
+        rows: Rows,
+        score: Score | str | None,
+        metrics: Any,
         batch_size: int,
         patience: int | None,
     ) -> None:
-        if isinstance(validation, Encoded) or not isinstance(validation, (tuple, list)) or len(validation) != 2:
-            raise TypeError(
-                "validation: expected (data, labels) of rows that are not trained on, got "
-                f"{kind_of(validation)}; split the rows yourself"
-            )
-        self.patience = patience
-        self.model, self.predict, self.score, self.batch_size = model, predict, score, max(batch_size, LEAST_ROWS)
-        self.rows, self.labels = model.encode(validation[0]), validation[1]
-        self.targets = label_tensors(self.labels, len(self.rows), model.joint_loss, "validation labels")
-        self.has_labels = len(model.joint_loss.unlabelled(self.targets)) < len(model.tasks)
+        self.model, self.rows, self.patience = model, rows, patience
+        self.batch_size = max(batch_size, LEAST_ROWS)
+        self.metrics = checked_metrics(model, rows.labels, metrics)
+        self.function = score if callable(score) else None
+        if self.function is not None:
+            self.watched = f"score {_name(self.function)} of the validation data (higher is better)"
+        else:
+            name = "loss" if score is None else str(score)
+            self.metrics, (self.watched, self.value) = _watched(name, model.tasks, self.metrics)
+            for task in model.tasks:  # of the metric that is only watched
+                _check(task, rows.labels, self.metrics[task.name])
+        self.has_labels = len(model.joint_loss.unlabelled(rows.labels.targets)) < len(model.tasks)
+        self.has_warned = not self.has_labels and score is None  # which fit warns of
         eval_view(model)  # says what is wrong before an epoch has run
 
-    def __call__(self, epoch: int) -> float | None:
-        """Raises FloatingPointError where the score is not finite, TypeError where it is no number."""
-        if self.score is not None:
-            return self._given(self.score, epoch)
-        return self._minus_loss(epoch) if self.has_labels else None
+    def __call__(self, epoch: int) -> tuple[Evaluation, float | None]:
+        """Raises FloatingPointError where the score is infinite, TypeError where it is no number."""
+        found, predictions = evaluation(
+            self.model,
+            self.rows.data,
+            self.rows.labels,
+            self.metrics,
+            self.batch_size,
+            all_predictions=self.function is not None,
+        )
+        if self.function is not None:
+            value = self._given(self.function, predictions, epoch)
+        else:
+            value = self.value(found)
+            if value is not None and not np.isfinite(value):
+                what = "loss" if value != value or value == -float(found.loss or 0.0) else f"score ({self.watched})"
+                raise FloatingPointError(
+                    f"epoch {epoch}: expected a finite validation {what}, got {-value}, while that of the training "
+                    "batches was finite; look at validation labels of a large scale, at rows that are far from those "
+                    "of training, and at what the last step made of weights and running statistics"
+                )
+        if value is None and not self.has_warned:
+            self.has_warned = True
+            warn_caller(
+                f"epoch {epoch}: {self.watched} is undefined (an AUC needs both classes among the validation labels, a "
+                "mean needs labels): an epoch without a score is neither the best one, nor does patience end training "
+                "before one has a score"
+            )
+        return found, value
 
-    def _given(self, score: Score, epoch: int) -> float:
-        name = getattr(score, "__name__", type(score).__name__)
-        predictions, was_training = self.predict(self.rows, batch_size=self.batch_size), is_training(self.model)
-        found = score(predictions, self.labels)
+    def _given(self, score: Score, predictions: dict[str, Array], epoch: int) -> float | None:
+        name, was_training = _name(score), is_training(self.model)
+        found = score(predictions, self.rows.given)
         if was_training and not is_training(self.model):
-            warnings.warn(
+            warn_caller(
                 f"score {name}: it called eval() on the model, whose training goes on without dropout and with batch "
                 "statistics that stand still; read the predictions it is given, or model.predict, which leave modes "
-                "as they are",
-                stacklevel=5,  # at whoever called fit
+                "as they are"
             )
         value = check_number(f"score {name}", found, "one number, higher is better")
-        if not np.isfinite(value):
-            raise FloatingPointError(
-                f"epoch {epoch}: expected a finite validation score, got {value} from {name}; a metric is not defined "
-                "everywhere: an AUC needs both classes among the validation labels, a mean needs labels"
-            )
-        return value
-
-    def _minus_loss(self, epoch: int) -> float:
-        view = eval_view(self.model)
-        loss = mean_loss(view, view.joint_loss, self.rows, self.targets, self.batch_size)
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"epoch {epoch}: expected a finite validation loss, got {loss}, while that of the training batches was "
-                "finite; look at validation labels of a large scale, at rows that are far from those of training, and "
-                "at what the last step made of weights and running statistics"
-            )
-        return -loss
+        if np.isinf(value):
+            raise FloatingPointError(f"epoch {epoch}: expected a finite validation score, got {value} from {name}")
+        return None if np.isnan(value) else value
 
 
-def mean_loss(model: nn.Module, joint_loss: JointLoss, rows: Encoded, labels: Labels, batch_size: int) -> float:
-    """The joint loss over whole data (each task averaged over its whole sample space), in the model's present mode."""
-    device = next(model.parameters()).device
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            target = {name: label[part].to(device) for name, label in labels.items()}
-            result = joint_loss(model(rows.rows(part).to(device)), target)
-            for name, count in result.counts.items():
-                sums[name] = sums.get(name, 0.0) + float(result.per_task[name]) * int(count)
-                counts[name] = counts.get(name, 0) + int(count)
-    return sum(weight * sums[name] / max(counts[name], 1) for name, weight in joint_loss.weights().items())
+def checked_metrics(model: TaskNetwork, labels: Labelled, metrics: Any) -> dict[str, tuple[Metric, ...]]:
+    """The metrics of each task, for which the labels are as they need them."""
+    found = metrics_by_task(metrics, model.tasks)
+    for task in model.tasks:
+        _check(task, labels, found[task.name])
+    return found
+
+
+def _check(task: TaskLoss, labels: Labelled, metrics: tuple[Metric, ...]) -> None:
+    if metrics:
+        label, _, _ = sample_space(task, labels)
+        for metric in metrics:
+            metric.check(task, label)
+
+
+def _name(score: Score) -> str:
+    return str(getattr(score, "__name__", type(score).__name__))
+
+
+def _watched(
+    name: str, tasks: tuple[TaskLoss, ...], metrics: Mapping[str, tuple[Metric, ...]]
+) -> tuple[dict[str, tuple[Metric, ...]], Watched]:
+    """What a name stands for, and the metrics with it.
+
+    Raises:
+        ValueError: it stands for nothing.
+    """
+    by_task = dict(metrics)
+    if name == "loss":
+        return by_task, Watched(
+            "joint loss of the validation data (lower is better)", lambda e: None if e.loss is None else -e.loss
+        )
+    own, _, metric = name.rpartition("/")
+    kinds = tuple(task.kind for task in tasks) if metric == "loss" else NAMED[metric].kinds if metric in NAMED else ()
+    chosen = [task.name for task in tasks if task.kind in kinds and own in ("", task.name)]
+    if not chosen:
+        raise ValueError(
+            f"score: expected loss, one of {', '.join(NAMED)} (the mean over the tasks that it is for), "
+            f"{tasks[0].name + '/loss'!r} and so on for one task, or a function, got {shown(name)}"
+        )
+    for task in chosen if metric != "loss" else ():
+        if metric not in [known.name for known in by_task[task]]:
+            by_task[task] = (*by_task[task], Metric(metric, metric))
+    is_lower_better = metric == "loss" or NAMED[metric].lower_is_better
+    sign = -1.0 if is_lower_better else 1.0
+
+    def value(found: Evaluation) -> float | None:
+        numbers = [number for task in chosen if (number := found[task][metric]) is not None]
+        return sign * statistics.fmean(numbers) if numbers else None
+
+    mean = "mean " if len(chosen) > 1 else ""
+    direction = "lower" if is_lower_better else "higher"
+    which = ", ".join(map(repr, chosen))
+    return by_task, Watched(f"{mean}{metric} of {which} on the validation data ({direction} is better)", value)

@@ -200,13 +200,21 @@ def _measured(blank: Numeric, column: Any, missing: Missing | None) -> Numeric:
     absent = np.isnan(values)
     if missing == "error":
         blank.check_present(absent)
-    present = values[~absent]
-    with np.errstate(over="ignore", invalid="ignore"):  # Numeric refuses what is not finite
-        mean, variance = (float(present.mean()), float(present.var())) if len(present) else (0.0, 0.0)
-    # What rounding alone leaves of a constant (Chan, Golub and LeVeque, 1983), as in scikit-learn.
-    # A product, because a power of floats that overflows raises.
-    rounding = len(present) * float(np.finfo(np.float64).eps)
-    is_constant = math.isfinite(variance) and variance <= rounding * variance + (rounding * mean) * (rounding * mean)
+    mean, std = mean_and_std(values[~absent])
     if missing is None:
         missing = "indicator" if absent.any() else "error"
-    return replace(blank, mean=mean, std=1.0 if is_constant else math.sqrt(variance), missing=missing)
+    return replace(blank, mean=mean, std=std, missing=missing)
+
+
+def mean_and_std(values: Array) -> tuple[float, float]:
+    """Of float64 values; the deviation of what is constant up to rounding, and of nothing, is 1.
+
+    What overflows is infinite: whoever keeps the two refuses that.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, variance = (float(values.mean()), float(values.var())) if len(values) else (0.0, 0.0)
+    # What rounding alone leaves of a constant (Chan, Golub and LeVeque, 1983), as in scikit-learn.
+    # A product, because a power of floats that overflows raises.
+    rounding = len(values) * float(np.finfo(np.float64).eps)
+    is_constant = math.isfinite(variance) and variance <= rounding * variance + (rounding * mean) * (rounding * mean)
+    return mean, 1.0 if is_constant else math.sqrt(variance)

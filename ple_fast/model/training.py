@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import Labels
-from .columns import Encoded
+from ..losses import JointLossResult
+from .callbacks import Callbacks, StopTraining
+from .checkpoint import Checkpoint
+from .configuration import task_to_json, tasks_of
+from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
 from .network import TaskNetwork
-from .run import Run
-from .scoring import Scorer
+from .progress import Reporter, Step
+from .scoring import Rows, Scorer
+from .updates import Updates
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a progress callback is told after each batch."""
+class Best(NamedTuple):
+    """The epoch of the best score."""
 
+    score: float
     epoch: int
-    """1 is the first."""
-    epochs: int
-    batch: int
-    """1 is the first."""
-    batches: int
-    loss: Tensor
-    """Total loss of the batch, detached; reading its value waits for the device."""
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch of :meth:`MultiTaskModel.fit`."""
-
-    epoch: int
-    """1 is the first."""
-    loss: float
-    """Mean total loss over the epoch's batches, while the weights were changing."""
-    score: float | None
-    """On the validation data after the epoch, higher is better; None without validation data, or where they have no
-    label."""
-    seconds: float
-    """Of training, without validation."""
-
-
-Progress = Callable[[Step], None]
+    tensors: list[Tensor]
+    """Copies of parameters and buffers."""
 
 
 def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
@@ -69,99 +50,255 @@ def _restore(model: nn.Module, copies: list[Tensor]) -> None:
         tensor.copy_(copy)
 
 
-def train(
-    model: TaskNetwork,
-    rows: Encoded,
-    labels: Labels,
-    run: Run,
-    *,
-    epochs: int,
-    batch_size: int,
-    score: Scorer | None,
-    progress: Progress | None,
-) -> list[EpochResult]:
-    """Trains in place, every module in the mode it is in.
+class Sums:
+    """What an epoch adds up, on the device: nothing of it is read before the epoch is over."""
 
-    With ``score`` the weights of the best epoch are back at the end, also after an interruption. The optimizer of
-    ``run`` stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran as
-    its ``history``.
+    def __init__(self, model: TaskNetwork, has_weights: bool) -> None:
+        device, shape = next(model.parameters()).device, (len(model.tasks),)
+        self.names, self.has_weights = model.task_names, has_weights
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        """Of the joint losses, each times its batch's rows."""
+        self.losses = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.weights = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    Raises:
-        FloatingPointError: the loss of an epoch is not finite.
-    """
-    optimizer, joint_loss = run.take_optimizer(), model.joint_loss
-    device = next(model.parameters()).device
-    bounds = batch_bounds(len(rows), batch_size)
-    results: list[EpochResult] = []
-    best: tuple[float, int, list[Tensor]] | None = None
-    is_complete = False
-    try:
-        for epoch in range(1, epochs + 1):
-            begin = time.perf_counter()
-            order = torch.randperm(len(rows), generator=run.generator, device="cpu")
-            summed = torch.zeros((), dtype=torch.float64, device=device)
-            for batch, (start, stop) in enumerate(bounds, 1):
-                index = order[start:stop]
-                target = {name: label[index].to(device) for name, label in labels.items()}
-                loss = joint_loss(model(rows.rows(index).to(device)), target).total
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
-                detached = loss.detach()
-                summed += detached * (stop - start)
-                if progress is not None:
-                    progress(Step(epoch, epochs, batch, len(bounds), detached))
-            joint_loss.step_epoch()
-            mean, seconds = float(summed) / len(rows), time.perf_counter() - begin
-            if not np.isfinite(mean):
-                raise FloatingPointError(
-                    f"epoch {epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, may "
-                    "mend it"
-                )
-            value = None if score is None else score(epoch)
-            results.append(EpochResult(epoch, mean, value, seconds))
-            if value is not None and (best is None or value > best[0]):
-                best = value, epoch, _copied(model)
-            if score is not None and score.patience is not None and best and epoch - best[1] >= score.patience:
-                break
-        is_complete = True
-    except BaseException as error:
-        vars(error)["history"] = results
-        raise
-    finally:
-        is_put_back = best is not None and not (is_complete and best[1] == len(results))
-        if best is not None and is_put_back:
-            _restore(model, best[2])
-    if not is_put_back:
-        run.keep(optimizer)
-    return results
+    @torch.no_grad()
+    def add(self, result: JointLossResult, rows: int) -> Tensor:
+        """A batch; its joint loss, detached."""
+        loss = result.total.detach()
+        self.total += loss * rows
+        weights = torch.stack(tuple(result.sample_weights.values()))
+        self.losses += torch.stack(tuple(result.per_task.values())) * weights
+        self.weights += weights
+        self.counts += torch.stack(tuple(result.counts.values())) if self.has_weights else weights
+        return loss
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"total": self.total, "losses": self.losses, "weights": self.weights, "counts": self.counts}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """What :meth:`state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def tasks(self) -> dict[str, TaskScores]:
+        """The mean loss of each task, and its labels."""
+        rows = zip(self.names, self.losses.tolist(), self.weights.tolist(), self.counts.tolist(), strict=True)
+        return {name: TaskScores(loss / weight if count else None, count) for name, loss, weight, count in rows}
 
 
-def progress_bar(progress: bool | Progress | None) -> AbstractContextManager[Progress | None]:
-    """The callback itself, or a rich progress bar for ``True``.
+class Trainer:
+    """One call of ``fit``: trains in place, every module in the mode it is in."""
 
-    Raises:
-        ImportError: rich is missing.
-    """
-    if progress is True:
-        return _rich_bar()
-    return nullcontext(None if progress is False else progress)
+    def __init__(
+        self,
+        model: TaskNetwork,
+        rows: Rows,
+        updates: Updates,
+        *,
+        epochs: int,
+        batch_size: int,
+        scorer: Scorer | None,
+        callbacks: Callbacks,
+        reporter: Reporter,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        self.model, self.rows, self.updates, self.epochs = model, rows, updates, epochs
+        self.bounds = batch_bounds(len(rows.data), batch_size)
+        self.scorer, self.callbacks, self.reporter = scorer, callbacks, reporter
+        self.is_watched = bool(reporter.wants_steps or callbacks.after_step)
+        self.device = next(model.parameters()).device
+        self.history = History()
+        self.history.watched = None if scorer is None else scorer.watched
+        self.best: Best | None = None
+        settings = {**self._settings(), "batch_size": batch_size}
+        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, settings)
+        self.checkpoint_every = checkpoint_every
+        self.epoch = 1  # that begins, or runs
+        self.is_in_epoch = False
+        self.batch = 0  # the last one of the epoch that is done
+        self.seconds = 0.0  # of the epoch, until the last checkpoint
+        self.sums = Sums(model, bool(rows.labels.weights))
+        self.order = updates.run.generator.get_state()  # before it draws the epoch's
 
+    def train(self, *, resume: bool = False) -> History:
+        """To the end of the last epoch, from the beginning or from the checkpoint, if there is one.
 
-@contextmanager
-def _rich_bar() -> Iterator[Progress]:
-    try:
-        from rich.progress import Progress as Bar
-    except ImportError as error:
-        raise ImportError("progress=True draws with rich: pip install rich, or pass a function") from error
-    with Bar() as bar:
-        line = bar.add_task("epoch 1")
+        With a scorer the weights of the best epoch are back at the end, also after an interruption. The optimizer of
+        the run stays there where it is that of the weights. Whatever is raised has the results of the epochs that ran
+        as its ``history``.
 
-        def show(step: Step) -> None:
-            done = (step.epoch - 1) * step.batches + step.batch
-            bar.update(
-                line, total=step.epochs * step.batches, completed=done, description=f"epoch {step.epoch}/{step.epochs}"
+        Raises:
+            FloatingPointError: the loss of an epoch is not finite.
+            ValueError: a checkpoint that is damaged, of other settings, of another model or of more epochs.
+        """
+        state = self.checkpoint.read() if resume and self.checkpoint is not None else None
+        if state is not None:
+            self._check(state)
+        self.updates.begin()
+        if state is not None:
+            self._resume(state)
+        is_complete = False
+        try:
+            while self.epoch <= self.epochs and not self._is_stopped():
+                self._run_epoch()
+            is_complete = True
+        except StopTraining as stop:
+            is_complete = not self.is_in_epoch
+            place = f"in epoch {self.epoch}" if self.is_in_epoch else f"after epoch {len(self.history)}"
+            self.history.stopped = str(stop) or f"stopped by a callback {place} of {self.epochs}"
+        except BaseException as error:
+            vars(error)["history"] = self.history
+            raise
+        finally:
+            best = self.best
+            is_put_back = best is not None and not (is_complete and best.epoch == len(self.history))
+            if best is not None and is_put_back:
+                _restore(self.model, best.tensors)
+        if not is_put_back:
+            self.updates.keep()
+        if self.history.stopped is not None:
+            self.reporter.say(self.history.stopped)
+        return self.history
+
+    def _is_stopped(self) -> bool:
+        """Whether patience is at its end; says so in the history."""
+        if self.scorer is None or self.scorer.patience is None or self.best is None:
+            return False
+        ran, best = len(self.history), self.best
+        if ran - best.epoch < self.scorer.patience:
+            return False
+        self.history.stopped = (
+            f"stopped after epoch {ran} of {self.epochs}: {self.scorer.watched} was best in epoch {best.epoch}, whose "
+            f"weights are back; patience={self.scorer.patience}"
+        )
+        return True
+
+    def _run_epoch(self) -> None:
+        for call in self.callbacks.before_epoch:
+            call(self.model, self.epoch)
+        self.is_in_epoch = True
+        begin = time.perf_counter() - self.seconds
+        self.order = self.updates.run.generator.get_state()
+        order = torch.randperm(len(self.rows.data), generator=self.updates.run.generator, device="cpu")
+        sums, every = self.sums, self.checkpoint_every
+        for start, stop in self.bounds[self.batch :]:
+            loss = self._step(order[start:stop], sums)
+            self.batch += 1
+            if self.is_watched:
+                self._tell(self.batch, loss, stop)
+            steps = (self.epoch - 1) * len(self.bounds) + self.batch
+            if every is not None and steps % every == 0 and self.batch < len(self.bounds):
+                self.seconds = time.perf_counter() - begin
+                self._save()
+        self.model.joint_loss.step_epoch()
+        mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
+        if not np.isfinite(mean):
+            raise FloatingPointError(
+                f"epoch {self.epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, "
+                "may mend it"
+            )
+        found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
+        rate, tasks = self.updates.last_rate(), sums.tasks()
+        result = EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found)
+        self.history.append(result)
+        is_best = score is not None and (self.best is None or score > self.best.score)
+        if score is not None and is_best:
+            self.best = Best(score, self.epoch, _copied(self.model))
+        self.updates.end_epoch(mean if self.scorer is None else None if score is None else -score)
+        self.is_in_epoch = False
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums = Sums(self.model, sums.has_weights)
+        self.order = self.updates.run.generator.get_state()
+        self._save()
+        self.reporter.epoch(result, self.epochs, is_best)
+        for call in self.callbacks.after_epoch:
+            call(self.model, result)
+
+    def _step(self, index: Tensor, sums: Sums) -> Tensor:
+        """One batch; its joint loss, detached."""
+        labels = self.rows.labels.rows(index).to(self.device)
+        outputs = self.model(self.rows.data.rows(index).to(self.device))
+        result = self.model.joint_loss(outputs, labels.targets, sample_weight=labels.weights)
+        self.updates.step(result.total)
+        torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
+        return sums.add(result, len(index))
+
+    def _tell(self, batch: int, loss: Tensor, rows: int) -> None:
+        rate, norm = self.updates.last_rate(), self.updates.gradient_norm
+        step = Step(self.epoch, self.epochs, batch, len(self.bounds), loss, rows, rate, norm)
+        for call in self.callbacks.after_step:
+            call(self.model, step)
+        if self.reporter.wants_steps:
+            self.reporter.step(step)
+
+    def _save(self) -> None:
+        """Writes the checkpoint, if there is to be one: all that the rest of the training depends on."""
+        if self.checkpoint is None:
+            return
+        generators = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        self.checkpoint.write(
+            {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "seconds": self.seconds,
+                "sums": self.sums.state(),
+                "history": [result_to_plain(result) for result in self.history],
+                "best": None if self.best is None else self.best._asdict(),
+                "tasks": [task_to_json(task) for task in self.model.tasks],
+                "model": dict(self.model.state_dict()),
+                "optimizer": self.updates.optimizer.state_dict(),
+                "schedule": None if self.updates.scheduler is None else self.updates.scheduler.state_dict(),
+                "order": self.order,
+                "generators": generators,
+            }
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the loss curve depends on, beside the number of epochs."""
+        return {
+            "rows": len(self.rows.data),
+            "validation": 0 if self.scorer is None else len(self.scorer.rows.data),
+            "watched": self.history.watched,
+            "sample_weight": list(self.rows.labels.weights),
+            "tasks": self.model.task_names,
+            **self.updates.settings(),
+        }
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        assert self.checkpoint is not None
+        self.checkpoint.check(state)
+        where, begun = self.checkpoint.file, state["epoch"] - (0 if state["batch"] else 1)
+        if begun > self.epochs:
+            raise ValueError(f"{where}: expected epochs={begun} or more, which it has begun, got {self.epochs}")
+        shapes, saved = ({n: tuple(t.shape) for n, t in s.items()} for s in (self.model.state_dict(), state["model"]))
+        if other := [name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)]:
+            name = other[0]
+            raise ValueError(
+                f"{where}: expected the weights of this model, got {name} {saved.get(name, 'missing')}, which is "
+                f"{shapes.get(name, 'missing')} in the model; build the model as it was, or name another file"
             )
 
-        yield show
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        assert self.checkpoint is not None
+        where = self.checkpoint.file
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():  # load_state_dict would end the run
+                tensor.copy_(state["model"][name])
+        self.model.tasks = self.model.joint_loss.tasks = tuple(tasks_of(where, state))
+        self.updates.load(state["optimizer"], state["schedule"])
+        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.sums.load(state["sums"])
+        self.history.extend(map(result_from_plain, state["history"]))
+        if state["best"] is not None:
+            self.best = Best(**state["best"])
+        self.updates.run.generator.set_state(state["order"])
+        torch.set_rng_state(state["generators"][0])
+        if self.device.type == "cuda" and len(state["generators"]) > 1:
+            torch.cuda.set_rng_state(state["generators"][1], self.device)
+        place = f"batch {self.batch} of epoch {self.epoch}" if self.batch else f"epoch {self.epoch - 1}"
+        self.reporter.say(f"resumed after {place} of {self.epochs} from {where}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from itertools import islice
 from typing import Any
 
@@ -49,12 +47,3 @@ def _known(owner: Categorical | Hashed) -> str:
 
 def _few(values: Any) -> str:
     return ", ".join(shown(value) for value in islice(values, EXAMPLES))
-
-
-def warn_user(message: str) -> None:
-    """A UserWarning at the first caller outside of the library."""
-    level, frame = 1, sys._getframe()
-    ours = (__name__.partition(".")[0], "torch")  # which calls forward
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)

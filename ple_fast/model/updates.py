@@ -1,0 +1,86 @@
+"""How gradients become a step: clipped or not, at a rate that a schedule may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scalars import check_number, shown
+from .checkpoint import described
+from .run import Run
+
+
+class Updates:
+    """The optimizer of a run, what clips its gradients and what changes its rate.
+
+    Raises:
+        TypeError: a norm that is no number.
+        ValueError: a norm that is not above 0, or a ``schedule_every`` that is neither of the two.
+    """
+
+    def __init__(self, run: Run, clip_norm: Any = None, schedule_every: Any = "epoch") -> None:
+        if schedule_every not in ("epoch", "batch"):
+            raise ValueError(f"schedule_every: expected 'epoch' or 'batch', got {shown(schedule_every)}")
+        self.run, self.is_by_batch = run, schedule_every == "batch"
+        self.clip_norm = None if clip_norm is None else check_number("clip_norm", clip_norm)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a norm above 0, got {self.clip_norm}")
+        self.gradient_norm: Tensor | None = None
+        """Of the last step, before it was clipped."""
+        self._rate: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What another training would have to share, for its checkpoint to be one of this."""
+        return {
+            "seed": self.run.seed,
+            "lr": float(self.run.lr),
+            "optimizer": described(self.run.make),
+            "schedule": described(self.run.schedule),
+            "schedule_every": "batch" if self.is_by_batch else "epoch",
+            "clip_norm": self.clip_norm,
+        }
+
+    def begin(self) -> None:
+        """With the optimizer and the scheduler of the last call, or with new ones."""
+        self.optimizer = self.run.take_optimizer()
+        self.scheduler = self.run.take_scheduler(self.optimizer)
+
+    def keep(self) -> None:
+        """For the next call of ``fit``."""
+        self.run.keep(self.optimizer, self.scheduler)
+
+    def load(self, optimizer: dict[str, Any], schedule: dict[str, Any] | None) -> None:
+        """The states of a checkpoint."""
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None and schedule is not None:
+            self.scheduler.load_state_dict(schedule)
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of ``loss``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.clip_norm is not None:
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.run.parameters, self.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None and self.is_by_batch:
+            self._rate = self._present_rate()
+            self.scheduler.step()
+
+    def end_epoch(self, watched: float | None) -> None:
+        """``watched`` is what ``ReduceLROnPlateau`` is shown, lower is better; it is not called for None."""
+        if self.scheduler is None or self.is_by_batch:
+            return
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+        elif watched is not None:
+            self.scheduler.step(watched)
+
+    def last_rate(self) -> float | None:
+        """Of the last step, until ``end_epoch``; the first group's. None of an optimizer without groups."""
+        return self._rate if self.scheduler is not None and self.is_by_batch else self._present_rate()
+
+    def _present_rate(self) -> float | None:
+        groups = getattr(self.optimizer, "param_groups", None)
+        return float(groups[0]["lr"]) if groups and "lr" in groups[0] else None
