@@ -170,8 +170,8 @@ def test_options_of_columns_from_may_be_numpys() -> None:
         (lambda: Categorical("c", size=2**31), ValueError, "'c'.*at most 2147483647 values, got 2147483648"),
         (lambda: Numeric("n", mean="0"), TypeError, "'n': mean: expected a number, got '0'"),  # type: ignore[arg-type]
         (lambda: Numeric("n", std=True), TypeError, "'n': std: expected a number, got True"),
-        (lambda: encode({"a": [1]}, []), TypeError, "at least one Categorical or Numeric, got none"),
-        (lambda: encode({"a": [1]}, ["a"]), TypeError, "Categorical or Numeric, got 'a'; columns_from"),  # type: ignore[list-item]
+        (lambda: encode({"a": [1]}, []), TypeError, "at least one Categorical, Hashed or Numeric, got none"),
+        (lambda: encode({"a": [1]}, ["a"]), TypeError, "Categorical, Hashed or Numeric, got 'a'; columns_from"),  # type: ignore[list-item]
     ],
 )
 def test_declarations_are_refused_in_sentences(make: Callable[[], Any], error: type[Exception], says: str) -> None:

@@ -41,9 +41,9 @@ def _fit(**kwargs: Any) -> Make:
         (
             lambda: model(columns=COLUMNS[0]),
             TypeError,
-            "columns: expected a sequence of Categorical and Numeric, got C",
+            "columns: expected a sequence of Categorical, Hashed and Numeric, got C",
         ),
-        (lambda: model(columns=["age"]), TypeError, "columns: expected Categorical or Numeric.*got 'age'"),
+        (lambda: model(columns=["age"]), TypeError, "columns: expected Categorical, Hashed or Numeric.*got 'age'"),
         (lambda: model(tasks=TASKS[0]), TypeError, "tasks: expected a sequence of TaskLoss"),
         (lambda: model(tower_units=64), TypeError, r"tower_units: expected the widths.*\(64,\), got 64"),
         (lambda: model(tower_units=(8, 0)), ValueError, r"tower_units\[1\]: expected 1 or more, got 0"),

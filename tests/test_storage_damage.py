@@ -141,7 +141,7 @@ def test_a_key_that_is_missing_or_of_another_type_is_refused_with_file_and_key(t
         ({"version": True}, "expected version 1, got True"),
         ({"format": "other"}, "expected format 'ple_fast.MultiTaskModel', got 'other'"),
         ({"weights_sha256": "0"}, "different saves, or damaged"),
-        ({"columns": [{"kind": "Image", "name": "x"}]}, "expected a kind of Categorical, Numeric, got 'Image'"),
+        ({"columns": [{"kind": "Image", "name": "x"}]}, "expected a kind of Categorical, Hashed, Numeric, got 'Image'"),
         ({"trunk": {"kind": "transformer", "options": {}}}, "expected one of ple, cgc"),
         ({"dtype": "complex64"}, r"config.json: dtype: expected one of float16, .*, got 'complex64'"),
         ({"tower_units": [10**13]}, r"config.json: .*"),

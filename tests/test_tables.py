@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ple_fast.losses import TaskLoss
-from ple_fast.model import Categorical, MultiTaskModel, Numeric, columns_from, encode
+from ple_fast.model import Categorical, Hashed, MultiTaskModel, Numeric, columns_from, encode
 from ple_fast.model.tables import column_of, label_values
 
 NAN = math.nan
@@ -110,6 +110,8 @@ def test_ints_with_missing_ones_mean_the_same_in_every_library(column: Any) -> N
     assert {type(value) for value in fitted.values} == {int}
     assert fitted.encode(column).tolist() == [2, 1, 0, 2]
     assert Categorical("x", size=4).encode(column).tolist() == [4, 2, 0, 4]
+    three, one = Hashed("x", 1000).encode([3, 1]).tolist()
+    assert Hashed("x", 1000).encode(column).tolist() == [three, one, 0, three]
     assert Numeric("x", missing="indicator").encode(column).tolist() == [[3, 0], [1, 0], [0, 1], [3, 0]]
     assert np.array_equal(label_values("y", column), [3, 1, NAN, 3], equal_nan=True)
 
@@ -122,6 +124,8 @@ def test_text_with_missing_values_means_the_same_in_every_library(column: Any) -
     assert {type(value) for value in fitted.values} == {str}
     assert fitted.encode(column).tolist() == [2, 0, 1, 3]
     assert Categorical("x", values=("a", "b")).encode(column).tolist() == [2, 0, 1, 0]
+    hashed = Hashed("x", 1000)
+    assert hashed.encode(column).tolist() == hashed.encode(["b", None, "a", "z"]).tolist()
 
 
 @pytest.mark.parametrize("column", BOOLS.values(), ids=BOOLS)
@@ -129,6 +133,29 @@ def test_labels_that_may_be_missing_mean_the_same_in_every_library(column: Any) 
     labels = label_values("labels['y']", column)
     assert labels.dtype == np.float32
     assert np.array_equal(labels, [1, NAN, 0], equal_nan=True)
+
+
+IDS = ("list", "objects with pandas.NA", "floats", "masked", "series", "Int64", "pandas of arrow", "arrow", "polars")
+
+
+def test_integer_ids_with_missing_ones_train_and_predict_the_same_model() -> None:
+    """Whichever way a missing id came about, a float beside NaN or a null beside ints."""
+    results = []
+    for name in IDS:
+        data = {"a": INTS[name], "b": INTS[name], "c": INTS[name]}
+        columns = columns_from(data, categorical=["a", "b"], buckets={"b": 9}, width=2)
+        torch.manual_seed(0)
+        net = MultiTaskModel(
+            [*columns, Categorical("c", size=4, width=2)],
+            [TaskLoss("y")],
+            trunk="hard_sharing",
+            trunk_options={"expert_units": 4},
+            tower_units=(),
+        )
+        loss = net.fit(data, {"y": [0, 1, 1, 0]})[0].loss
+        results.append((loss, net.predict(data)["y"].tolist()))
+    assert len(results) == len(IDS)
+    assert all(result == results[0] for result in results)
 
 
 def test_bools_are_ints() -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.losses import TaskLoss
-from ple_fast.model import MultiTaskModel
+from ple_fast.model import Categorical, MultiTaskModel, Numeric
 from ple_fast.model.columns import encode
 from ple_fast.model.task_columns import _paths, hidden_features
 from tests.model_helpers import COLUMNS, SMALL, TASKS, model, table
@@ -60,7 +60,7 @@ def column_grads(fitted: MultiTaskModel, task: str) -> dict[str, bool]:
     for pick, first, part in zip(embedding._picks, embedding._first, embedding.tables, strict=True):
         grad = part.weight.grad
         assert isinstance(grad, Tensor)
-        categorical = [column for column in COLUMNS if type(column).__name__ == "Categorical"]
+        categorical = [column for column in COLUMNS if isinstance(column, Categorical)]
         for place, start in zip(pick, first, strict=True):
             column = categorical[place]
             found[column.name] = bool((grad[start : start + column.rows] != 0).any())
@@ -80,6 +80,45 @@ def test_what_is_hidden_has_no_gradient_and_changes_no_bit(case: str) -> None:
         for name in NAMES:
             same = np.array_equal(fitted.predict(changed(data, name))[task], before[task])
             assert same == (name not in may), (task, name)
+
+
+def test_pooled_and_shared_columns_are_hidden_by_their_own_names() -> None:
+    """Features lie by width and kind, not in the order of the columns."""
+    columns = (
+        Numeric("age"),
+        Categorical("history", share="item", pooling="mean", max_length=3),
+        Categorical("tags", values=("a", "b"), width=2, pooling="max", max_length=2),
+        Categorical("item", values=(1, 2, 3, 4), width=3),
+        Numeric("price", width=2),
+        Categorical("country", values=("de", "fr"), width=2),
+    )
+    data = {
+        "age": [1.0, 2.0],
+        "history": [[1, 2], [3]],
+        "tags": [["a"], ["b", "a"]],
+        "item": [1, 2],
+        "price": [5.0, 1.0],
+        "country": ["de", "fr"],
+    }
+    other = {
+        "age": [3.0, 5.0],
+        "history": [[4], [1, 2]],
+        "tags": [["b"], ["b"]],
+        "item": [3, 4],
+        "price": [2.0, 7.0],
+        "country": ["fr", "de"],
+    }
+    names = [column.name for column in columns]
+    for hidden in names:
+        rest = [name for name in names if name != hidden]
+        torch.manual_seed(0)
+        options = {**SMALL["cgc"], "activation": "tanh"}  # no unit is dead
+        fitted = MultiTaskModel(columns, TASKS, trunk="cgc", trunk_options=options, task_columns={"click": rest})
+        before = fitted.predict(data)
+        for name in names:
+            after = fitted.predict({**data, name: other[name]})
+            assert np.array_equal(after["click"], before["click"]) == (name == hidden), (name, hidden)
+            assert not np.array_equal(after["watch"], before["watch"])
 
 
 @pytest.mark.parametrize("trunk", SMALL)
@@ -131,7 +170,8 @@ def test_columns_for_all_tasks_alike_are_no_use_of_slots(trunk: str) -> None:
 
 
 def _random_levels(dice: random.Random, tasks: int) -> list[ExtractionNetwork]:
-    slots, width, levels = dice.choice([1, tasks, tasks + 1]), 3, []
+    slots, width = dice.choice([1, tasks, tasks + 1]), 3
+    levels: list[ExtractionNetwork] = []
     count = dice.randint(1, 3)
     for number in range(count):
         experts = [slot for slot in range(slots) for _ in range(dice.randint(0, 2))] or [0]
@@ -172,7 +212,7 @@ def test_paths_are_what_gradients_say(seed: int) -> None:
     y = trunk(inputs)
     found = set()
     for task in range(tasks):
-        grads = torch.autograd.grad(y[:, task].square().sum(), inputs, retain_graph=True, allow_unused=True)
+        grads: Any = torch.autograd.grad(y[:, task].square().sum(), inputs, retain_graph=True, allow_unused=True)
         found |= {(slot, task) for slot, grad in enumerate(grads) if grad is not None and bool(grad.any())}
     assert set(_paths(trunk, ["a", "b"])) == found
 
@@ -188,7 +228,8 @@ def test_a_trunk_of_your_own_has_to_be_of_levels() -> None:
             self.layer = nn.Linear(width, 3 * 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).view(-1, 3, 4)
+            y: Tensor = self.layer(x)
+            return y.view(-1, 3, 4)
 
     with pytest.raises(TypeError, match=r"task_columns: expected a trunk whose wiring is known.*got Own"):
         build(Own())
@@ -231,7 +272,7 @@ class Count(TorchDispatchMode):
     """The operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

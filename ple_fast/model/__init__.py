@@ -1,10 +1,13 @@
 """A model around a trunk: embeddings of a table's columns, one tower per task, fit, predict, save and load."""
 
 from .callbacks import Callback, StopTraining
+from .categorical import Categorical
 from .checkpoint import Checkpoint
-from .columns import Categorical, Encoded, Numeric, encode
+from .columns import Encoded, encode
+from .hashed import Hashed
 from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
+from .numeric import Numeric
 from .progress import Step
 from .statistics import columns_from
 from .tensorboard import TensorBoard
@@ -16,6 +19,7 @@ __all__ = [
     "Encoded",
     "EpochResult",
     "Evaluation",
+    "Hashed",
     "History",
     "MultiTaskModel",
     "Numeric",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +11,12 @@ from torch import Tensor
 
 from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
-from .columns import Categorical, Column, Numeric
+from .caller import warn_caller
+from .columns import COLUMN_TYPES, Column, owners_of
 from .tables import Table, cells_of, check_names, column_of, label_values
 
 Labels = Mapping[str, Tensor]
 """By task, ``(N,)`` float32; float64 where a regression is standardised."""
-
-COLUMN_TYPES = (Categorical, Numeric)
 
 
 def has_no_names(data: Any) -> bool:
@@ -78,28 +75,23 @@ def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect
         )
 
 
-def warn_caller(message: str) -> None:
-    """A UserWarning at the first line outside of this package: whoever called the model."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("ple_fast."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
-
-
 def check_columns(columns: Any) -> tuple[Column, ...]:
     """The columns of a model.
 
     Raises:
         TypeError: other than columns.
-        ValueError: a name twice.
+        ValueError: a name twice; a column that shares the embedding of one that is not there.
     """
     if isinstance(columns, (str, *COLUMN_TYPES)) or not isinstance(columns, Iterable):
-        raise TypeError(f"columns: expected a sequence of Categorical and Numeric, got {kind_of(columns)}")
+        raise TypeError(f"columns: expected a sequence of Categorical, Hashed and Numeric, got {kind_of(columns)}")
     found = tuple(columns)
     for column in found:
         if not isinstance(column, COLUMN_TYPES):
-            raise TypeError(f"columns: expected Categorical or Numeric, which columns_from makes, got {shown(column)}")
+            raise TypeError(
+                f"columns: expected Categorical, Hashed or Numeric, which columns_from makes, got {shown(column)}"
+            )
     check_names([column.name for column in found])
+    owners_of(found)
     return found
 
 

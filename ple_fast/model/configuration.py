@@ -64,6 +64,7 @@ WHOLE = {
 SOURCES = Rule(lambda value: isinstance(value, Mapping) and all(map(_is_list_of(_is_text), value.values())), "names")
 COLUMNS = {
     "Categorical": {"kind": TEXT, "name": NAME, "values": _or_null(LIST), "size": _or_null(INT), "width": INT},
+    "Hashed": {"kind": TEXT, "name": NAME, "buckets": INT, "width": INT},
     "Numeric": {
         "kind": TEXT,
         "name": NAME,
@@ -74,6 +75,10 @@ COLUMNS = {
         "width": _or_null(INT),
     },
 }
+SHARING = {"kind": TEXT, "name": NAME, "share": NAME}
+"""Of a categorical column without an embedding of its own."""
+SEVERAL = {"pooling": TEXT, "max_length": INT, "padding": NAME, "keep": TEXT}
+"""Of a column of several values per row."""
 TASK = {"name": TEXT, "kind": TEXT, "num_classes": _or_null(INT), "weight": NUMBER, "gamma": NUMBER}
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
 LATER_OF_TASK = {"pos_weight": NUMBER, "standardise": FLAG, "mean": NUMBER, "std": NUMBER}
@@ -98,7 +103,8 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
         kind = column.get("kind")
         if not isinstance(kind, str) or kind not in COLUMNS:
             raise ValueError(f"{where}: columns[{place}]: expected a kind of {', '.join(COLUMNS)}, got {kind!r}")
-        _check_fields(where, f"columns[{place}].", column, COLUMNS[kind])
+        rules = SHARING if kind == "Categorical" and "share" in column else COLUMNS[kind]
+        _check_fields(where, f"columns[{place}].", column, rules, may=None if kind == "Numeric" else SEVERAL)
     for place, task in enumerate(config["tasks"]):
         _check_fields(where, f"tasks[{place}].", task, TASK, may=LATER_OF_TASK)
     trunk = config["trunk"]

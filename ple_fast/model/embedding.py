@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .columns import Categorical, Column, Encoded
+from .columns import Column, EmbeddedColumn, Encoded, owners_of
+from .numeric import Numeric
+from .pooling import Bag, pooled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,21 +25,27 @@ class FeatureEmbedding(nn.Module):
     """Codes and numbers to one row of features: ``(B, out_features)``.
 
     The embeddings of all columns of one width lie in one table (``tables.{i}.weight``, widths ascending, each column's
-    rows behind those of the column before), so that a batch costs one look-up per width and not one per column.
-    The features: embeddings by width and then in the order of the columns, plain numbers, embedded numbers, in the
-    widest of their dtypes (plain numbers are float32).
+    rows behind those of the column before), so that a batch costs one look-up per width and not one per column. A
+    column that shares the embedding of another one has no rows of its own.
+    The features: embeddings by width and then in the order of the columns, those of one value per row before those that
+    are pooled; plain numbers; embedded numbers; in the widest of their dtypes (plain numbers are float32).
 
     Raises:
-        ValueError: no column.
+        ValueError: no column, or one that shares the embedding of a column that is not there.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
         super().__init__()
-        categorical = [column for column in columns if isinstance(column, Categorical)]
-        numeric = [column for column in columns if not isinstance(column, Categorical)]
+        numeric = [column for column in columns if isinstance(column, Numeric)]
         if not columns:
-            raise ValueError("columns: expected at least one Categorical or Numeric, got none")
-        self.num_codes = len(categorical)
+            raise ValueError("columns: expected at least one Categorical, Hashed or Numeric, got none")
+        owners = owners_of(columns)
+        embedded = [column for column in columns if not isinstance(column, Numeric)]
+        widths_of = {column.name: _width(owners[column.name]) for column in embedded}
+        # The places of each column in the codes, as encode lays them out.
+        ordered = [column for column in embedded if column.pooling is None]
+        ordered += [column for column in embedded if column.pooling is not None]
+        *begins, self.num_codes = accumulate((column.max_length or 1 for column in ordered), initial=0)
         self.num_numbers = sum(column.features for column in numeric)
         # The user's defaults, as nn.Embedding takes them.
         where: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
@@ -45,25 +53,37 @@ class FeatureEmbedding(nn.Module):
         self.tables = nn.ModuleList()
         self._picks: list[list[int]] = []
         self._first: list[list[int]] = []
-        for group, width in enumerate(sorted({column.width for column in categorical})):
-            pick = [place for place, column in enumerate(categorical) if column.width == width]
-            *first, rows = accumulate((categorical[place].rows for place in pick), initial=0)
+        self._bags: list[list[Bag]] = []
+        for group, width in enumerate(sorted(set(widths_of.values()))):
+            owning = [column for column in embedded if widths_of[column.name] == width and column.rows]
+            *firsts, rows = accumulate((column.rows for column in owning), initial=0)
+            first_of = {column.name: first for column, first in zip(owning, firsts, strict=True)}
+            pick: list[int] = []
+            first: list[int] = []
+            bags: list[Bag] = []
+            for column, begin in zip(ordered, begins, strict=True):
+                if widths_of[column.name] == width:
+                    length = column.max_length or 1
+                    pick += range(begin, begin + length)
+                    first += [first_of[owners[column.name].name]] * length
+                    bags += [] if column.pooling is None else [Bag(length, column.pooling)]
             self.tables.append(nn.Embedding(rows, width))
             self._picks.append(pick)
             self._first.append(first)
+            self._bags.append(bags)
             # Integers, which half() leaves alone; not persistent, because they follow from the columns.
             self.register_buffer(f"first_{group}", torch.tensor(first, **whole), persistent=False)
         widths = [column.width for column in numeric for _ in range(column.features)]
         self._plain = [place for place, width in enumerate(widths) if width is None]
         self._owners = [place for place, width in enumerate(widths) for _ in range(width or 0)]
         self.register_buffer("owner", torch.tensor(self._owners, **whole), persistent=False)
-        embedded = len(self._owners)
-        self.number_weight = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
-        self.number_bias = nn.Parameter(torch.empty(embedded, **where)) if embedded else None
+        count = len(self._owners)
+        self.number_weight = nn.Parameter(torch.empty(count, **where)) if count else None
+        self.number_bias = nn.Parameter(torch.empty(count, **where)) if count else None
+        by_width = sorted(ordered, key=lambda column: widths_of[column.name])  # stable
         numbers = [column.name for column in numeric for _ in range(column.features)]
-        ordered = [categorical[place] for pick in self._picks for place in pick]
         self.feature_columns = (
-            *(column.name for column in ordered for _ in range(column.width)),
+            *(column.name for column in by_width for _ in range(widths_of[column.name])),
             *(numbers[place] for place in (*self._plain, *self._owners)),
         )
         """Of each feature the name of its column."""
@@ -97,7 +117,7 @@ class FeatureEmbedding(nn.Module):
         return self
 
     def forward(self, rows: Encoded) -> Tensor:
-        """``rows``: codes ``(B, C)`` and numbers ``(B, N)``. Returns ``(B, out_features)``.
+        """``rows``: codes ``(B, C)`` and numbers ``(B, N)``, see :class:`Encoded`. Returns ``(B, out_features)``.
 
         Raises:
             ValueError: codes or numbers of another width.
@@ -109,16 +129,26 @@ class FeatureEmbedding(nn.Module):
                     f"rows.{name}: expected shape (B, {width}), got {tuple(given.shape)}; use the model's own encode"
                 )
         parts = []
-        for group, (table, pick) in enumerate(zip(self.tables, self._picks, strict=True)):
+        for group, (table, pick, bags) in enumerate(zip(self.tables, self._picks, self._bags, strict=True)):
             picked = codes if len(pick) == self.num_codes else codes[:, pick]
             assert isinstance(table, nn.Embedding)
-            parts.append(_look_up(table.weight, picked + self.get_buffer(f"first_{group}")).flatten(1))
+            first = self.get_buffer(f"first_{group}")
+            if bags:
+                vectors = _look_up(table.weight, picked.clamp(min=0) + first)
+                parts += pooled(vectors, picked, len(pick) - sum(bag.max_length for bag in bags), bags)
+            else:
+                parts.append(_look_up(table.weight, picked + first).flatten(1))
         if self._plain:
             parts.append(numbers if len(self._plain) == self.num_numbers else numbers[:, self._plain])
         if self.number_weight is not None and self.number_bias is not None:
             chosen = numbers[:, self.get_buffer("owner")]
             parts.append(torch.relu(chosen * self.number_weight + self.number_bias))
         return torch.cat(parts, dim=1)
+
+
+def _width(column: EmbeddedColumn) -> int:
+    assert column.width is not None  # of a column that has the embedding
+    return column.width
 
 
 def _follow(embedding: FeatureEmbedding, _: object) -> None:

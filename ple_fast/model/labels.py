@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..losses import MISSING_CLASS, JointLoss, TaskLoss
-from .arguments import Labels, kind_of, label_tensors, warn_caller
+from .arguments import Labels, kind_of, label_tensors
+from .caller import warn_caller
 from .statistics import mean_and_std
 from .tables import Array, Table, cells_of, column_of
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
-from .arguments import warn_caller, warn_of_unlabelled
+from .arguments import warn_of_unlabelled
 from .callbacks import Callbacks
+from .caller import warn_caller
 from .columns import Encoded, to_json
 from .configuration import task_to_json
 from .eval_view import is_training
@@ -36,7 +37,8 @@ class MultiTaskModel(TaskNetwork):
     Initial weights come from PyTorch's global generator: call ``torch.manual_seed`` before.
 
     Args:
-        columns: :class:`Categorical` and :class:`Numeric`; :func:`columns_from` makes them of training data.
+        columns: :class:`Categorical`, :class:`Hashed` and :class:`Numeric`; :func:`columns_from` makes them of training
+            data.
         tasks: :class:`~ple_fast.losses.TaskLoss`, names unique.
         trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"ml_mmoe"``, ``"adatt"``, ``"cross_stitch"``, ``"hard_sharing"``,
             ``"customized_sharing"``, ``"asymmetric_sharing"`` or ``"single_task"``; a module, or a function that takes

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..losses import TaskLoss
 from ..scalars import check_number, shown
-from .arguments import kind_of, warn_caller
+from .arguments import kind_of
+from .caller import warn_caller
 from .columns import Encoded
 from .eval_view import eval_view, is_training
 from .evaluation import evaluation

@@ -15,6 +15,10 @@ from torch import Tensor
 from ..scalars import as_tuple, is_sequence, own_scalar
 
 Array = np.ndarray[Any, Any]
+Value = str | int
+"""Of a category or an id."""
+MAX_SIZE = 2**31 - 1
+"""Of a vocabulary: codes are int32."""
 SEVERAL = (list, tuple, dict, set, frozenset, np.ndarray, Tensor)
 
 
@@ -101,6 +105,12 @@ class Cells(NamedTuple):
             of_values = np.append(of_values, of_values.dtype.type(absent))[self.codes]  # -1 takes the last
         return of_values if self.missing is None else np.where(self.missing, of_values.dtype.type(absent), of_values)
 
+    def only(self, kept: Array) -> Cells:
+        """The rows for which ``kept (B,)``, bool, is True; of those none may be missing."""
+        if self.codes is not None:
+            return Cells(self.where, self.values, codes=self.codes[kept])
+        return Cells(self.where, self.values[kept])
+
     def kinds(self) -> set[str]:
         """``"numbers"``, ``"text"``, or the names of what is neither; nothing where all values are missing."""
         return kinds_of(self.where, self.values)
@@ -161,8 +171,8 @@ def kinds_of(where: str, values: Array) -> set[str]:
     several = sorted(t.__name__ for t in types if issubclass(t, SEVERAL))
     if several:
         raise ValueError(
-            f"{where}: expected one value per row, (B,), got {', '.join(several)}; take one value of each, or make a "
-            "column of each place"
+            f"{where}: expected one value per row, (B,), got {', '.join(several)}; take one value of each, make a "
+            "column of each place, or (ids and categories) give the column pooling="
         )
     floats = {t for t in types if issubclass(t, (float, np.floating))}
     if floats and all(cell != cell for cell in cells if type(cell) in floats):
@@ -176,6 +186,16 @@ def _kind(t: type) -> str:
     # NumPy has time differences among its integers.
     is_number = issubclass(t, (Real, Decimal, np.bool_)) and not issubclass(t, np.timedelta64)
     return "numbers" if is_number else t.__name__
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is None, NaN, ``pandas.NA`` or ``NaT``."""
+    if value is None or _is_marker(type(value)):
+        return True
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # of several values, or of none that can be compared
+        return False
 
 
 def _is_marker(t: type) -> bool:
@@ -207,7 +227,10 @@ def cells_of(where: str, column: Any) -> Cells:
         return Cells(where, np.fromiter(cells, dtype=object, count=len(cells)))
     values, missing = _values(where, column)
     if values.ndim != 1:
-        got = f"shape {values.shape}" if values.ndim else f"{type(column).__name__}; for one row a list of one value"
+        if values.ndim:
+            got = f"shape {values.shape}; ids and categories with several values per row have pooling="
+        else:
+            got = f"{type(column).__name__}; for one row a list of one value"
         raise ValueError(f"{where}: expected one value per row, (B,), got {got}")
     if missing is not None and missing.all():
         return Cells(where, np.full(len(values), np.nan))
