@@ -197,6 +197,22 @@ def test_a_plateau_is_one_of_what_is_watched() -> None:
     assert epochs == [0.1] * 4
 
 
+@pytest.mark.parametrize("scores", [[0.7] * 4, [0.7, 0.69998, 0.69996, 0.69994], [-0.7] * 4, [-0.2, -0.2, -0.3, -0.4]])
+def test_a_score_that_does_not_rise_is_a_plateau(scores: list[float]) -> None:
+    """Also one above 0, of which the scheduler's own comparison would take a little less for better."""
+    schedule, given = functools.partial(ReduceLROnPlateau, patience=0, factor=0.5), iter(scores)
+    options: dict[str, Any] = {"epochs": 4, "schedule": schedule}
+    _, epochs = rates(model(), validation=table(), score=lambda p, y: next(given), **options)
+    assert epochs == pytest.approx([0.1, 0.1, 0.05, 0.025])
+
+
+def test_a_plateau_is_by_epoch_and_of_what_falls() -> None:
+    with pytest.raises(ValueError, match=r"schedule: expected ReduceLROnPlateau\(mode='min'\), got 'max'"):
+        rates(model(), schedule=functools.partial(ReduceLROnPlateau, mode="max"))
+    with pytest.raises(ValueError, match="schedule_every: expected 'epoch' with ReduceLROnPlateau"):
+        rates(model(), schedule=ReduceLROnPlateau, schedule_every="batch")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

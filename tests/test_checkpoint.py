@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, Reduce
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Callback, Checkpoint, History, MultiTaskModel, Step
 from ple_fast.model.checkpoint import described
-from tests.fit_helpers import TASKS, are_equal, model, state, table
+from tests.fit_helpers import COLUMNS, TASKS, are_equal, model, state, table
 from tests.programs import run_python
 
 EPOCHS, BATCHES = 4, 4
@@ -237,3 +238,32 @@ def test_a_process_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert run_python("-c", KILLED, str(file), "go on").returncode == 0
     straight, _ = train("none")
     assert are_equal(torch.load(f"{file}.model"), state(straight))
+
+
+def test_a_good_checkpoint_is_not_replaced_by_one_of_weights_that_are_lost(tmp_path: Path) -> None:
+    class Spoils(Callback):
+        def after_step(self, model: Any, step: Step) -> None:
+            if (step.epoch, step.batch) == (2, 1):
+                with torch.no_grad():
+                    next(model.towers.parameters()).fill_(torch.nan)
+
+    file = tmp_path / "run.pt"
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "checkpoint": file, "progress": False}
+    with pytest.raises(FloatingPointError, match="epoch 2: expected a finite loss"):
+        model().fit(*table(), checkpoint_every=3, callbacks=[Spoils()], **options)
+    net = model()
+    assert len(net.fit(*table(), resume=True, **options)) == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in net.state_dict().values())
+
+
+def test_another_loss_or_other_columns_are_another_training(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    options: dict[str, Any] = {"batch_size": 16, "checkpoint": file, "progress": False}
+    model().fit(*table(), **options)
+    changed = model()
+    changed.columns = tuple(replace(column, mean=1.0) for column in COLUMNS)
+    for other in (model(tasks=(TaskLoss("click", weight=10.0), *TASKS[1:])), changed):
+        before = state(other)
+        with pytest.raises(ValueError, match="expected its own settings"):
+            other.fit(*table(), epochs=2, resume=True, **options)
+        assert are_equal(state(other), before)

@@ -11,6 +11,7 @@ import pytest
 import rich.console
 from rich.progress import Progress
 
+from ple_fast.losses import TaskLoss
 from ple_fast.model import EpochResult, Evaluation, Step, TaskScores
 from ple_fast.model.progress import line_of
 from tests.fit_helpers import model, table
@@ -113,3 +114,24 @@ def test_a_step_counts_the_rows_of_its_epoch() -> None:
         (2, 2, 48),
         (2, 3, 64),
     ]
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_nobody_who_reads_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert len(model().fit(*table(), epochs=2)) == 2
+
+
+def test_names_that_the_output_cannot_spell_do_not_stop_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    data, labels = table()
+    net = model(tasks=(TaskLoss("点击"),))
+    net.fit(data, {"点击": labels["click"]}, epochs=1)
+    assert b"\\u70b9\\u51fb: loss" in raw.getvalue()

@@ -236,6 +236,116 @@ def test_a_trunk_of_your_own_has_to_be_of_levels() -> None:
     build(Own(), task_columns={})
 
 
+class Mixing(PLE):
+    """Its wiring does not say all that it does."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        y = super().forward(*arguments, **options)
+        return y + y.mean(1, keepdim=True)
+
+
+class MixingLevel(ExtractionNetwork):
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        y: Any = super().forward(*arguments, **options)
+        return y + y.mean(1, keepdim=True)
+
+
+class Holder(nn.Module):
+    """Something else that has levels."""
+
+    def __init__(self, trunk: PLE) -> None:
+        super().__init__()
+        self.levels, self.trunk = trunk.levels, trunk
+
+    def forward(self, x: Any) -> Any:
+        y = self.trunk(x)
+        return y + y.mean(1, keepdim=True)
+
+
+def _unknown(kind: str) -> nn.Module:
+    options: dict[str, Any] = {"shared_gate_scope": "shared", "expert_units": (8, 6)}
+    width = model().embedding.out_features
+    if kind == "subclass":
+        return Mixing(width, 3, **options)
+    trunk = PLE(width, 3, **options)
+    if kind == "hook":
+        trunk.register_forward_hook(lambda module, inputs, y: y + y.mean(1, keepdim=True))
+    elif kind == "hook of a level":
+        trunk.levels[1].register_forward_hook(lambda module, inputs, y: y + y.mean(1, keepdim=True))
+    elif kind == "forward of the object":
+        trunk.forward = lambda x: PLE.forward(trunk, x).flip(1)  # type: ignore[method-assign,assignment]
+    elif kind == "level":
+        trunk.levels[1].__class__ = MixingLevel
+    else:
+        return Holder(trunk)
+    return trunk
+
+
+@pytest.mark.parametrize(
+    "kind", ["subclass", "hook", "hook of a level", "forward of the object", "level", "something with levels"]
+)
+def test_a_trunk_that_does_more_than_its_wiring_says_is_refused(kind: str) -> None:
+    with pytest.raises(TypeError, match="task_columns: expected a trunk whose wiring is known"):
+        build(_unknown(kind))
+
+
+def test_another_trunk_must_not_leak_either() -> None:
+    fitted = build("ple", PLE_SHARED)
+    width, before = fitted.embedding.out_features, fitted.trunk
+    with pytest.raises(ValueError, match="cannot see"):
+        fitted.trunk = PLE(width, 3, expert_units=(8, 6))
+    assert fitted.trunk is before
+    fitted.trunk = PLE(width, 3, expert_units=(8, 6), shared_gate_scope="shared", num_levels=3)
+    data, _ = table(ROWS)
+    fitted.trunk = torch.compile(fitted.trunk, backend="eager")  # type: ignore[assignment]  # it is a module
+    assert np.array_equal(fitted.predict(data)["click"], fitted.predict(changed(data, "hour"))["click"])
+    fitted.task_columns["click"] = ("hour",)  # a copy
+    assert fitted.task_columns["click"] == ("country", "age")
+
+
+def test_a_slot_that_reaches_no_task_reads_what_all_may() -> None:
+    first = Topology((0, 1, 2), (0, 1, 2), ((0,), (1,), (2,)), num_slots=3)
+    last = Topology((0, 1), (0, 1), ((0,), (1,)), num_slots=3)
+    levels = [ExtractionNetwork(4, topology, experts=MLPSpec((4,)), gate=GateSpec()) for topology in (first, last)]
+    hidden = hidden_features(
+        PLE.from_levels(levels, num_tasks=2), ["x", "y"], ["a", "b", "c", "c"], {"x": ["a", "c"]}, {}
+    )  # fmt: skip
+    assert hidden == ((False, True, False, False), (False,) * 4, (False, True, False, False))
+
+
+def test_columns_may_have_numbers_as_names(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    columns = (Numeric(0), Numeric(1))  # type: ignore[arg-type]  # pandas numbers columns that have no names
+    fitted = MultiTaskModel(
+        columns, TASKS, trunk="cgc", trunk_options=SMALL["cgc"], task_columns={"click": np.array([0])}  # type: ignore[dict-item]
+    )  # fmt: skip
+    fitted.save(tmp_path)
+    found: Any = MultiTaskModel.load(tmp_path).task_columns
+    assert found == {"click": (0,)}
+
+
+def test_masks_follow_the_model_to_memory_of_its_own() -> None:
+    with torch.device("meta"):
+        empty = build("cgc", SMALL["cgc"])
+    filled = build("cgc", SMALL["cgc"])
+    empty.load_state_dict(filled.state_dict(), assign=True)
+    data, _ = table(ROWS)
+    assert np.array_equal(empty.eval().predict(data)["click"], filled.predict(data)["click"])
+    other = build("cgc", SMALL["cgc"]).to_empty(device="cpu")
+    other.load_state_dict(filled.state_dict())
+    assert np.array_equal(other.predict(data)["click"], filled.predict(data)["click"])
+    assert not [name for name in filled.state_dict() if "slot_inputs" in name]
+
+
+def test_a_checkpoint_is_not_continued_where_something_else_is_hidden(tmp_path: Any) -> None:
+    data, labels = table(ROWS)
+    how: dict[str, Any] = {"checkpoint": tmp_path / "run.pt", "batch_size": 6, "progress": False}
+    build("cgc", SMALL["cgc"], task_columns={"click": ["age"]}).fit(data, labels, **how)
+    careful = build("cgc", SMALL["cgc"])
+    with pytest.raises(ValueError, match="expected its own settings"):
+        careful.fit(data, labels, epochs=2, resume=True, **how)
+
+
 @pytest.mark.parametrize(
     ("rules", "error", "match"),
     [
@@ -287,6 +397,7 @@ def test_it_costs_nothing_where_it_is_not_used() -> None:
         plain(rows)
     with torch.no_grad(), Count() as parts:
         plain._outputs(plain.trunk(plain.embedding(rows)))
+    assert plain.slot_inputs is None
     assert whole.names == parts.names
 
 

@@ -62,6 +62,7 @@ WHOLE = {
     "given": TEXT_BY_NAME,
 }
 SOURCES = Rule(lambda value: isinstance(value, Mapping) and all(map(_is_list_of(_is_text), value.values())), "names")
+NAMES = Rule(lambda value: isinstance(value, Mapping) and all(map(_is_list_of(NAME.holds), value.values())), "names")
 COLUMNS = {
     "Categorical": {"kind": TEXT, "name": NAME, "values": _or_null(LIST), "size": _or_null(INT), "width": INT},
     "Hashed": {"kind": TEXT, "name": NAME, "buckets": INT, "width": INT},
@@ -98,7 +99,7 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
     """
     # Of a trunk of the user's own: which of its entries follow from which (version 2, where there are any).
     # Versions before there were some have no columns of tasks.
-    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": SOURCES})
+    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": NAMES})
     for place, column in enumerate(config["columns"]):
         kind = column.get("kind")
         if not isinstance(kind, str) or kind not in COLUMNS:

@@ -108,8 +108,8 @@ class MultiTaskModel(TaskNetwork):
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
             schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
                 ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
-                with the optimizer in a later call. ``ReduceLROnPlateau`` is shown minus the score, or without
-                validation data the loss of training: what is lower where it is better.
+                with the optimizer in a later call. ``ReduceLROnPlateau``, whose mode is ``"min"``, is
+                shown a number that falls as the score rises, or without validation data with the loss of training.
             schedule_every: whether the scheduler's ``step`` is called after each ``"epoch"`` or each ``"batch"``, of
                 which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
             clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.

@@ -15,7 +15,7 @@ from .arguments import check_columns, check_given, has_no_names, kind_of, mappin
 from .columns import Column, Encoded, encode
 from .embedding import FeatureEmbedding
 from .tables import Table
-from .task_columns import Hidden, check_task_columns, hidden_features, slot_inputs
+from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .towers import build_tower, tower_options
 from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
 
@@ -44,7 +44,7 @@ class TaskNetwork(nn.Module):
         self.given = dict(mapping("given", given))
         check_given(self.given, self.tasks)
         names = [column.name for column in self.columns]
-        self.task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
+        self._task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         self.embedding = FeatureEmbedding(self.columns)
         width = self.embedding.out_features
@@ -52,10 +52,7 @@ class TaskNetwork(nn.Module):
         self.trunk = make_trunk(trunk, width, len(self.tasks), options)
         defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
-        self._hidden: Hidden | None = None
-        if self.task_columns:
-            features = self.embedding.feature_columns
-            self._hidden = hidden_features(self.trunk, self.task_names, features, self.task_columns, self.given)
+        self.slot_inputs = self._slot_inputs(self.trunk) if self._task_columns else None
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
         self.towers = nn.ModuleList(
             build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
@@ -68,8 +65,26 @@ class TaskNetwork(nn.Module):
             "tower_activation": tower_activation,
             "tower_dropout": dropout,
             "given": self.given,
-            "task_columns": self.task_columns,
+            **({"task_columns": self.task_columns} if self._task_columns else {}),
         }
+
+    def _slot_inputs(self, trunk: nn.Module) -> SlotInputs:
+        """What each slot of this trunk may see; refuses one through which a column leaks."""
+        features = self.embedding.feature_columns
+        hidden = hidden_features(trunk, self.task_names, features, self._task_columns, self.given)
+        like = self.embedding.get_buffer("owner")
+        return SlotInputs(hidden).to(like.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in PyTorch; another trunk must not leak either."""
+        if name == "trunk" and self._modules.get("slot_inputs") is not None:
+            self.slot_inputs = self._slot_inputs(value)
+        super().__setattr__(name, value)
+
+    @property
+    def task_columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns by the task that reads no others, as the model was built."""
+        return dict(self._task_columns)
 
     @property
     def task_names(self) -> list[str]:
@@ -118,7 +133,10 @@ class TaskNetwork(nn.Module):
         rows = batch if isinstance(batch, Encoded) else self.encode(batch).to(self.device)
         features: Tensor = self.embedding(rows)
         features = features.to(next(self.towers.parameters()).dtype)
-        return features if self._hidden is None else slot_inputs(features, self._hidden)
+        if self.slot_inputs is None:
+            return features
+        inputs: list[Tensor] = self.slot_inputs(features)
+        return inputs
 
     def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,13 +68,15 @@ class _Function(Reporter):
 
 
 class _Lines(Reporter):
-    """On standard output, where it is no terminal, or rich is not there."""
+    """On standard output, where it is no terminal, or rich is not there. Nobody who reads it is no reason to stop."""
 
     def epoch(self, result: EpochResult, epochs: int, is_best: bool) -> None:
-        print(line_of(result, epochs, is_best), flush=True)
+        self.say(line_of(result, epochs, is_best))
 
     def say(self, words: str) -> None:
-        print(words, flush=True)
+        known = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):  # a pipe or a file that was closed
+            print(words.encode(known, "backslashreplace").decode(known), flush=True)
 
 
 class _Bar(Reporter):

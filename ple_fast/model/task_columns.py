@@ -7,15 +7,20 @@ may read. Which slot reaches which task follows from the topologies.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import ExtractionNetwork
-from ..scalars import shown
-from ..torch_backend.mix import index_of
+from ..modules.stack import Stack
+from ..scalars import own_scalar, shown
+from .saved_state import uncompiled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Hidden = tuple[tuple[bool, ...], ...]
 """Per slot of the trunk, of each feature whether the slot must not see it."""
@@ -39,7 +44,7 @@ def check_task_columns(task_columns: Any, tasks: Sequence[str], columns: Sequenc
             raise ValueError(f"task_columns: expected some of the tasks {list(tasks)}, got {shown(task)}")
         if isinstance(names, (str, Mapping)) or not isinstance(names, Iterable):
             raise TypeError(f"task_columns[{task!r}]: expected a list of names of columns, got {shown(names)}")
-        found[task] = tuple(names)
+        found[task] = tuple(map(own_scalar, names))
         unknown = [name for name in found[task] if name not in columns]
         if unknown:
             known = list(columns)[:60]
@@ -74,15 +79,16 @@ def hidden_features(
     may = [frozenset(task_columns.get(task, columns)) for task in tasks]
     for task, condition in given.items():
         leaked = may[tasks.index(condition)] - may[tasks.index(task)]
-        _refuse(leaked, columns, task, (f"the output of {condition!r}", f"given={{{task!r}: {condition!r}}}"))
-    paths = _paths(trunk, tasks)
-    slots = 1 + max(slot for slot, _ in paths)
+        product = f"the output of {condition!r}", f"given={{{task!r}: {condition!r}}}"
+        _refuse(leaked, columns, task, product, "columns that both tasks may read would do")
+    paths, slots = _paths(trunk, tasks), _levels(trunk)[0].topology.num_slots
+    assert slots is not None
     owns = slots >= len(tasks)
     every = frozenset(columns).intersection(*may)
     reads = [may[slot] if owns and slot < len(tasks) else every for slot in range(slots)]
     for (slot, t), path in paths.items():
         start = f"the slot of {tasks[slot]!r}" if owns and slot < len(tasks) else "the shared slot"
-        _refuse(reads[slot] - may[t], columns, tasks[t], (start, *path))
+        _refuse(reads[slot] - may[t], columns, tasks[t], (start, *path), MEND)
     for t, task in enumerate(tasks):
         reached = frozenset[str]().union(*(reads[slot] for slot, end in paths if end == t))
         unread = [column for column in columns if column in may[t] - reached]
@@ -95,31 +101,73 @@ def hidden_features(
     return tuple(tuple(name not in names for name in features) for names in reads)
 
 
-def slot_inputs(features: Tensor, hidden: Hidden) -> list[Tensor]:
-    """Features ``(B, F)`` as each slot reads them: ``(B, F)``, 0 where they are hidden. Slots that read the same share
-    one tensor."""
-    views = {
-        row: features.masked_fill(index_of(row, features.device, torch.bool), 0.0) if any(row) else features
-        for row in dict.fromkeys(hidden)
-    }
-    return [views[row] for row in hidden]
+class SlotInputs(nn.Module):
+    """Features ``(B, F)`` as each slot reads them: S tensors ``(B, F)``, 0 where they are hidden.
+
+    Slots that read the same share one tensor.
+    """
+
+    def __init__(self, hidden: Hidden) -> None:
+        super().__init__()
+        self._rows = tuple(dict.fromkeys(hidden))
+        self._slots = tuple(self._rows.index(row) for row in hidden)
+        self._hides = tuple(any(row) for row in self._rows)
+        self._fill(torch.get_default_device())
+
+    def _fill(self, device: torch.device) -> None:
+        """Make anew what follows from the columns, and is in no state dict."""
+        with torch.inference_mode(False):
+            masks = torch.tensor(self._rows, dtype=torch.bool, device=device)
+        self.register_buffer("masks", masks, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in PyTorch; after ``to_empty`` nobody else would write the masks."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._fill(self.get_buffer("masks").device)
+        return self
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        if self.get_buffer("masks").device != features.device:  # parameters were assigned
+            self._fill(features.device)
+        masks = self.get_buffer("masks").unbind(0)
+        views = [
+            features.masked_fill(mask, 0.0) if hides else features
+            for mask, hides in zip(masks, self._hides, strict=True)
+        ]
+        return [views[row] for row in self._slots]
+
+    def digest(self) -> str:
+        """Tells what is hidden from what is hidden elsewhere."""
+        return hashlib.sha256(repr((self._rows, self._slots)).encode()).hexdigest()
 
 
-def _refuse(leaked: frozenset[str], columns: Sequence[str], task: str, path: Path) -> None:
+def _refuse(leaked: frozenset[str], columns: Sequence[str], task: str, path: Path, mend: str) -> None:
     if leaked:
         column = next(name for name in columns if name in leaked)
         raise ValueError(
             f"task_columns: expected that {task!r} cannot see {column!r}, which it must not read, but it can: "
-            f"{' -> '.join((*path, repr(task)))}; {MEND}"
+            f"{' -> '.join((*path, repr(task)))}; {mend}"
         )
 
 
 def _levels(trunk: nn.Module) -> list[ExtractionNetwork]:
-    levels: list[Any] = list(getattr(trunk, "levels", [trunk]))
-    if not levels or not all(isinstance(level, ExtractionNetwork) for level in levels):
+    """Of a trunk that computes what its wiring says, and nothing else."""
+    trunk = uncompiled(trunk)
+    levels: list[Any] = list(trunk.levels) if isinstance(trunk, Stack) else [trunk]
+    known = {Stack.forward, ExtractionNetwork.forward}
+    modules = [uncompiled(module) for module in (trunk, *levels)]
+    is_known = all(
+        isinstance(module, (Stack, ExtractionNetwork))
+        and getattr(module.forward, "__func__", None) in known
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in modules
+    )
+    levels = [uncompiled(level) for level in levels]
+    if not is_known or not levels or not all(isinstance(level, ExtractionNetwork) for level in levels):
         raise TypeError(
-            f"task_columns: expected a trunk whose wiring is known, of ExtractionNetworks, got {type(trunk).__name__}; "
-            "hide the columns in it yourself"
+            "task_columns: expected a trunk whose wiring is known, of ExtractionNetworks without hooks or a forward of "
+            f"your own, got {type(trunk).__name__}; hide the columns in it yourself"
         )
     return levels
 

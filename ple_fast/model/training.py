@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +16,16 @@ from torch import Tensor, nn
 from ..losses import JointLossResult
 from .callbacks import Callbacks, StopTraining
 from .checkpoint import Checkpoint
+from .columns import to_json
 from .configuration import task_to_json, tasks_of
 from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
 from .network import TaskNetwork
 from .progress import Reporter, Step
 from .scoring import Rows, Scorer
 from .updates import Updates
+
+MEASURED = ("standardise", "mean", "std")
+"""Of a task: what ``fit`` may set."""
 
 
 class Best(NamedTuple):
@@ -192,14 +198,11 @@ class Trainer:
             steps = (self.epoch - 1) * len(self.bounds) + self.batch
             if every is not None and steps % every == 0 and self.batch < len(self.bounds):
                 self.seconds = time.perf_counter() - begin
+                self._check_finite(float(sums.total))  # a good checkpoint is not replaced by one that is lost
                 self._save()
         self.model.joint_loss.step_epoch()
         mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
-        if not np.isfinite(mean):
-            raise FloatingPointError(
-                f"epoch {self.epoch}: expected a finite loss, got {mean}; a lower lr, or labels of a smaller scale, "
-                "may mend it"
-            )
+        self._check_finite(mean)
         found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
         rate, tasks = self.updates.last_rate(), sums.tasks()
         result = EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found)
@@ -216,6 +219,13 @@ class Trainer:
         self.reporter.epoch(result, self.epochs, is_best)
         for call in self.callbacks.after_epoch:
             call(self.model, result)
+
+    def _check_finite(self, loss: float) -> None:
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"epoch {self.epoch}: expected a finite loss, got {loss}; a lower lr, or labels of a smaller scale, "
+                "may mend it"
+            )
 
     def _step(self, index: Tensor, sums: Sums) -> Tensor:
         """One batch; its joint loss, detached."""
@@ -266,8 +276,20 @@ class Trainer:
             "watched": self.history.watched,
             "sample_weight": list(self.rows.labels.weights),
             "tasks": self.model.task_names,
+            "model": self._digest(),
             **self.updates.settings(),
         }
+
+    def _digest(self) -> str:
+        """Tells models apart that have the same shapes: codes of their columns, losses, what is hidden from a task."""
+        model = self.model
+        about = [
+            [to_json(column) for column in model.columns],
+            [{key: value for key, value in asdict(task).items() if key not in MEASURED} for task in model.tasks],
+            sorted(model.given.items()),
+            None if model.slot_inputs is None else model.slot_inputs.digest(),
+        ]
+        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def _check(self, state: Mapping[str, Any]) -> None:
         assert self.checkpoint is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ class Updates:
         """With the optimizer and the scheduler of the last call, or with new ones."""
         self.optimizer = self.run.take_optimizer()
         self.scheduler = self.run.take_scheduler(self.optimizer)
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if self.is_by_batch:
+                raise ValueError("schedule_every: expected 'epoch' with ReduceLROnPlateau, got 'batch'")
+            if self.scheduler.mode != "min":
+                raise ValueError(
+                    "schedule: expected ReduceLROnPlateau(mode='min'), got 'max'; fit shows it a number that falls as "
+                    "the score rises"
+                )
 
     def keep(self) -> None:
         """For the next call of ``fit``."""
@@ -69,13 +78,14 @@ class Updates:
             self.scheduler.step()
 
     def end_epoch(self, watched: float | None) -> None:
-        """``watched`` is what ``ReduceLROnPlateau`` is shown, lower is better; it is not called for None."""
+        """``watched``, lower is better, is what ``ReduceLROnPlateau`` follows; it is not called for None."""
         if self.scheduler is None or self.is_by_batch:
             return
         if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step()
         elif watched is not None:
-            self.scheduler.step(watched)
+            # It compares with a share of the best so far, which for a number below 0 points the wrong way.
+            self.scheduler.step(1.0 + watched if watched >= 0 else math.exp(watched))
 
     def last_rate(self) -> float | None:
         """Of the last step, until ``end_epoch``; the first group's. None of an optimizer without groups."""
