@@ -21,7 +21,7 @@ export PIP_NO_INPUT := 1
 # Whoever reads a log sees each line when it is written.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help example example-full example-swap example-distributed test test-all test-gpu test-oldest-triton bench bench-gpu soak tune style types
+.PHONY: help example example-full example-swap example-distributed example-lightning test test-all test-gpu test-oldest-triton bench bench-gpu soak tune style types
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ example-swap: $(READY)  ## train models of torch-rechub and DeepCTR-Torch before
 
 example-distributed: $(READY)  ## train on RANKS processes (2), with checkpoints and resume (ARGS="--rows 20000")
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/train_distributed.py $(ARGS)
+
+example-lightning: $(READY)  ## the trunk in Lightning's Trainer, with torchmetrics (ARGS="--rows 20000")
+	$(BIN)/python examples/train_lightning.py $(ARGS)
 
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)

@@ -179,3 +179,15 @@ def test_seesaw_in_small(tmp_path: Path) -> None:
     for words in ("hard sharing", "MMoE", "CGC", "PLE", "parameters in the trunk"):
         assert words in done.stdout
     assert_picture(picture)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_trains_the_trunk(precision: str, tmp_path: Path) -> None:
+    arguments = "--rows 4000 --epochs 3 --batch-size 64 --precision".split()
+    done = run("train_lightning", *arguments, precision, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(": ") for line in done.stdout.splitlines() if "AUC" in line)
+    assert float(found["test AUC, income"]) > 0.7 and float(found["test AUC, never married"]) > 0.9
+    assert (tmp_path / "best.ckpt").is_file()
+    header, *rows = (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert "validation AUC" in header and len(rows) >= 2
