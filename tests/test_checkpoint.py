@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
@@ -267,3 +268,15 @@ def test_another_loss_or_other_columns_are_another_training(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="expected its own settings"):
             other.fit(*table(), epochs=2, resume=True, **options)
         assert are_equal(state(other), before)
+
+
+def test_numbers_of_numpy_can_be_read_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "batch_size": 16,
+        "checkpoint": tmp_path / "run.pt",
+        "progress": False,
+        "optimizer": functools.partial(torch.optim.AdamW, weight_decay=np.float64(0.1)),
+        "schedule": functools.partial(ExponentialLR, gamma=np.float32(0.5)),  # type: ignore[arg-type]  # a number all the same
+    }
+    model().fit(*table(), epochs=1, **options)
+    assert len(model().fit(*table(), epochs=2, resume=True, **options)) == 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ple_fast.losses import TaskLoss
+from ple_fast.model import Callback, Step
 from tests.fit_helpers import model, table
 
 
@@ -46,7 +47,7 @@ def test_a_task_without_validation_labels_leaves_the_score_to_the_others() -> No
     with pytest.warns(UserWarning, match="'watch'"):
         found = net.fit(data, labels, batch_size=64, validation=(data, labels | {"watch": np.full(64, np.nan)}))
     targets = {name: torch.as_tensor(label) for name, label in labels.items()}
-    losses, weights = net.joint_loss(net.eval()(data), targets).per_task, net.joint_loss.weights()
+    losses, weights = net.joint_loss(net.eval()(data), targets).per_task, {task.name: task.weight for task in net.tasks}
     expected = sum(weights[name] * losses[name].item() for name in ("click", "rating"))
     assert found[0].score == pytest.approx(-expected, rel=1e-5)
 
@@ -108,3 +109,29 @@ def test_a_score_may_be_any_scalar(scalar: Any) -> None:
     data, labels = table()
     results = model().fit(data, labels, validation=(data, labels), score=lambda p, y: scalar(2))
     assert (results[0].score, type(results[0].score)) == (2.0, float)
+
+
+def test_a_task_whose_outputs_are_lost_is_no_best_epoch() -> None:
+    """Not even where the metrics of the others are the better for it."""
+
+    class Spoils(Callback):
+        def after_step(self, model: Any, step: Step) -> None:
+            if (step.epoch, step.batch) == (2, step.batches):
+                with torch.no_grad():
+                    next(model.towers[1].parameters()).fill_(torch.nan)
+
+    data, labels = table()
+    tasks = (TaskLoss("click"), TaskLoss("other"))
+    net = model(tasks=tasks)
+    both = {"click": labels["click"], "other": labels["click"]}
+    with pytest.raises(FloatingPointError, match="epoch 2: expected finite outputs of 'other'"):
+        net.fit(data, both, epochs=2, validation=0.5, score="auc", callbacks=[Spoils()], progress=False)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in net.state_dict().values()), "of the best epoch"
+
+
+def test_validation_losses_of_two_epochs_are_comparable() -> None:
+    net = model(tasks=(TaskLoss("click", gamma=2.0),))
+    data, labels = table()
+    history = net.fit(data, labels, epochs=3, lr=1e-12, validation=(data, labels), progress=False)
+    scores = [result.score for result in history]
+    assert scores == pytest.approx([scores[0]] * 3, rel=0.05)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..scalars import shown
@@ -32,7 +33,7 @@ class Checkpoint:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.file.with_name(f"{self.file.name}.tmp")
         with fresh.open("wb") as handle:
-            torch.save({"settings": self.settings, **state}, handle)
+            torch.save(_plain({"settings": self.settings, **state}), handle)
             handle.flush()
             os.fsync(handle.fileno())
         fresh.replace(self.file)
@@ -62,6 +63,15 @@ class Checkpoint:
                 f"{self.file}: expected its own settings, {state['settings']}, got {self.settings}; use those, or "
                 "another file"
             )
+
+
+def _plain(value: Any) -> Any:
+    """With NumPy's scalars, which options of optimizers and schedules may be, as Python's: others could not be read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def described(function: Any) -> Any:

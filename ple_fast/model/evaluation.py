@@ -91,7 +91,8 @@ def evaluation(
                 if name in parts:
                     parts[name].append(prediction_of(task, outputs[name]).cpu().numpy())
     predicted = {name: np.concatenate(part) for name, part in parts.items()}
-    scores, weights = {}, model.joint_loss.weights()
+    # Of no epoch: with weights that change, the losses of two epochs would not be comparable.
+    scores, weights = {}, {task.name: task.weight for task in tasks}
     for task in tasks:
         total, count, weight = sums[task.name]
         values = _values(task, labels, predicted[task.name], metrics[task.name]) if metrics[task.name] else {}

@@ -36,7 +36,7 @@ class Evaluation:
     """A model on data that it is not trained on."""
 
     loss: float | None
-    """The joint loss, with the tasks' weights of the present epoch; None where no task has a label."""
+    """The joint loss with the tasks' weights of epoch 0, so that epochs can be compared; None if no task has labels."""
     tasks: Mapping[str, TaskScores] = field(hash=False)
 
     def __getitem__(self, task: str) -> TaskScores:

@@ -91,6 +91,8 @@ class Watched(NamedTuple):
     """What it is."""
     value: Callable[[Evaluation], float | None]
     """Higher is better; None where it is undefined."""
+    tasks: tuple[str, ...]
+    """Of which it is."""
 
 
 class Scorer:
@@ -122,7 +124,7 @@ class Scorer:
             self.watched = f"score {_name(self.function)} of the validation data (higher is better)"
         else:
             name = "loss" if score is None else str(score)
-            self.metrics, (self.watched, self.value) = _watched(name, model.tasks, self.metrics)
+            self.metrics, (self.watched, self.value, self.watched_tasks) = _watched(name, model.tasks, self.metrics)
             for task in model.tasks:  # of the metric that is only watched
                 _check(task, rows.labels, self.metrics[task.name])
         self.has_labels = len(model.joint_loss.unlabelled(rows.labels.targets)) < len(model.tasks)
@@ -150,6 +152,13 @@ class Scorer:
                     "batches was finite; look at validation labels of a large scale, at rows that are far from those "
                     "of training, and at what the last step made of weights and running statistics"
                 )
+            for name in self.watched_tasks:  # of which a metric would only be undefined
+                loss = found[name].loss
+                if loss is not None and not np.isfinite(loss):
+                    raise FloatingPointError(
+                        f"epoch {epoch}: expected finite outputs of {name!r} for the validation data, got a loss of "
+                        f"{loss}; a lower lr may mend it, or look at rows that are far from those of training"
+                    )
         if value is None and not self.has_warned:
             self.has_warned = True
             warn_caller(
@@ -204,7 +213,9 @@ def _watched(
     by_task = dict(metrics)
     if name == "loss":
         return by_task, Watched(
-            "joint loss of the validation data (lower is better)", lambda e: None if e.loss is None else -e.loss
+            "joint loss of the validation data (lower is better)",
+            lambda e: None if e.loss is None else -e.loss,
+            tuple(task.name for task in tasks),
         )
     own, _, metric = name.rpartition("/")
     kinds = tuple(task.kind for task in tasks) if metric == "loss" else NAMED[metric].kinds if metric in NAMED else ()
@@ -227,4 +238,5 @@ def _watched(
     mean = "mean " if len(chosen) > 1 else ""
     direction = "lower" if is_lower_better else "higher"
     which = ", ".join(map(repr, chosen))
-    return by_task, Watched(f"{mean}{metric} of {which} on the validation data ({direction} is better)", value)
+    words = f"{mean}{metric} of {which} on the validation data ({direction} is better)"
+    return by_task, Watched(words, value, tuple(chosen))

@@ -206,10 +206,10 @@ class Trainer:
         found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
         rate, tasks = self.updates.last_rate(), sums.tasks()
         result = EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found)
-        self.history.append(result)
         is_best = score is not None and (self.best is None or score > self.best.score)
-        if score is not None and is_best:
-            self.best = Best(score, self.epoch, _copied(self.model))
+        best = Best(score, self.epoch, _copied(self.model)) if score is not None and is_best else self.best
+        self.history.append(result)  # with the copy at hand, whatever interrupts
+        self.best = best
         self.updates.end_epoch(mean if self.scorer is None else None if score is None else -score)
         self.is_in_epoch = False
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
@@ -314,6 +314,7 @@ class Trainer:
         self.model.tasks = self.model.joint_loss.tasks = tuple(tasks_of(where, state))
         self.updates.load(state["optimizer"], state["schedule"])
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.is_in_epoch = self.batch > 0
         self.sums.load(state["sums"])
         self.history.extend(map(result_from_plain, state["history"]))
         if state["best"] is not None:
