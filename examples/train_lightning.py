@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,7 +26,7 @@ from torchmetrics.classification import BinaryAUROC
 
 from examples.census_data import Split, about, load
 from examples.census_income import LEARNING_RATE, MODELS, TASKS, TOWER_UNITS, parse
-from examples.progress import console_for
+from examples.progress import Work, console_for, progress
 from ple_fast import PLE
 from ple_fast.losses import JointLoss
 from ple_fast.model import Encoded
@@ -106,6 +106,17 @@ class CensusPLE(lightning.LightningModule):  # type: ignore[misc]  # untyped to 
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
+class Shown(Callback):  # type: ignore[misc]  # untyped to mypy, which skips it
+    """Tells what the examples show of a run."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        epoch, batches = trainer.current_epoch + 1, trainer.num_training_batches
+        self.work.now(f"training, epoch {epoch}", trainer.global_step, trainer.max_epochs * batches)
+
+
 def _by_task(labels: Sequence[Tensor]) -> dict[str, Tensor]:
     return {task.name: label for task, label in zip(TASKS, labels, strict=True)}
 
@@ -129,21 +140,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = options.batch_size
     console = console_for()
     lightning.seed_everything(SEED, verbose=False)
-    data = load(options.rows)
     best = ModelCheckpoint(options.out, "best", monitor=WATCHED, mode="max", enable_version_counter=False)
-    trainer = lightning.Trainer(
-        max_epochs=options.epochs,
-        precision=options.precision,
-        callbacks=[best, EarlyStopping(WATCHED, patience=2, mode="max")],
-        logger=CSVLogger(options.out, name=None, version=""),
-        enable_progress_bar=console.is_terminal,
-        enable_model_summary=False,
-    )
-    model = CensusPLE(data.columns)
-    trainer.fit(model, loader(data.train, size, shuffle=True), loader(data.validation, size))
+    with progress(console, "loading") as work:
+        data = load(options.rows)
+        trainer = lightning.Trainer(
+            max_epochs=options.epochs,
+            precision=options.precision,
+            callbacks=[best, EarlyStopping(WATCHED, patience=2, mode="max"), Shown(work)],
+            logger=CSVLogger(options.out, name=None, version=""),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        model = CensusPLE(data.columns)
+        trainer.fit(model, loader(data.train, size, shuffle=True), loader(data.validation, size))
+        work.now("scoring")
+        (found,) = trainer.test(model, loader(data.test, size), ckpt_path="best", verbose=False)
     console.print(about(data))
     console.print(f"Best {WATCHED}: {best.best_model_score:.4f}", soft_wrap=True)
-    (found,) = trainer.test(model, loader(data.test, size), ckpt_path="best", verbose=False)
     for name, auc in found.items():
         console.print(f"{name}: {auc:.4f}")
     console.print(f"Wrote best.ckpt and metrics.csv to {options.out}.", soft_wrap=True)
