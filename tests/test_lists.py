@@ -215,6 +215,12 @@ def test_ints_beyond_64_bits_in_lists_stay_apart() -> None:
     assert fitted.values == (-1, 2**63, 2**70)
 
 
+OF_TWO = (
+    Categorical("x", size=3, pooling="mean", max_length=2),
+    Categorical("x", values=("a",), pooling="mean", max_length=2),
+    Hashed("x", 9, pooling="mean", max_length=2),
+)
+"""Columns of every kind, of two values per row."""
 NOTHING: dict[str, Any] = {
     "no rows": [],
     "an array without rows": np.zeros(0),
@@ -227,11 +233,7 @@ NOTHING: dict[str, Any] = {
 
 @pytest.mark.parametrize("column", NOTHING.values(), ids=NOTHING)
 def test_no_rows_are_no_rows_of_lists(column: Any) -> None:
-    for made in (
-        Categorical("x", size=3, pooling="mean", max_length=2),
-        Categorical("x", values=("a",), pooling="mean", max_length=2),
-        Hashed("x", 9, pooling="mean", max_length=2),
-    ):
+    for made in OF_TWO:
         assert made.encode(column).shape == (0, 2)
     with pytest.raises(ValueError, match="column 'x': expected at least one row, got none"):
         columns_from({"x": column}, categorical=["x"], pooling={"x": "mean"})
@@ -253,11 +255,7 @@ EMPTY: dict[str, Any] = {
 
 @pytest.mark.parametrize("column", EMPTY.values(), ids=EMPTY)
 def test_a_column_of_lists_without_a_value_has_empty_rows(column: Any) -> None:
-    for made in (
-        Categorical("x", size=3, pooling="mean", max_length=2),
-        Categorical("x", values=("a",), pooling="mean", max_length=2),
-        Hashed("x", 9, pooling="mean", max_length=2),
-    ):
+    for made in OF_TWO:
         assert made.encode(column).tolist() == [[-1, -1]] * 2
     (fitted,) = columns_from({"x": column}, categorical=["x"], pooling={"x": "mean"})
     assert fitted == Categorical("x", values=(), pooling="mean", max_length=1)

@@ -91,13 +91,13 @@ def evaluation(
                 if name in parts:
                     parts[name].append(prediction_of(task, outputs[name]).cpu().numpy())
     predicted = {name: np.concatenate(part) for name, part in parts.items()}
-    # Of no epoch: with weights that change, the losses of two epochs would not be comparable.
-    scores, weights = {}, {task.name: task.weight for task in tasks}
+    scores = {}
     for task in tasks:
         total, count, weight = sums[task.name]
         values = _values(task, labels, predicted[task.name], metrics[task.name]) if metrics[task.name] else {}
         scores[task.name] = TaskScores(total / weight if count else None, int(count), values)
-    losses = [weights[name] * task.loss for name, task in scores.items() if task.loss is not None]
+    # With the weights of no epoch: where they change, the losses of two epochs would not be comparable.
+    losses = [task.weight * loss for task in tasks if (loss := scores[task.name].loss) is not None]
     return Evaluation(sum(losses) if losses else None, scores), predicted
 
 

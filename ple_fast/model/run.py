@@ -39,23 +39,17 @@ class Run:
         self._kept: torch.optim.Optimizer | None = None
         self._kept_scheduler: Any = None
 
-    def goes_on_with(
-        self,
-        seed: int,
-        lr: float | Tensor,
-        optimizer: MakeOptimizer,
-        parameters: Sequence[nn.Parameter],
-        schedule: MakeSchedule | None,
-    ) -> bool:
-        """Whether a call with these arguments continues this run."""
-        same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
+    def goes_on_with(self, fresh: Run) -> bool:
+        """Whether a call that would begin ``fresh`` continues this run."""
+        own, others = self.parameters, fresh.parameters
         return (
-            same
-            and self.places == _places(parameters)
-            and self.seed == seed
-            and (type(self.lr), float(self.lr)) == (type(lr), float(lr))
-            and _are_equal(self.make, optimizer)
-            and _are_equal(self.schedule, schedule)
+            len(own) == len(others)
+            and all(map(operator.is_, own, others))
+            and self.places == fresh.places
+            and self.seed == fresh.seed
+            and (type(self.lr), float(self.lr)) == (type(fresh.lr), float(fresh.lr))
+            and _are_equal(self.make, fresh.make)
+            and _are_equal(self.schedule, fresh.schedule)
         )
 
     def take_optimizer(self) -> torch.optim.Optimizer:
@@ -125,9 +119,8 @@ def run_for(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("fit: expected parameters that require a gradient, got a model whose parameters are frozen")
-    if last is not None and last.goes_on_with(seed, lr, optimizer, trained, schedule):
-        return last
-    return Run(seed, lr, optimizer, trained, schedule)
+    fresh = Run(seed, lr, optimizer, trained, schedule)
+    return last if last is not None and last.goes_on_with(fresh) else fresh
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:

@@ -153,18 +153,15 @@ def _refuse(leaked: frozenset[str], columns: Sequence[str], task: str, path: Pat
 def _levels(trunk: nn.Module) -> list[ExtractionNetwork]:
     """Of a trunk that computes what its wiring says, and nothing else."""
     trunk = uncompiled(trunk)
-    levels: list[Any] = list(trunk.levels) if isinstance(trunk, Stack) else [trunk]
+    levels: list[Any] = list(map(uncompiled, trunk.levels)) if isinstance(trunk, Stack) else [trunk]
     known = {Stack.forward, ExtractionNetwork.forward}
-    modules = [uncompiled(module) for module in (trunk, *levels)]
-    is_known = all(
-        isinstance(module, (Stack, ExtractionNetwork))
-        and getattr(module.forward, "__func__", None) in known
+    does_no_more = all(
+        getattr(module.forward, "__func__", None) in known
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        for module in modules
+        for module in (trunk, *levels)
     )
-    levels = [uncompiled(level) for level in levels]
-    if not is_known or not levels or not all(isinstance(level, ExtractionNetwork) for level in levels):
+    if not does_no_more or not levels or not all(isinstance(level, ExtractionNetwork) for level in levels):
         raise TypeError(
             "task_columns: expected a trunk whose wiring is known, of ExtractionNetworks without hooks or a forward of "
             f"your own, got {type(trunk).__name__}; hide the columns in it yourself"

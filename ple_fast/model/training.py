@@ -119,8 +119,9 @@ class Trainer:
         self.history = History()
         self.history.watched = None if scorer is None else scorer.watched
         self.best: Best | None = None
-        settings = {**self._settings(), "batch_size": batch_size}
-        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, settings)
+        self.checkpoint = None
+        if checkpoint is not None:  # a digest of large vocabularies takes a while
+            self.checkpoint = Checkpoint(checkpoint, {**self._settings(), "batch_size": batch_size})
         self.checkpoint_every = checkpoint_every
         self.epoch = 1  # that begins, or runs
         self.is_in_epoch = False
