@@ -64,7 +64,12 @@ def test_a_class_is_told_by_all_of_its_marks_and_the_nearest_number_of_threads()
         for other in ({"architecture": "riscv"}, {"instructions": "AVX1024"}, {"vendor": "Nobody"}):
             assert table_of(processor._replace(**other), 1).source == DEFAULT.source
         expected = min(threads for own, threads, _ in shipped_tables() if own == processor)
-        assert f"-{expected}thread" in table_of(processor, expected).source
+        source = table_of(processor, expected).source
+        assert f"-{expected}thread" in source
+        assert read_table(Path(source))[0] == processor, f"{processor} takes the table of another class"
+        unknown = table_of(processor._replace(family="9999"), 1).source
+        of_all = [path for own, _, (path, *_) in shipped_tables() if own == processor._replace(family="")]
+        assert unknown in (of_all or [DEFAULT.source]), "of one family, and taken by another"
         most = max(threads for own, threads, _ in shipped_tables() if own == processor)
         assert table_of(processor, 64 * most).source == table_of(processor, most).source
 

@@ -95,8 +95,10 @@ def table_of(processor: Processor, threads: int) -> Table:
 
 
 def _shipped_table(processor: Processor, threads: int) -> Table:
-    found = [row for row in shipped_tables() if processor in (row[0], row[0]._replace(family=processor.family))]
-    found = [row for row in found if row[0].family] or found
+    shipped = shipped_tables()
+    found = [row for row in shipped if row[0] == processor] or [
+        row for row in shipped if row[0] == processor._replace(family="")
+    ]
     if not found:
         return DEFAULT
     return min(found, key=lambda row: abs(math.log2(row[1] / threads)))[2]
