@@ -136,10 +136,11 @@ class Trainings:
         self.work.now(label)
 
         def show(step: Step) -> None:
+            assert step.batches is not None  # of rows in memory
             self.batches = step.batches
             self.work.now(
                 f"{label}, epoch {step.epoch}/{step.epochs}",
-                self.done + (step.epoch - 1) * step.batches + step.batch,
+                self.done + step.number,
                 self.trainings * step.epochs * step.batches,
             )
 

@@ -31,7 +31,7 @@ class StopAfter(Callback):
         self.step = step
 
     def after_step(self, model: Any, step: Step) -> None:
-        if (step.epoch - 1) * step.batches + step.batch == self.step:
+        if step.number == self.step:
             raise Stopped
 
 

@@ -133,11 +133,27 @@ def test_what_has_no_columns_by_name_is_refused_without_its_contents(data: Any) 
         with pytest.raises(TypeError, match=r"^data: expected columns by name.*'country', 'age'.*got .+") as caught:
             call(data)
         assert len(str(caught.value)) < 250
+    if data is None:  # then they are columns of the data
+        return
     with pytest.raises(
         TypeError, match=r"^labels: expected one column \(64,\) per task by name.*'click': array.*got"
     ) as caught:
         net.fit(table()[0], data)
     assert len(str(caught.value)) < 250
+
+
+def test_labels_may_be_columns_of_the_data_and_are_missed_there() -> None:
+    data, labels = table()
+    with pytest.raises(ValueError, match=r"^labels: expected labels by task.*got neither for 'click'"):
+        model().fit(data)
+    with pytest.raises(TypeError, match="labels: expected labels by task with encoded rows"):
+        model().fit(model().encode(data))
+    fitted = []
+    for arguments in ((data, labels), ({**data, **labels},)):
+        net = model()
+        net.fit(*arguments, batch_size=16, progress=False)
+        fitted.append(net.predict(data)["click"])
+    np.testing.assert_array_equal(fitted[0], fitted[1])
 
 
 def test_labels_of_two_axes_are_refused_by_their_shape() -> None:

@@ -8,6 +8,7 @@ from .hashed import Hashed
 from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
 from .numeric import Numeric
+from .parquet import ParquetTables
 from .progress import Step
 from .statistics import columns_from
 from .tensorboard import TensorBoard
@@ -23,6 +24,7 @@ __all__ = [
     "History",
     "MultiTaskModel",
     "Numeric",
+    "ParquetTables",
     "Step",
     "StopTraining",
     "TaskScores",

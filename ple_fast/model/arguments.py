@@ -69,9 +69,14 @@ def label_tensors(labels: Table, rows: int, joint_loss: JointLoss, what: str) ->
 
 def warn_of_unlabelled(joint_loss: JointLoss, targets: Labels, what: str, effect: str) -> None:
     """One warning, at whoever called ``fit``, that names the tasks which have no label at all."""
-    if none := joint_loss.unlabelled(targets):
+    warn_of_none(joint_loss.unlabelled(targets), what, effect)
+
+
+def warn_of_none(tasks: Sequence[str], what: str, effect: str) -> None:
+    """The same of these tasks; nothing where there is none."""
+    if tasks:
         warn_caller(
-            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, none))}; {effect}"
+            f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, tasks))}; {effect}"
         )
 
 

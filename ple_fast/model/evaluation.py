@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ..losses.task_loss import task_sum
 from .columns import Encoded
 from .eval_view import eval_view
 from .history import Evaluation, TaskScores
-from .labels import Labelled, sample_space
+from .labels import Labelled, joined, sample_space
 from .metrics import Metric
 from .network import TaskNetwork
 from .tables import Array, Table
@@ -65,43 +67,45 @@ def _evaluate(
 
 def evaluation(
     model: TaskNetwork,
-    rows: Encoded,
-    labels: Labelled,
-    metrics: dict[str, tuple[Metric, ...]],
-    batch_size: int,
+    blocks: Iterable[tuple[Encoded, Labelled]],
+    metrics: Mapping[str, tuple[Metric, ...]],
     *,
     all_predictions: bool = False,
-) -> tuple[Evaluation, dict[str, Array]]:
+) -> tuple[Evaluation, dict[str, Array], Labelled]:
     """Losses and metrics over whole data, each task over its whole sample space, in one pass.
 
     Returns:
-        The numbers, and the predictions of the tasks that have metrics, or of all.
+        The numbers, and the predictions and labels of the tasks that have metrics, or of all.
     """
     view, tasks = eval_view(model), model.tasks
     sums = {task.name: [0.0, 0.0, 0.0] for task in tasks}
     parts: dict[str, list[Array]] = {task.name: [] for task in tasks if all_predictions or metrics[task.name]}
+    kept: list[Labelled] = []
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            outputs, own = view(rows.rows(part).to(view.device)), labels.rows(part).to(view.device)
+        for rows, labels in blocks:
+            outputs, own = view(rows.to(view.device)), labels.to(view.device)
             for task in tasks:
                 name = task.name
                 found = task_sum(task, outputs[name], own.targets[name], weight=own.weights.get(name))
                 sums[name] = [total + float(value) for total, value in zip(sums[name], found, strict=True)]
                 if name in parts:
                     parts[name].append(prediction_of(task, outputs[name]).cpu().numpy())
+            kept.append(labels.of_tasks(parts))
     predicted = {name: np.concatenate(part) for name, part in parts.items()}
+    together = joined(kept)
     scores = {}
     for task in tasks:
         total, count, weight = sums[task.name]
-        values = _values(task, labels, predicted[task.name], metrics[task.name]) if metrics[task.name] else {}
+        values = _values(task, together, predicted[task.name], metrics[task.name]) if metrics[task.name] else {}
         scores[task.name] = TaskScores(total / weight if count else None, int(count), values)
     # With the weights of no epoch: where they change, the losses of two epochs would not be comparable.
     losses = [task.weight * loss for task in tasks if (loss := scores[task.name].loss) is not None]
-    return Evaluation(sum(losses) if losses else None, scores), predicted
+    return Evaluation(sum(losses) if losses else None, scores), predicted, together
 
 
 def _values(task: TaskLoss, labels: Labelled, predicted: Array, metrics: tuple[Metric, ...]) -> dict[str, float | None]:
     label, weight, inside = sample_space(task, labels)
     of_space = predicted[inside]
+    for metric in metrics:
+        metric.check(task, label)  # of labels that came in parts nobody has looked at all
     return {metric.name: metric.value(task, label, of_space, weight) for metric in metrics}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..losses import MISSING_CLASS, JointLoss, TaskLoss
 from .arguments import Labels, kind_of, label_tensors
 from .caller import warn_caller
-from .statistics import mean_and_std
+from .moments import Moments, mean_and_std
 from .tables import Array, Table, cells_of, column_of
 
 SampleWeight = Any
@@ -36,10 +36,23 @@ class Labelled(NamedTuple):
         targets = {name: label[index] for name, label in self.targets.items()}
         return Labelled(targets, {name: weight[index] for name, weight in self.weights.items()})
 
+    def of_tasks(self, names: Collection[str]) -> Labelled:
+        """Of some of the tasks."""
+        targets = {name: label for name, label in self.targets.items() if name in names}
+        return Labelled(targets, {name: weight for name, weight in self.weights.items() if name in names})
+
     def to(self, device: torch.device) -> Labelled:
         """On another device."""
         targets = {name: label.to(device) for name, label in self.targets.items()}
         return Labelled(targets, {name: weight.to(device) for name, weight in self.weights.items()})
+
+
+def joined(labels: Sequence[Labelled]) -> Labelled:
+    """Labels of parts, one after the other."""
+    first = labels[0]
+    targets = {name: torch.cat([part.targets[name] for part in labels]) for name in first.targets}
+    weights = {name: torch.cat([part.weights[name] for part in labels]) for name in first.weights}
+    return Labelled(targets, weights)
 
 
 def labelled(labels: Table, sample_weight: SampleWeight, rows: int, joint_loss: JointLoss, what: str) -> Labelled:
@@ -101,6 +114,32 @@ def _weight(where: str, column: Any, rows: int) -> Tensor:
     return torch.from_numpy(weight)
 
 
+class LabelMoments:
+    """Mean and deviation of a task's labels, which may come in parts."""
+
+    def __init__(self, task: TaskLoss) -> None:
+        self.task, self.moments = task, Moments()
+
+    def add(self, label: Tensor) -> None:
+        """Some labels ``(n,)``, NaN where one is missing."""
+        self.moments.add(label[~label.isnan()].to(torch.float64).numpy())
+
+    def measured(self) -> TaskLoss:
+        """The task with both.
+
+        Raises:
+            ValueError: there was no label to measure, or none of float64's range.
+        """
+        name = self.task.name
+        if not self.moments.count:
+            raise ValueError(
+                f"labels[{name!r}]: expected labels, whose mean and standard deviation standardise=True measures, got "
+                f"none at all; leave the task out, or give TaskLoss({name!r}, 'regression', mean=, std=)"
+            )
+        mean, std = self.moments.mean_and_std()
+        return replace(self.task, standardise=False, mean=mean, std=std)
+
+
 def measured_tasks(tasks: Sequence[TaskLoss], targets: Labels) -> tuple[TaskLoss, ...]:
     """The tasks, with the mean and deviation of the labels of those that are to be standardised.
 
@@ -111,14 +150,9 @@ def measured_tasks(tasks: Sequence[TaskLoss], targets: Labels) -> tuple[TaskLoss
 
 
 def _measured(task: TaskLoss, label: Tensor) -> TaskLoss:
-    present = label[~label.isnan()].to(torch.float64)
-    if not len(present):
-        raise ValueError(
-            f"labels[{task.name!r}]: expected labels, whose mean and standard deviation standardise=True measures, got "
-            f"none at all; leave the task out, or give TaskLoss({task.name!r}, 'regression', mean=, std=)"
-        )
-    mean, std = mean_and_std(present.numpy())
-    return replace(task, standardise=False, mean=mean, std=std)
+    moments = LabelMoments(task)
+    moments.add(label)
+    return moments.measured()
 
 
 def warn_of_scale(tasks: Sequence[TaskLoss], targets: Labels) -> None:

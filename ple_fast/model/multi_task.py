@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
 from .arguments import warn_of_unlabelled
+from .batches import BATCH_SIZE
 from .callbacks import Callbacks
 from .caller import warn_caller
 from .columns import Encoded, to_json
@@ -20,14 +21,16 @@ from .eval_view import is_training
 from .evaluation import evaluation, gate_weights, predictions
 from .history import Evaluation, History
 from .labels import SampleWeight, measured_tasks, warn_of_scale
-from .metrics import Metrics
+from .metrics import Metrics, metrics_by_task
 from .network import TaskNetwork
+from .parts import Parts
 from .progress import Progress, reporter
 from .rebuild import rebuilt, saved_form
+from .rows import RowParts, Rows, rows_of
 from .run import MakeSchedule, Run, run_for
-from .scoring import Score, Scorer, checked_metrics, rows_of, with_validation
+from .scoring import Score, Scorer, checked_metrics, with_validation
 from .tables import Array, Table
-from .training import Trainer
+from .training import UNTRAINED, Trainer
 from .updates import Updates
 
 
@@ -67,11 +70,11 @@ class MultiTaskModel(TaskNetwork):
 
     def fit(
         self,
-        data: Table | Encoded,
-        labels: Table,
+        data: Table | Encoded | Parts,
+        labels: Table | None = None,
         *,
         epochs: int = 1,
-        batch_size: int = 1024,
+        batch_size: int | None = None,
         lr: float = 1e-3,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         schedule: MakeSchedule | None = None,
@@ -102,9 +105,15 @@ class MultiTaskModel(TaskNetwork):
         of the weights. The state stays in memory with the model, and is no part of its copies, pickles and files.
 
         Args:
-            data: columns by name, or what :meth:`encode` made of them.
-            labels: by task, ``(N,)``; NaN where a label is missing (multiclass: also -1).
-            epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before.
+            data: columns by name, or what :meth:`encode` made of them; or such tables one after the other, of which one
+                at a time is in memory: :class:`ParquetTables`, a list, a ``DataLoader``, any object whose ``__iter__``
+                begins anew in each epoch. Rows change places within such a part. The batches of a ``DataLoader`` are
+                taken as they are.
+            labels: by task, ``(N,)``; NaN where a label is missing (multiclass: also -1). None: they are columns of the
+                table, by the names of the tasks. A part is a table with them, or ``(table, labels)``, or ``(table,
+                labels, sample_weight)``.
+            epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before. The
+                default of ``batch_size`` is 1,024.
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
             schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
                 ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
@@ -114,10 +123,11 @@ class MultiTaskModel(TaskNetwork):
                 which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
             clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.
             sample_weight: of each row, 0 or more: one column ``(N,)`` for all tasks, or a table of columns by task,
-                where a task that is absent weighs its rows alike. A task's loss is the weighted mean over its sample
-                space, so a weight of 0 takes a row out of it.
+                where a task that is absent weighs its rows alike; of data in parts the name of a column, or names by
+                task. A task's loss is the weighted mean over its sample space, so a weight of 0 takes a row out of it.
             validation: ``(data, labels)`` or ``(data, labels, sample_weight)`` that are scored after each epoch, in
-                eval mode; or a share of the rows, such as 0.1, which ``seed`` draws and which are then not trained on.
+                eval mode; data in parts, of which labels and predictions are kept in memory; or a share of the rows in
+                memory, such as 0.1, which ``seed`` draws and which are then not trained on.
                 The weights of this call's best epoch are restored at the end, also when training is interrupted.
             metrics: of the validation data, each over the task's own sample space, weighted as its loss is. Names:
                 ``"auc"``, ``"average_precision"`` (binary; need scikit-learn), ``"logloss"``, ``"accuracy"`` (binary,
@@ -161,7 +171,8 @@ class MultiTaskModel(TaskNetwork):
             ImportError: a package that ``metrics`` or ``progress=True`` needs.
             FloatingPointError: the loss is not finite, or the score is infinite.
         """
-        epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
+        epochs = check_count("epochs", epochs)
+        batch_size = None if batch_size is None else check_count("batch_size", batch_size)
         patience = None if patience is None else check_count("patience", patience)
         if validation is None and not (score is None and patience is None and metrics is None):
             raise ValueError("score, patience, metrics: expected validation=0.1 or (data, labels) with them, got none")
@@ -178,17 +189,24 @@ class MultiTaskModel(TaskNetwork):
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
         with torch.inference_mode(False), torch.enable_grad():
             rows, held = with_validation(self, rows_of(self, data, labels, sample_weight, "labels"), validation, seed)
-            scorer = None if held is None else Scorer(self, held, score, metrics, batch_size, patience)
+            needs_scale = any(task.standardise for task in self.tasks)
+            for parts, times in ((rows, epochs + needs_scale), (held, 2)):
+                if isinstance(parts, RowParts):
+                    parts.check_times(times)
+            scorer = None if held is None else Scorer(self, held, score, metrics, batch_size or BATCH_SIZE, patience)
             run = run_for(
                 self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters(), schedule=schedule
             )
             updates = Updates(run, clip_norm, schedule_every)
-            tasks = measured_tasks(self.tasks, rows.labels.targets)
-            warn_of_unlabelled(self.joint_loss, rows.labels.targets, "labels", "they are not trained")
-            if held is not None:
+            if isinstance(rows, RowParts):  # what is wrong with their labels is found while they are read
+                tasks = rows.measured_tasks()
+            else:
+                tasks = measured_tasks(self.tasks, rows.labels.targets)
+                warn_of_unlabelled(self.joint_loss, rows.labels.targets, "labels", UNTRAINED)
+                warn_of_scale(tasks, rows.labels.targets)
+            if scorer is not None:
                 effect = "the default score leaves them out"
-                warn_of_unlabelled(self.joint_loss, held.labels.targets, "validation labels", effect)
-            warn_of_scale(tasks, rows.labels.targets)
+                warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
             if not is_training(self):
                 warn_caller(
                     "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
@@ -212,8 +230,8 @@ class MultiTaskModel(TaskNetwork):
 
     def evaluate(
         self,
-        data: Table | Encoded,
-        labels: Table,
+        data: Table | Encoded | Parts,
+        labels: Table | None = None,
         *,
         metrics: Metrics = None,
         sample_weight: SampleWeight = None,
@@ -235,8 +253,11 @@ class MultiTaskModel(TaskNetwork):
         """
         batch_size = check_count("batch_size", batch_size)
         rows = rows_of(self, data, labels, sample_weight, "labels")
-        wanted = checked_metrics(self, rows.labels, metrics)
-        return evaluation(self, rows.data, rows.labels, wanted, batch_size)[0]
+        if isinstance(rows, Rows):
+            wanted = checked_metrics(self, rows.labels, metrics)
+        else:
+            wanted = metrics_by_task(metrics, self.tasks)
+        return evaluation(self, rows.blocks(batch_size), wanted)[0]
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.

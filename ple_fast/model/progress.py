@@ -28,7 +28,8 @@ class Step:
     epochs: int
     batch: int
     """1 is the first."""
-    batches: int
+    batches: int | None
+    """Of the epoch; None where data comes in parts and none has been read to its end."""
     loss: Tensor
     """Total loss of the batch, detached; reading its value waits for the device."""
     rows: int = 0
@@ -37,6 +38,8 @@ class Step:
     """Learning rate of the step, of the optimizer's first group."""
     gradient_norm: Tensor | None = None
     """Of all gradients together, before they were clipped; None without ``clip_norm``."""
+    number: int = 0
+    """Of the step, in all epochs; 1 is the first."""
 
 
 Progress = Callable[[Step], None]
@@ -92,13 +95,13 @@ class _Bar(Reporter):
         if self.line is None:
             self.begin = now
             self.line = self.bar.add_task(f"epoch {step.epoch}/{step.epochs}", total=step.batches, loss="", speed="")
-        if now < self.next and step.batch < step.batches:
+        is_last = step.batch == step.batches  # and is shown, however short the epoch was
+        if now < self.next and not is_last:
             return
         self.next = now + SECONDS
         # The first batch began before anything could be told of it.
         passed, since = now - self.begin, step.rows * (1 - 1 / step.batch)
         speed = f"{since / passed:,.0f} samples/s" if passed and since else ""
-        is_last = step.batch == step.batches  # and is shown, however short the epoch was
         loss = f"loss {float(step.loss):.4g}"
         self.bar.update(self.line, completed=step.batch, loss=loss, speed=speed, refresh=is_last)
 

@@ -36,6 +36,8 @@ class Run:
         self.schedule = schedule
         self.places = _places(parameters)
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
+        self.epochs = 0
+        """That it has trained, in all calls."""
         self._kept: torch.optim.Optimizer | None = None
         self._kept_scheduler: Any = None
 

@@ -18,9 +18,11 @@ from .columns import Encoded
 from .eval_view import eval_view, is_training
 from .evaluation import evaluation
 from .history import Evaluation
-from .labels import Labelled, labelled, sample_space
+from .labels import Labelled, sample_space
 from .metrics import NAMED, Metric, metrics_by_task
 from .network import TaskNetwork
+from .parts import is_parts
+from .rows import RowParts, Rows, rows_of
 from .tables import Array, Table
 
 Score = Callable[[dict[str, Array], Table], float]
@@ -30,30 +32,19 @@ HELD_BACK = 0x5D588B656C078965
 """What is added to the seed for the rows that are held back: the order of the others is another draw."""
 
 
-class Rows(NamedTuple):
-    """Rows with their labels."""
-
-    data: Encoded
-    labels: Labelled
-    given: Table
-    """The labels as the user's ``score`` reads them."""
-
-
-def rows_of(model: TaskNetwork, data: Any, labels: Any, sample_weight: Any, what: str) -> Rows:
-    """Data of a user, encoded and checked. TypeError, ValueError: see ``MultiTaskModel.fit``."""
-    encoded = model.encode(data)
-    return Rows(encoded, labelled(labels, sample_weight, len(encoded), model.joint_loss, what), labels)
-
-
-def with_validation(model: TaskNetwork, rows: Rows, validation: Any, seed: int) -> tuple[Rows, Rows | None]:
+def with_validation(
+    model: TaskNetwork, rows: Rows | RowParts, validation: Any, seed: int
+) -> tuple[Rows | RowParts, Rows | RowParts | None]:
     """The rows to train on, and those to validate on.
 
     Args:
-        validation: data and labels, and weights maybe; or a share of ``rows``, which ``seed`` draws.
+        validation: data and labels, and weights maybe; data that comes in parts; or a share of ``rows``, which ``seed``
+            draws.
 
     Raises:
         TypeError: neither.
-        ValueError: a share that is not between 0 and 1, or leaves one of the two without a row.
+        ValueError: a share that is not between 0 and 1, or leaves one of the two without a row, or of rows that come
+            in parts.
     """
     if validation is None:
         return rows, None
@@ -61,6 +52,8 @@ def with_validation(model: TaskNetwork, rows: Rows, validation: Any, seed: int) 
     if is_pair and len(validation) in (2, 3):
         weight = validation[2] if len(validation) == 3 else None
         return rows, rows_of(model, validation[0], validation[1], weight, "validation labels")
+    if is_parts(validation):
+        return rows, rows_of(model, validation, None, None, "validation labels")
     try:
         share = check_number("validation", validation)
     except TypeError as error:
@@ -68,6 +61,10 @@ def with_validation(model: TaskNetwork, rows: Rows, validation: Any, seed: int) 
             "validation: expected (data, labels), (data, labels, sample_weight), or a share of the rows such as 0.1, "
             f"got {kind_of(validation)}"
         ) from error
+    if isinstance(rows, RowParts):
+        raise ValueError(
+            f"validation: expected (data, labels) or parts of their own beside data that comes in parts, got {share}"
+        )
     count = len(rows.data)
     held = round(share * count) if 0 < share < 1 else 0
     if not 0 < held < count:
@@ -110,7 +107,7 @@ class Scorer:
     def __init__(
         self,
         model: TaskNetwork,
-        rows: Rows,
+        rows: Rows | RowParts,
         score: Score | str | None,
         metrics: Any,
         batch_size: int,
@@ -118,7 +115,9 @@ class Scorer:
     ) -> None:
         self.model, self.rows, self.patience = model, rows, patience
         self.batch_size = max(batch_size, LEAST_ROWS)
-        self.metrics = checked_metrics(model, rows.labels, metrics)
+        labels = rows.labels if isinstance(rows, Rows) else rows.all_labels()
+        self.targets = labels.targets
+        self.metrics = checked_metrics(model, labels, metrics)
         self.function = score if callable(score) else None
         if self.function is not None:
             self.watched = f"score {_name(self.function)} of the validation data (higher is better)"
@@ -126,23 +125,19 @@ class Scorer:
             name = "loss" if score is None else str(score)
             self.metrics, (self.watched, self.value, self.watched_tasks) = _watched(name, model.tasks, self.metrics)
             for task in model.tasks:  # of the metric that is only watched
-                _check(task, rows.labels, self.metrics[task.name])
-        self.has_labels = len(model.joint_loss.unlabelled(rows.labels.targets)) < len(model.tasks)
+                _check(task, labels, self.metrics[task.name])
+        self.has_labels = len(model.joint_loss.unlabelled(self.targets)) < len(model.tasks)
         self.has_warned = not self.has_labels and score is None  # which fit warns of
         eval_view(model)  # says what is wrong before an epoch has run
 
     def __call__(self, epoch: int) -> tuple[Evaluation, float | None]:
         """Raises FloatingPointError where the score is infinite, TypeError where it is no number."""
-        found, predictions = evaluation(
-            self.model,
-            self.rows.data,
-            self.rows.labels,
-            self.metrics,
-            self.batch_size,
-            all_predictions=self.function is not None,
+        found, predictions, labels = evaluation(
+            self.model, self.rows.blocks(self.batch_size), self.metrics, all_predictions=self.function is not None
         )
         if self.function is not None:
-            value = self._given(self.function, predictions, epoch)
+            own = self.rows.given if isinstance(self.rows, Rows) else {k: t.numpy() for k, t in labels.targets.items()}
+            value = self._given(self.function, predictions, own, epoch)
         else:
             value = self.value(found)
             if value is not None and not np.isfinite(value):
@@ -168,9 +163,9 @@ class Scorer:
             )
         return found, value
 
-    def _given(self, score: Score, predictions: dict[str, Array], epoch: int) -> float | None:
+    def _given(self, score: Score, predictions: dict[str, Array], labels: Table, epoch: int) -> float | None:
         name, was_training = _name(score), is_training(self.model)
-        found = score(predictions, self.rows.given)
+        found = score(predictions, labels)
         if was_training and not is_training(self.model):
             warn_caller(
                 f"score {name}: it called eval() on the model, whose training goes on without dropout and with batch "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,18 +12,20 @@ import numpy as np
 from ..scalars import check_count, own_scalar, shown
 from .bags import Keep, Pooling, check_padding
 from .categorical import Categorical, own_values
-from .columns import Column, owners_of
+from .columns import Column, Encoded, owners_of
 from .hashed import Hashed, check_ids
 from .lists import lists_of
+from .moments import Moments
 from .numeric import Missing, Numeric
-from .tables import Array, Cells, Table, Value, cells_of, check_names, column_of, is_missing, kinds_of, listed
+from .parts import Parts, is_parts, parts_of
+from .tables import Cells, Table, Value, cells_of, check_names, column_of, is_missing, kinds_of, listed
 
 LONGEST = 256
 """Of a row of several values, where ``max_length`` is not given: one long row would make all of them long."""
 
 
 def columns_from(
-    data: Table,
+    data: Table | Parts,
     *,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),
@@ -45,7 +46,8 @@ def columns_from(
     An option that may be a mapping says by name what it is for each column; one that it does not name has the default.
 
     Args:
-        data: columns by name: a mapping of arrays, a data frame of pandas or polars, or a table of pyarrow.
+        data: columns by name: a mapping of arrays, a data frame of pandas or polars, or a table of pyarrow; or such
+            tables one after the other (a list, :class:`ParquetTables`, a ``DataLoader``), which are read once.
         categorical: names of columns of text or ints. Missing values are left out of the vocabulary.
         numeric: names of columns of numbers. A constant one, up to rounding, gets std 1.
         width: of each embedding; a mapping may leave categorical columns out, which then have 4.
@@ -84,23 +86,35 @@ def columns_from(
     numeric_widths = _by_name("numeric_width", numeric_width, names, None)
 
     counts: dict[str, Counter[Any]] = {name: Counter() for name in embedded if name not in hashed}
-    options: dict[str, dict[str, Any]] = {}
-    for name in categories:
-        where, raw = f"column {name!r}", column_of(data, name)
-        if name in pooled:
-            padding = check_padding(where, filled[name])
-            cells, rows = lists_of(where, raw, padding)
-            length = _length(name, rows) if lengths[name] is None else lengths[name]
-            options[name] = {"pooling": pooled[name], "max_length": length, "padding": padding, "keep": kept[name]}
-        else:
-            cells = cells_of(where, raw)
-            rows, options[name] = cells.values if cells.codes is None else cells.codes, {}
-        _check_rows(where, rows)
-        owner = own_scalar(shared.get(name, name))
-        if owner in counts:
-            counts[owner].update(_counts(cells))
-        else:
-            check_ids(cells)
+    pads = {name: check_padding(f"column {name!r}", filled[name]) for name in pooled}
+    row_lengths: dict[str, Counter[int]] = {name: Counter() for name in pooled}
+    treated: Missing = "error" if missing is None else missing
+    blanks = [Numeric(name, transform=transform, missing=treated, width=numeric_widths[name]) for name in names]
+    measures = [_Measure(blank, missing) for blank in blanks]
+    rows = dict.fromkeys([*categories, *names], 0)
+    for table in _tables(data):
+        for name in categories:
+            where, raw = f"column {name!r}", column_of(table, name)
+            if name in pooled:
+                cells, row_counts = lists_of(where, raw, pads[name])
+                rows[name] += len(row_counts)
+                row_lengths[name].update(row_counts.tolist())
+            else:
+                cells = cells_of(where, raw)
+                rows[name] += len(cells.values if cells.codes is None else cells.codes)
+            owner = own_scalar(shared.get(name, name))
+            if owner in counts:
+                counts[owner].update(_counts(cells))
+            else:
+                check_ids(cells)
+        for name, measure in zip(names, measures, strict=True):
+            rows[name] += measure.add(column_of(table, name))
+    if empty := [name for name, count in rows.items() if not count]:
+        raise ValueError(f"column {empty[0]!r}: expected at least one row, got none")
+    options: dict[str, dict[str, Any]] = {name: {} for name in categories}
+    for name in pooled:
+        length = _length(name, row_lengths[name]) if lengths[name] is None else lengths[name]
+        options[name] = {"pooling": pooled[name], "max_length": length, "padding": pads[name], "keep": kept[name]}
     columns: list[Column] = []
     for name in categories:
         if name in shared:
@@ -111,12 +125,17 @@ def columns_from(
             values = _vocabulary(name, counts[name], min_count)
             columns.append(Categorical(name, values=values, width=widths[name], **options[name]))
     owners_of(columns)
-    for name in names:
-        blank = Numeric(
-            name, transform=transform, missing="error" if missing is None else missing, width=numeric_widths[name]
-        )
-        columns.append(_measured(blank, column_of(data, name), missing))
-    return columns
+    return [*columns, *(measure.column() for measure in measures)]
+
+
+def _tables(data: Any) -> Iterator[Table]:
+    if not is_parts(data):
+        yield data
+        return
+    for place, part in enumerate(parts_of("data", data), 1):
+        if isinstance(part.data, Encoded):
+            raise TypeError(f"data: expected tables, got encoded rows as part {place}, whose columns are made already")
+        yield part.data
 
 
 def _named(option: str, given: Any, names: Collection[str]) -> dict[str, Any]:
@@ -144,11 +163,15 @@ def _of_pooled(option: str, given: Any, pooled: Collection[str], default: Any) -
     return _by_name(option, given, pooled, default)
 
 
-def _length(name: str, lengths: Array) -> int:
-    """The longest row, which may not be too long."""
-    longest = int(lengths.max(initial=1))
+def _length(name: str, lengths: Mapping[int, int]) -> int:
+    """The longest row, which may not be too long; ``lengths``: of how many rows there are how many."""
+    longest = max(1, *lengths)
     if longest > LONGEST:
-        most = int(np.quantile(lengths, 0.99, method="higher"))
+        rest, most = sum(lengths.values()) // 100, longest
+        for most in sorted(lengths, reverse=True):
+            rest -= lengths[most]
+            if rest < 0:
+                break
         raise ValueError(
             f"column {name!r}: expected max_length, because its longest row has {longest} values, and every row takes "
             f"that many codes; 99 % of its rows have {most} or fewer: max_length={{{name!r}: {most}}} keeps the last "
@@ -188,33 +211,24 @@ def _vocabulary(name: str, counts: Mapping[Any, int], min_count: int) -> tuple[V
     return tuple(sorted(value for value, count in counts.items() if count >= min_count))
 
 
-def _check_rows(where: str, values: Array) -> None:
-    if len(values) == 0:
-        raise ValueError(f"{where}: expected at least one row, got none")
+class _Measure:
+    """Mean and deviation of a column of numbers, table by table."""
 
+    def __init__(self, blank: Numeric, missing: Missing | None) -> None:
+        self.blank, self.missing = blank, missing
+        self.moments, self.has_absent = Moments(), False
 
-def _measured(blank: Numeric, column: Any, missing: Missing | None) -> Numeric:
-    """The column with its mean and deviation."""
-    values = blank.transformed(column)
-    _check_rows(f"column {blank.name!r}", values)
-    absent = np.isnan(values)
-    if missing == "error":
-        blank.check_present(absent)
-    mean, std = mean_and_std(values[~absent])
-    if missing is None:
-        missing = "indicator" if absent.any() else "error"
-    return replace(blank, mean=mean, std=std, missing=missing)
+    def add(self, column: Any) -> int:
+        """The column of one table; how many rows it has."""
+        values = self.blank.transformed(column)
+        absent = np.isnan(values)
+        if self.missing == "error":
+            self.blank.check_present(absent)
+        self.has_absent |= bool(absent.any())
+        self.moments.add(values[~absent])
+        return len(values)
 
-
-def mean_and_std(values: Array) -> tuple[float, float]:
-    """Of float64 values; the deviation of what is constant up to rounding, and of nothing, is 1.
-
-    What overflows is infinite: whoever keeps the two refuses that.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, variance = (float(values.mean()), float(values.var())) if len(values) else (0.0, 0.0)
-    # What rounding alone leaves of a constant (Chan, Golub and LeVeque, 1983), as in scikit-learn.
-    # A product, because a power of floats that overflows raises.
-    rounding = len(values) * float(np.finfo(np.float64).eps)
-    is_constant = math.isfinite(variance) and variance <= rounding * variance + (rounding * mean) * (rounding * mean)
-    return mean, 1.0 if is_constant else math.sqrt(variance)
+    def column(self) -> Numeric:
+        mean, std = self.moments.mean_and_std()
+        missing: Missing = self.missing or ("indicator" if self.has_absent else "error")
+        return replace(self.blank, mean=mean, std=std, missing=missing)

@@ -52,7 +52,7 @@ class TensorBoard(Callback):
 
     def after_step(self, model: Any, step: Step) -> None:
         """Loss, learning rate and norm of the gradients, of some steps."""
-        number = (step.epoch - 1) * step.batches + step.batch
+        number = step.number
         if number % self.every:
             return
         for name, value in (("loss", step.loss), ("lr", step.lr), ("gradient_norm", step.gradient_norm)):

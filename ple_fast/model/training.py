@@ -14,16 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import JointLossResult
+from .arguments import warn_of_none
+from .batches import Batch, batches_of
 from .callbacks import Callbacks, StopTraining
 from .checkpoint import Checkpoint
 from .columns import to_json
 from .configuration import task_to_json, tasks_of
 from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
+from .labels import warn_of_scale
 from .network import TaskNetwork
 from .progress import Reporter, Step
-from .scoring import Rows, Scorer
+from .rows import RowParts, Rows
+from .scoring import Scorer
 from .updates import Updates
 
+VERSION = 2
+"""Of what stands in a checkpoint."""
+UNTRAINED = "they are not trained"
 MEASURED = ("standardise", "mean", "std")
 """Of a task: what ``fit`` may set."""
 
@@ -37,14 +44,6 @@ class Best(NamedTuple):
     """Copies of parameters and buffers."""
 
 
-def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where batches begin and end. One row left over joins the batch before it: batch norm cannot train on one."""
-    starts = list(range(0, rows, batch_size))
-    if len(starts) > 1 and rows - starts[-1] == 1:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], rows], strict=True))
-
-
 @torch.no_grad()
 def _copied(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
@@ -56,12 +55,16 @@ def _restore(model: nn.Module, copies: list[Tensor]) -> None:
         tensor.copy_(copy)
 
 
+def _size(rows: Rows | RowParts) -> int | str:
+    return len(rows.data) if isinstance(rows, Rows) else "parts"
+
+
 class Sums:
     """What an epoch adds up, on the device: nothing of it is read before the epoch is over."""
 
-    def __init__(self, model: TaskNetwork, has_weights: bool) -> None:
+    def __init__(self, model: TaskNetwork) -> None:
         device, shape = next(model.parameters()).device, (len(model.tasks),)
-        self.names, self.has_weights = model.task_names, has_weights
+        self.names = model.task_names
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         """Of the joint losses, each times its batch's rows."""
         self.losses = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -69,14 +72,14 @@ class Sums:
         self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, result: JointLossResult, rows: int) -> Tensor:
+    def add(self, result: JointLossResult, rows: int, *, has_weights: bool) -> Tensor:
         """A batch; its joint loss, detached."""
         loss = result.total.detach()
         self.total += loss * rows
         weights = torch.stack(tuple(result.sample_weights.values()))
         self.losses += torch.stack(tuple(result.per_task.values())) * weights
         self.weights += weights
-        self.counts += torch.stack(tuple(result.counts.values())) if self.has_weights else weights
+        self.counts += torch.stack(tuple(result.counts.values())) if has_weights else weights
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -100,11 +103,11 @@ class Trainer:
     def __init__(
         self,
         model: TaskNetwork,
-        rows: Rows,
+        rows: Rows | RowParts,
         updates: Updates,
         *,
         epochs: int,
-        batch_size: int,
+        batch_size: int | None,
         scorer: Scorer | None,
         callbacks: Callbacks,
         reporter: Reporter,
@@ -112,7 +115,7 @@ class Trainer:
         checkpoint_every: int | None = None,
     ) -> None:
         self.model, self.rows, self.updates, self.epochs = model, rows, updates, epochs
-        self.bounds = batch_bounds(len(rows.data), batch_size)
+        self.batches = batches_of(rows, batch_size)
         self.scorer, self.callbacks, self.reporter = scorer, callbacks, reporter
         self.is_watched = bool(reporter.wants_steps or callbacks.after_step)
         self.device = next(model.parameters()).device
@@ -121,14 +124,19 @@ class Trainer:
         self.best: Best | None = None
         self.checkpoint = None
         if checkpoint is not None:  # a digest of large vocabularies takes a while
-            self.checkpoint = Checkpoint(checkpoint, {**self._settings(), "batch_size": batch_size})
+            self.checkpoint = Checkpoint(checkpoint, {**self._settings(), "batch_size": self.batches.batch_size})
         self.checkpoint_every = checkpoint_every
         self.epoch = 1  # that begins, or runs
         self.is_in_epoch = False
         self.batch = 0  # the last one of the epoch that is done
+        self.steps = 0  # of all epochs
+        self.rows_done = 0  # of the epoch
         self.seconds = 0.0  # of the epoch, until the last checkpoint
-        self.sums = Sums(model, bool(rows.labels.weights))
+        self.sums = Sums(model)
         self.order = updates.run.generator.get_state()  # before it draws the epoch's
+        self.drawn = self._generators()  # before the epoch draws from them
+        self.resumed: list[Tensor] | None = None
+        """Of PyTorch's generators, in mid-epoch; until the parts before are read again."""
 
     def train(self, *, resume: bool = False) -> History:
         """To the end of the last epoch, from the beginning or from the checkpoint, if there is one.
@@ -188,38 +196,55 @@ class Trainer:
             call(self.model, self.epoch)
         self.is_in_epoch = True
         begin = time.perf_counter() - self.seconds
-        self.order = self.updates.run.generator.get_state()
-        order = torch.randperm(len(self.rows.data), generator=self.updates.run.generator, device="cpu")
-        sums, every = self.sums, self.checkpoint_every
-        for start, stop in self.bounds[self.batch :]:
-            loss = self._step(order[start:stop], sums)
-            self.batch += 1
+        generator, sums, every = self.updates.run.generator, self.sums, self.checkpoint_every
+        self.order = generator.get_state()
+        if self.resumed is None:
+            self.drawn = self._generators()
+        else:  # a DataLoader may draw its order from them
+            self._set_generators(self.drawn)
+        for batch in self.batches.epoch(generator, self.updates.run.epochs, self.batch):
+            self._go_on()
+            if self.steps == 0 and isinstance(self.rows, RowParts):  # the labels of rows in memory were looked at
+                warn_of_scale(self.model.tasks, batch.labels.targets)
+            loss = self._step(batch, sums)
+            self.batch, self.steps = self.batch + 1, self.steps + 1
+            self.rows_done += len(batch.data)
             if self.is_watched:
-                self._tell(self.batch, loss, stop)
-            steps = (self.epoch - 1) * len(self.bounds) + self.batch
-            if every is not None and steps % every == 0 and self.batch < len(self.bounds):
+                self._tell(loss)
+            # What ends the epoch is written below; parts do not say beforehand which one is the last.
+            if every is not None and self.steps % every == 0 and self.batch != self.batches.count:
                 self.seconds = time.perf_counter() - begin
                 self._check_finite(float(sums.total))  # a good checkpoint is not replaced by one that is lost
                 self._save()
+        self._go_on()
+        if self.epoch == 1 and isinstance(self.rows, RowParts):
+            warn_of_none([name for name, scores in sums.tasks().items() if not scores.count], "labels", UNTRAINED)
         self.model.joint_loss.step_epoch()
-        mean, seconds = float(sums.total) / len(self.rows.data), time.perf_counter() - begin
+        mean, seconds = float(sums.total) / self.rows_done, time.perf_counter() - begin
         self._check_finite(mean)
         found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
         rate, tasks = self.updates.last_rate(), sums.tasks()
-        result = EpochResult(self.epoch, mean, score, seconds, len(self.rows.data), rate, tasks, found)
+        result = EpochResult(self.epoch, mean, score, seconds, self.rows_done, rate, tasks, found)
         is_best = score is not None and (self.best is None or score > self.best.score)
         best = Best(score, self.epoch, _copied(self.model)) if score is not None and is_best else self.best
         self.history.append(result)  # with the copy at hand, whatever interrupts
         self.best = best
         self.updates.end_epoch(mean if self.scorer is None else None if score is None else -score)
         self.is_in_epoch = False
-        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
-        self.sums = Sums(self.model, sums.has_weights)
-        self.order = self.updates.run.generator.get_state()
+        self.epoch, self.batch, self.rows_done, self.seconds = self.epoch + 1, 0, 0, 0.0
+        self.updates.run.epochs += 1
+        self.sums = Sums(self.model)
+        self.order, self.drawn = generator.get_state(), self._generators()
         self._save()
         self.reporter.epoch(result, self.epochs, is_best)
         for call in self.callbacks.after_epoch:
             call(self.model, result)
+
+    def _go_on(self) -> None:
+        """With the generators as a checkpoint in mid-epoch had them: what was read before it has been read again."""
+        if self.resumed is not None:
+            self._set_generators(self.resumed)
+            self.resumed = None
 
     def _check_finite(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -228,34 +253,47 @@ class Trainer:
                 "may mend it"
             )
 
-    def _step(self, index: Tensor, sums: Sums) -> Tensor:
+    def _step(self, batch: Batch, sums: Sums) -> Tensor:
         """One batch; its joint loss, detached."""
-        labels = self.rows.labels.rows(index).to(self.device)
-        outputs = self.model(self.rows.data.rows(index).to(self.device))
+        labels = batch.labels.to(self.device)
+        outputs = self.model(batch.data.to(self.device))
         result = self.model.joint_loss(outputs, labels.targets, sample_weight=labels.weights)
         self.updates.step(result.total)
         torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
-        return sums.add(result, len(index))
+        return sums.add(result, len(batch.data), has_weights=bool(labels.weights))
 
-    def _tell(self, batch: int, loss: Tensor, rows: int) -> None:
+    def _tell(self, loss: Tensor) -> None:
         rate, norm = self.updates.last_rate(), self.updates.gradient_norm
-        step = Step(self.epoch, self.epochs, batch, len(self.bounds), loss, rows, rate, norm)
+        place = (self.epoch, self.epochs, self.batch, self.batches.count)
+        step = Step(*place, loss, self.rows_done, rate, norm, self.steps)
         for call in self.callbacks.after_step:
             call(self.model, step)
         if self.reporter.wants_steps:
             self.reporter.step(step)
 
+    def _generators(self) -> list[Tensor]:
+        """The states of PyTorch's own generators."""
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda" and len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
+
     def _save(self) -> None:
         """Writes the checkpoint, if there is to be one: all that the rest of the training depends on."""
         if self.checkpoint is None:
             return
-        generators = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.get_rng_state(self.device))
         self.checkpoint.write(
             {
                 "epoch": self.epoch,
                 "batch": self.batch,
+                "steps": self.steps,
+                "rows": self.rows_done,
+                "run_epochs": self.updates.run.epochs,
                 "seconds": self.seconds,
                 "sums": self.sums.state(),
                 "history": [result_to_plain(result) for result in self.history],
@@ -265,17 +303,20 @@ class Trainer:
                 "optimizer": self.updates.optimizer.state_dict(),
                 "schedule": None if self.updates.scheduler is None else self.updates.scheduler.state_dict(),
                 "order": self.order,
-                "generators": generators,
+                "generators": self._generators(),
+                "drawn": self.drawn,
             }
         )
 
     def _settings(self) -> dict[str, Any]:
         """What the loss curve depends on, beside the number of epochs."""
+        held = None if self.scorer is None else self.scorer.rows
         return {
-            "rows": len(self.rows.data),
-            "validation": 0 if self.scorer is None else len(self.scorer.rows.data),
+            "version": VERSION,
+            "rows": _size(self.rows),
+            "validation": 0 if held is None else _size(held),
             "watched": self.history.watched,
-            "sample_weight": list(self.rows.labels.weights),
+            "sample_weight": self.rows.weighed(),
             "tasks": self.model.task_names,
             "model": self._digest(),
             **self.updates.settings(),
@@ -315,14 +356,15 @@ class Trainer:
         self.model.tasks = self.model.joint_loss.tasks = tuple(tasks_of(where, state))
         self.updates.load(state["optimizer"], state["schedule"])
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.steps, self.rows_done, self.updates.run.epochs = state["steps"], state["rows"], state["run_epochs"]
         self.is_in_epoch = self.batch > 0
         self.sums.load(state["sums"])
         self.history.extend(map(result_from_plain, state["history"]))
         if state["best"] is not None:
             self.best = Best(**state["best"])
         self.updates.run.generator.set_state(state["order"])
-        torch.set_rng_state(state["generators"][0])
-        if self.device.type == "cuda" and len(state["generators"]) > 1:
-            torch.cuda.set_rng_state(state["generators"][1], self.device)
+        self._set_generators(state["generators"])
+        if self.batch:
+            self.drawn, self.resumed = state["drawn"], state["generators"]
         place = f"batch {self.batch} of epoch {self.epoch}" if self.batch else f"epoch {self.epoch - 1}"
         self.reporter.say(f"resumed after {place} of {self.epochs} from {where}")
