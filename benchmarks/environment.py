@@ -59,7 +59,7 @@ def code_version(named: str | None = None) -> tuple[str, bool]:
     """
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit != "unknown":
-        code = ("ple_fast", "kernels", "benchmarks/*.py", "soak")
+        code = ("ple_fast", "kernels", "encoder", "benchmarks/*.py", "soak")
         return commit, _git("status", "--porcelain", "--", *code) not in ("", "unknown")
     name = named or os.environ.get(COMMIT) or "unknown"
     return name.removesuffix(DIRTY), name.endswith(DIRTY)

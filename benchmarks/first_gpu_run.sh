@@ -64,7 +64,7 @@ left() { local rest=$((seconds - reserve - SECONDS)); echo $((rest > 0 ? rest : 
 share() { local part=$(($(left) * $1 / 100)); printf '%d.%02d' $((part / 60)) $((part % 60 * 100 / 60)); }   # percent, in minutes
 
 export TRITON_CACHE_DIR=$state/triton TORCHINDUCTOR_CACHE_DIR=$state/inductor PYTHONUNBUFFERED=1
-export PLE_FAST_COMMIT=$commit PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
+export PLE_FAST_COMMIT=$commit PYTHONPATH=$PWD:$PWD/kernels:$PWD/encoder${PYTHONPATH:+:$PYTHONPATH}
 
 pack() {
   local part=$out/.$stage.$BASHPID.part

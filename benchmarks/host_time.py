@@ -117,7 +117,7 @@ def run(rounds: int = HOST_ROUNDS) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         variables |= stub_driver.build(Path(folder)) | KEEPS_MEMORY
-        variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+        variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), str(ROOT / "encoder")))
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--inside", "--rounds", str(rounds)]
         done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     entries: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ple_fast.model import Encoded, columns_from, encode
-from ple_fast.model.columns import Column
+from ple_fast_encoder import Column
 
 DATA = Path(__file__).parent / "data" / "census_income.parquet"
 ALL_ROWS = 299_285

@@ -30,8 +30,8 @@ from examples.progress import Work, console_for, progress
 from ple_fast import PLE
 from ple_fast.losses import JointLoss
 from ple_fast.model import Encoded
-from ple_fast.model.columns import Column
 from ple_fast.model.embedding import FeatureEmbedding
+from ple_fast_encoder import Column
 
 WATCHED = "validation AUC"
 SEED = 0

@@ -51,7 +51,11 @@ def measure() -> dict[str, int]:
 
 def kept() -> int:
     """Entries of every ``lru_cache`` and dictionary that modules of the library keep."""
-    modules = [module for name, module in sorted(sys.modules.items()) if name.partition(".")[0] == "ple_fast"]
+    modules = [
+        module
+        for name, module in sorted(sys.modules.items())
+        if name.partition(".")[0] in ("ple_fast", "ple_fast_encoder")
+    ]
     values = [value for module in modules for name, value in vars(module).items() if not name.startswith("__")]
     entries = 0
     for value in values:

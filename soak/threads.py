@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ple_fast import use_backend
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
-from ple_fast.model.columns import Column
+from ple_fast_encoder import Column
 
 SERVING = 8
 JOBS = 6

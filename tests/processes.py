@@ -147,7 +147,7 @@ class Run:
             *self.arguments,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONFAULTHANDLER": "1"}
-        path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [environment.get("PYTHONPATH")])]
+        path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "encoder"), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(path)
         with log.open("wb") as out:
             popen = subprocess.Popen(

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IMPORT_PATH = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "kernels", ROOT / "encoder"))
+"""Of this tree, as ``PYTHONPATH`` takes it."""
 
 
 def run_python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python arguments...`` on one thread, and what it wrote."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": IMPORT_PATH, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         capture_output=True,
         encoding="utf-8",

@@ -11,9 +11,9 @@ import torch
 
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
-from ple_fast.model.columns import to_json
 from ple_fast.model.configuration import task_to_json
 from ple_fast.model.tensor_file import read
+from ple_fast_encoder.columns import to_json
 
 WEIGHTS = "model.safetensors"
 

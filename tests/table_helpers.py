@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ple_fast.model import Categorical, Numeric, columns_from
-from ple_fast.model.tables import label_values
+from ple_fast_encoder.tables import label_values
 
 
 def readers(

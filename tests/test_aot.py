@@ -19,6 +19,7 @@ from benchmarks.environment import ROOT
 from benchmarks.launches import TABLE_OF
 from benchmarks.machine_code import shuffles_in_loops
 from benchmarks.rendering import quoted
+from tests.programs import IMPORT_PATH
 
 VERSIONS = ("3.6.0", "3.9.0")
 
@@ -32,7 +33,7 @@ def run(tmp_path: Path, *arguments: str) -> str:
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment["PYTHONPATH"] = IMPORT_PATH
     command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

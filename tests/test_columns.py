@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from ple_fast.model import Categorical, Numeric, columns_from, encode
-from ple_fast.model.columns import from_json, to_json
+from ple_fast_encoder.columns import from_json, to_json
 
 NAN = math.nan
 

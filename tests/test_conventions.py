@@ -17,9 +17,11 @@ import pytest
 import torch
 
 import ple_fast
+import ple_fast_encoder
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels"
+ENCODER = ROOT / "encoder"
 
 # The layers of ple_fast, lowest first. A module imports only from rows below its own; a sub-package is one module here.
 LAYERS = (
@@ -44,13 +46,18 @@ LAYERS = (
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 # What modules may import besides the standard library; what is optional is imported by the function that needs it.
-RUN_TIME = {"torch", "numpy"}
+RUN_TIME = {"torch", "numpy", "ple_fast_encoder"}
 WITHOUT_TENSORS = ("scalars", "references", "topology", "specs")
 KERNEL_DEPENDENCIES = {"torch", "triton"}
+ENCODER_DEPENDENCIES = {"numpy"}
 
 OURS = sorted((ROOT / "ple_fast").rglob("*.py"))
+ENCODER_FILES = sorted((ENCODER / "ple_fast_encoder").rglob("*.py"))
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(f for d in ("docs", "kernels", "examples", "benchmarks") for f in (ROOT / d).rglob("*.md"))]
+    [
+        *ROOT.glob("*.md"),
+        *(f for d in ("docs", "kernels", "encoder", "examples", "benchmarks") for f in (ROOT / d).rglob("*.md")),
+    ]
 )
 SOURCES = sorted(
     [
@@ -59,7 +66,7 @@ SOURCES = sorted(
         *(f for f in (ROOT / ".ci").glob("*") if f.is_file()),  # a copy for a lent machine has none
         *(
             f
-            for d in ("ple_fast", "kernels", "tests", "benchmarks", "examples", "soak")
+            for d in ("ple_fast", "kernels", "encoder", "tests", "benchmarks", "examples", "soak")
             for f in (ROOT / d).rglob("*.py")
         ),
         *(ROOT / "benchmarks").rglob("*.json"),
@@ -113,7 +120,7 @@ def test_a_module_imports_only_from_the_layers_below_it(file: Path) -> None:
     )
 
 
-PACKAGES = sorted({file.parent for file in OURS})
+PACKAGES = sorted({file.parent for file in (*OURS, *ENCODER_FILES)})
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=name_of)
@@ -130,30 +137,43 @@ def test_no_modules_of_a_package_import_each_other_in_a_ring(package: Path) -> N
 
 @pytest.mark.parametrize("file", OURS, ids=name_of)
 def test_a_module_needs_only_the_run_time_dependencies_to_be_imported(file: Path) -> None:
-    allowed = set() if file.stem in WITHOUT_TENSORS else RUN_TIME
+    allowed = {"ple_fast_encoder"} if file.stem in WITHOUT_TENSORS else RUN_TIME
     if file.parent.name == "triton_backend":  # itself imported by the function that needs it
         allowed = RUN_TIME | {"ple_fast_kernels"}
     outside = {dotted[0] for dotted, lazy in imports(file, ROOT) if not lazy} - sys.stdlib_module_names - {"ple_fast"}
     assert outside <= allowed
 
 
-@pytest.mark.parametrize("file", sorted((KERNELS / "ple_fast_kernels").rglob("*.py")), ids=name_of)
-def test_a_kernel_module_imports_relatively_and_never_ple_fast(file: Path) -> None:
-    absolute = {
+def absolute_imports(file: Path, *, lazy: bool) -> set[str]:
+    """Top-level names outside of the standard library that a file imports absolutely."""
+    names = {
         name
-        for statement, _ in import_statements(ast.parse(file.read_text(encoding="utf-8")))
+        for statement, waits in import_statements(ast.parse(file.read_text(encoding="utf-8")))
         for name in (
             [alias.name for alias in statement.names]
             if isinstance(statement, ast.Import)
             else ([] if statement.level else [statement.module or ""])
         )
+        if lazy or not waits
     }
-    assert {name.partition(".")[0] for name in absolute} - sys.stdlib_module_names <= KERNEL_DEPENDENCIES
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
-def test_the_folder_of_the_kernels_is_no_package() -> None:
-    assert (KERNELS / "ple_fast_kernels" / "__init__.py").is_file()
-    assert not (KERNELS / "__init__.py").exists(), "`kernels` is a package on PyPI: ours would shadow it"
+@pytest.mark.parametrize("file", sorted((KERNELS / "ple_fast_kernels").rglob("*.py")), ids=name_of)
+def test_a_kernel_module_imports_relatively_and_never_ple_fast(file: Path) -> None:
+    assert absolute_imports(file, lazy=True) <= KERNEL_DEPENDENCIES
+
+
+@pytest.mark.parametrize("file", ENCODER_FILES, ids=name_of)
+def test_a_module_of_the_encoder_imports_relatively_and_needs_numpy_alone(file: Path) -> None:
+    assert absolute_imports(file, lazy=False) <= ENCODER_DEPENDENCIES
+    assert absolute_imports(file, lazy=True) <= ENCODER_DEPENDENCIES | {"pyarrow"}  # where a column is pyarrow's
+
+
+def test_the_folders_around_packages_are_no_packages() -> None:
+    for folder in (KERNELS / "ple_fast_kernels", ENCODER / "ple_fast_encoder"):
+        assert (folder / "__init__.py").is_file()
+        assert not (folder.parent / "__init__.py").exists(), "`kernels` is a package on PyPI: ours would shadow it"
 
 
 def kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -173,7 +193,15 @@ def test_the_shape_of_every_tensor_stands_in_the_docstring_of_its_kernel(file: s
 
 
 @pytest.mark.parametrize(
-    "name", ["ple_fast", *(m.name for m in pkgutil.walk_packages(ple_fast.__path__, prefix="ple_fast."))]
+    "name",
+    [
+        name
+        for package in (ple_fast, ple_fast_encoder)
+        for name in (
+            package.__name__,
+            *(m.name for m in pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}.")),
+        )
+    ],
 )
 def test_modules_and_their_public_names_are_documented(name: str) -> None:
     module = importlib.import_module(name)

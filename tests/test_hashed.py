@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from ple_fast.model import Categorical, Hashed, columns_from
-from ple_fast.model.hashed import mixed
+from ple_fast_encoder.hashed import mixed
 
 NAN = math.nan
 BITS = 2**64 - 1

@@ -23,6 +23,7 @@ from benchmarks.kernel_schedule import (
 )
 from benchmarks.launches import PERSISTENT
 from benchmarks.rendering import quoted
+from tests.programs import IMPORT_PATH
 
 ROWS = {"medium": 16384, "large": 65536}
 DEPTHS = {"medium": (512, 256, 128), "large": (1024, 512, 256)}
@@ -161,7 +162,7 @@ def steps() -> list[dict[str, Any]]:
     """Rows of the script, in a process that does not interpret, and does not poison gigabytes."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment["PYTHONPATH"] = IMPORT_PATH
     command = [sys.executable, str(ROOT / "benchmarks" / "kernel_model.py"), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import stub_driver
+from tests.programs import IMPORT_PATH
 
 pytest.importorskip("triton")
 
@@ -77,7 +78,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         pytest.skip("needs gcc, which Triton's launcher is compiled with")
     folder = tmp_path_factory.mktemp("stub")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment |= stub_driver.build(folder) | {"PYTHONPATH": IMPORT_PATH}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests import stub_driver
+from tests.programs import IMPORT_PATH
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_only_first_launches_go_through_tritons_own_path(tmp_path: Path) -> None
     folder = tmp_path / "driver"
     folder.mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment |= stub_driver.build(folder) | {"PYTHONPATH": IMPORT_PATH}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, cwd=ROOT,
         check=False,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, Encoded, Hashed, MultiTaskModel, Numeric, columns_from
-from ple_fast.model.columns import Column, from_json, to_json
+from ple_fast_encoder.columns import Column, from_json, to_json
 from tests.storage_helpers import save_version_1
 
 TASKS = (TaskLoss("click"), TaskLoss("minutes", "regression"))

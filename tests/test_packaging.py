@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,11 @@ import pytest
 import ple_fast
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"ple_fast": ROOT / "ple_fast", "ple_fast_kernels": ROOT / "kernels" / "ple_fast_kernels"}
+PACKAGES = {
+    "ple_fast": ROOT / "ple_fast",
+    "ple_fast_encoder": ROOT / "encoder" / "ple_fast_encoder",
+    "ple_fast_kernels": ROOT / "kernels" / "ple_fast_kernels",
+}
 RUN_TIME_DEPENDENCIES = ["numpy", "torch>=2.10"]
 # Nothing of these may be needed, or loaded, by `import ple_fast`: other platforms' compilers, and extras.
 OPTIONAL = ("triton", "matplotlib", "pandas", "pyarrow", "sklearn", "rich")
@@ -62,7 +67,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     files = [PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")]
     dist_info = f"ple_fast-{ple_fast.__version__}.dist-info"
     assert {file.parts[0] for file in files} == {*PACKAGES, dist_info}
@@ -92,14 +97,36 @@ def test_installed_wheel_imports_without_the_optional_packages(installed: Path, 
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: importing it raises ModuleNotFoundError
-import ple_fast, importlib.util
+import ple_fast, ple_fast_encoder, importlib.util
 import json
 kernels = importlib.util.find_spec("ple_fast_kernels").origin  # importing it needs triton
-print(json.dumps([ple_fast.__file__, kernels, ple_fast.__version__]))
+print(json.dumps([ple_fast.__file__, ple_fast_encoder.__file__, kernels, ple_fast.__version__]))
 """
     *files, version = json.loads(run("-c", program, cwd=tmp_path, path=installed))
     assert [Path(file) for file in files] == [installed / name / "__init__.py" for name in PACKAGES]
     assert version == ple_fast.__version__
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["installed", "folder-copied"])
+def test_the_encoder_stands_alone(installed: Path, tmp_path: Path, copied: bool) -> None:
+    """In a process that has NumPy and no torch, out of the wheel or as a folder that somebody copied."""
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "ple_fast", *{OPTIONAL!r})))  # None: importing it raises ModuleNotFoundError
+import numpy as np
+import ple_fast_encoder
+from ple_fast_encoder import Categorical, Encoder, Hashed, Numeric
+columns = [Categorical("a", values=("x", "y")), Hashed("b", 10, pooling="sum", max_length=2), Numeric("c", std=2.0)]
+Encoder(columns).save("encoder.json")
+encoder = Encoder.load("encoder.json")
+codes, numbers = encoder.encode({{"a": ["y", None], "b": [[1], [2, 3, 4]], "c": np.array([1, 3])}})
+loaded = [name for name in sys.modules if name.startswith("ple_fast.")]
+print(codes[:, 0].tolist(), codes.shape, numbers.tolist(), loaded)
+"""
+    if copied:
+        shutil.copytree(PACKAGES["ple_fast_encoder"], tmp_path / "ple_fast_encoder")
+    found = run("-c", program, cwd=tmp_path, path=tmp_path if copied else installed)
+    assert found == "[2, 0] (2, 3) [[0.5], [1.5]] []\n"
 
 
 def test_import_loads_neither_optional_packages_nor_the_reference(installed: Path, tmp_path: Path) -> None:
@@ -121,10 +148,10 @@ def test_pytest_tests_the_tree_and_not_an_installed_wheel(installed: Path, tmp_p
     test = tmp_path / "test_where.py"
     test.write_text(
         f"""
-import os, ple_fast, importlib.util
+import os, importlib.util
 
 def test_where():
-    where = [os.path.dirname(ple_fast.__file__), os.path.dirname(importlib.util.find_spec("ple_fast_kernels").origin)]
+    where = [os.path.dirname(importlib.util.find_spec(name).origin) for name in {list(PACKAGES)}]
     assert where == {[str(source) for source in PACKAGES.values()]}
 """
     )

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ple_fast.model import Categorical, Encoded, Hashed, Numeric, encode
-from ple_fast.model.columns import Column, owners_of
 from ple_fast.model.embedding import FeatureEmbedding
 from ple_fast.model.pooling import pool
+from ple_fast_encoder.columns import Column, owners_of
 from tests.model_helpers import COLUMNS, table
 
 POOLINGS: tuple[Any, ...] = ("sum", "mean", "max")

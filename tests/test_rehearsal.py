@@ -160,7 +160,7 @@ def test_the_whole_suite_is_collected(machine: GpuMachine) -> None:
         f"{machine.environment['PATH']}/python3", "-m", "pytest", "-p", "no:cacheprovider", "-q", "--collect-only",
         "--only-device", "--skip-missing",
     ]  # fmt: skip
-    path = f"{machine.tree}:{machine.tree / 'kernels'}:{machine.environment['PYTHONPATH']}"
+    path = f"{machine.tree}:{machine.tree / 'kernels'}:{machine.tree / 'encoder'}:{machine.environment['PYTHONPATH']}"
     environment = machine.environment | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=machine.tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ple_fast import PLE, use_backend
 from tests import stub_driver
+from tests.programs import IMPORT_PATH
 
 pytest.importorskip("triton")
 
@@ -109,7 +110,7 @@ def test_a_launch_enters_the_device_of_its_tensors_and_compiles_for_each(tmp_pat
     folder = tmp_path / "driver"
     folder.mkdir()
     environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PLE_FAST_TILES")}
-    environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment |= stub_driver.build(folder) | {"PYTHONPATH": IMPORT_PATH}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}
     program = f"CASES = {CASES}\n{PROGRAM}"
     run = subprocess.run(

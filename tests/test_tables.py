@@ -17,7 +17,7 @@ import torch
 
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, Hashed, MultiTaskModel, Numeric, columns_from, encode
-from ple_fast.model.tables import column_of, label_values
+from ple_fast_encoder.tables import column_of, label_values
 
 NAN = math.nan
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ple_fast.model import Numeric, columns_from, encode
-from ple_fast.model.tables import label_values
+from ple_fast_encoder.tables import label_values
 from tests.table_helpers import readers
 
 NAMED = r"column 'x': .*"

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import configs
 from ple_fast import PLE, tune, tune_calls, tune_measure, tune_results
+from tests.programs import IMPORT_PATH
 from tests.test_tune import choose, where
 
 pytest.importorskip("triton")
@@ -267,7 +268,7 @@ def test_processes_compile_before_anything_is_timed(tmp_path: Path) -> None:
     """The real command, in a process that times nothing: without a GPU a sample cannot be captured."""
     path = tmp_path / "trunk.json"
     path.write_text(json.dumps(TRUNKS[0]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_PATH, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "ple_fast.tune", "--trunk", str(path), "--device", "cpu", "--dtype", "float32"]
     options = ["--processes", "2", "--minutes", "0", "--out", str(tmp_path / "tiles.json")]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -284,7 +285,7 @@ def test_a_launch_is_named_alike_in_every_process() -> None:
         "trunk = PLE(6, 2, num_levels=1, task_experts=1, shared_experts=1, expert_units=(4,))\n"
         "print('\\n'.join(c.launch for c in tune_calls.recorded(trunk, torch.randn(5, 6, requires_grad=True))))"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_PATH}
     found = [
         subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ import torch
 
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, Hashed, MultiTaskModel, Numeric, encode
-from ple_fast.model.columns import Column
+from ple_fast_encoder import Column
 
 LISTS: dict[str, Any] = {"pooling": "mean", "max_length": 2}
 

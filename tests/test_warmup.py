@@ -24,6 +24,7 @@ from ple_fast import CGC, PLE, MLMMoE, accelerate, use_backend, warm_up
 from ple_fast.losses import TaskLoss
 from ple_fast.model import MultiTaskModel, Numeric
 from tests import stub_driver
+from tests.programs import IMPORT_PATH
 
 pytest.importorskip("triton")
 
@@ -373,7 +374,7 @@ def test_after_it_nothing_is_compiled(tmp_path: Path) -> None:
     folder = tmp_path / "driver"
     folder.mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= stub_driver.build(folder) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment |= stub_driver.build(folder) | {"PYTHONPATH": IMPORT_PATH}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, cwd=ROOT,
         check=False,

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ple_fast_encoder.caller import warn_caller
+from ple_fast_encoder.columns import COLUMN_TYPES, Column, owners_of
+from ple_fast_encoder.tables import Table, cells_of, check_names, column_of, label_values
+
 from ..losses import JointLoss, TaskLoss
 from ..scalars import shown
-from .caller import warn_caller
-from .columns import COLUMN_TYPES, Column, owners_of
-from .tables import Table, cells_of, check_names, column_of, label_values
 
 Labels = Mapping[str, Tensor]
 """By task, ``(N,)`` float32; float64 where a regression is standardised."""

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ple_fast_encoder.columns import Column, from_json
+
 from ..losses import TaskLoss
-from .columns import Column, from_json
 from .trunks import CUSTOM
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}

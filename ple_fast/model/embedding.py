@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .columns import Column, EmbeddedColumn, Encoded, owners_of
-from .numeric import Numeric
+from ple_fast_encoder.columns import Column, EmbeddedColumn, owners_of
+from ple_fast_encoder.numeric import Numeric
+
+from .columns import Encoded
 from .pooling import Bag, pooled
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, range, type, types.BuiltinFunctionType})
 """Types that refer to no module; ``_is_plain`` knows more."""
+OUR_MODULES = frozenset(("torch", "numpy", "ple_fast", "ple_fast_encoder"))
 OWN = vars(nn.Module()).keys()
 """What every module has. Parameters and buffers are shared as dicts: a view sees what FSDP, say, puts into them."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -208,9 +209,7 @@ class _View:
 
 def _is_plain(kind: type) -> bool:
     """Whether what is of a type refers to no module, or calls none: all of ours and PyTorch's that are no modules."""
-    return kind in PLAIN or (
-        kind.__module__.partition(".")[0] in ("torch", "numpy", "ple_fast") and not issubclass(kind, nn.Module)
-    )
+    return kind in PLAIN or (kind.__module__.partition(".")[0] in OUR_MODULES and not issubclass(kind, nn.Module))
 
 
 def _held(value: Any) -> Iterable[Any]:

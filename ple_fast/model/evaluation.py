@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ple_fast_encoder.tables import Array, Table
+
 from ..losses import TaskLoss
 from ..losses.task_loss import task_sum
 from .columns import Encoded
@@ -16,7 +18,6 @@ from .history import Evaluation, TaskScores
 from .labels import Labelled, joined, sample_space
 from .metrics import Metric
 from .network import TaskNetwork
-from .tables import Array, Table
 
 
 def predictions(model: TaskNetwork, data: Table | Encoded, batch_size: int) -> dict[str, Array]:

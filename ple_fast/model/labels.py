@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ple_fast_encoder.caller import warn_caller
+from ple_fast_encoder.tables import Array, Table, cells_of, column_of
+
 from ..losses import MISSING_CLASS, JointLoss, TaskLoss
 from .arguments import Labels, kind_of, label_tensors
-from .caller import warn_caller
 from .moments import Moments, mean_and_std
-from .tables import Array, Table, cells_of, column_of
 
 SampleWeight = Any
 """One column ``(N,)`` for all tasks, a table of columns by task, or None."""

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ple_fast_encoder.tables import Array
+
 from ..losses import TaskLoss
 from ..scalars import check_number, shown
-from .tables import Array
 
 Metrics = Any
 """Names or functions: one, several, or several by task."""

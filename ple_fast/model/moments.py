@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .tables import Array
+from ple_fast_encoder.tables import Array
 
 
 class Moments:

@@ -9,13 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ple_fast_encoder.caller import warn_caller
+from ple_fast_encoder.columns import to_json
+from ple_fast_encoder.tables import Array, Table
+
 from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
 from .arguments import warn_of_unlabelled
 from .batches import BATCH_SIZE
 from .callbacks import Callbacks
-from .caller import warn_caller
-from .columns import Encoded, to_json
+from .columns import Encoded
 from .configuration import task_to_json
 from .eval_view import is_training
 from .evaluation import evaluation, gate_weights, predictions
@@ -29,7 +32,6 @@ from .rebuild import rebuilt, saved_form
 from .rows import RowParts, Rows, rows_of
 from .run import MakeSchedule, Run, run_for
 from .scoring import Score, Scorer, checked_metrics, with_validation
-from .tables import Array, Table
 from .training import UNTRAINED, Trainer
 from .updates import Updates
 

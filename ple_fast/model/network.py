@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ple_fast_encoder import Column, Encoder
+from ple_fast_encoder.tables import Table
+
 from ..losses import JointLoss, TaskLoss, entire_space
 from ..topology import Topology
 from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
-from .columns import Column, Encoded, encode
+from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
-from .tables import Table
 from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .towers import build_tower, tower_options
 from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
@@ -122,7 +124,14 @@ class TaskNetwork(nn.Module):
                 "data: expected columns by name, a mapping of arrays or a data frame with "
                 f"{[column.name for column in self.columns][:60]}, or what encode made of one, got {kind_of(data)}"
             )
-        return encode(data, self.columns)
+        return encoded(self.encoder(), data)
+
+    def encoder(self) -> Encoder:
+        """What encodes tables for this model, with NumPy alone; ``save`` keeps it for a process without torch."""
+        found: Encoder | None = self.__dict__.get("_encoder")
+        if found is None or found.columns is not self.columns:  # assigned anew
+            found = self.__dict__["_encoder"] = Encoder(self.columns)
+        return found
 
     def forward(self, batch: Table | Encoded) -> dict[str, Tensor]:
         """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass)."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ple_fast_encoder.tables import listed
+
 from ..scalars import check_count, check_flag, check_seed
-from .tables import listed
 
 SUFFIX = ".parquet"
 

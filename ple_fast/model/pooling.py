@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .bags import Pooling
+from ple_fast_encoder.bags import Pooling
 
 
 class Bag(NamedTuple):

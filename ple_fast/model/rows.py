@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+from ple_fast_encoder.tables import Table, column_of
+
 from ..losses import TaskLoss
 from .arguments import has_no_names, kind_of
 from .columns import Encoded
 from .labels import Labelled, LabelMoments, joined, labelled
 from .network import TaskNetwork
 from .parts import Part, Parts, is_parts, is_read_once, parts_of, set_epoch
-from .tables import Table, column_of
 
 
 class Rows(NamedTuple):

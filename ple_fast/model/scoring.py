@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ple_fast_encoder.caller import warn_caller
+from ple_fast_encoder.tables import Array, Table
+
 from ..losses import TaskLoss
 from ..scalars import check_number, shown
 from .arguments import kind_of
-from .caller import warn_caller
 from .columns import Encoded
 from .eval_view import eval_view, is_training
 from .evaluation import evaluation
@@ -23,7 +25,6 @@ from .metrics import NAMED, Metric, metrics_by_task
 from .network import TaskNetwork
 from .parts import is_parts
 from .rows import RowParts, Rows, rows_of
-from .tables import Array, Table
 
 Score = Callable[[dict[str, Array], Table], float]
 LEAST_ROWS = 8192

@@ -9,16 +9,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ple_fast_encoder.bags import Keep, Pooling, check_padding
+from ple_fast_encoder.categorical import Categorical, own_values
+from ple_fast_encoder.columns import Column, owners_of
+from ple_fast_encoder.hashed import Hashed, check_ids
+from ple_fast_encoder.lists import lists_of
+from ple_fast_encoder.numeric import Missing, Numeric
+from ple_fast_encoder.tables import (
+    Cells,
+    Table,
+    Value,
+    cells_of,
+    check_names,
+    column_of,
+    is_missing,
+    kinds_of,
+    listed,
+)
+
 from ..scalars import check_count, own_scalar, shown
-from .bags import Keep, Pooling, check_padding
-from .categorical import Categorical, own_values
-from .columns import Column, Encoded, owners_of
-from .hashed import Hashed, check_ids
-from .lists import lists_of
+from .columns import Encoded
 from .moments import Moments
-from .numeric import Missing, Numeric
 from .parts import Parts, is_parts, parts_of
-from .tables import Cells, Table, Value, cells_of, check_names, column_of, is_missing, kinds_of, listed
 
 LONGEST = 256
 """Of a row of several values, where ``max_length`` is not given: one long row would make all of them long."""

@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ple_fast_encoder.tables import Table
+
 from ..scalars import check_count, shown
 from ..viz import gate_use
 from .callbacks import Callback
 from .columns import Encoded
 from .history import EpochResult
 from .progress import Step
-from .tables import Table
 
 
 class TensorBoard(Callback):

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ple_fast_encoder.columns import to_json
+
 from ..losses import JointLossResult
 from .arguments import warn_of_none
 from .batches import Batch, batches_of
 from .callbacks import Callbacks, StopTraining
 from .checkpoint import Checkpoint
-from .columns import to_json
 from .configuration import task_to_json, tasks_of
 from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
 from .labels import warn_of_scale

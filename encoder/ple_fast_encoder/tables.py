@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -9,23 +10,37 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..scalars import as_tuple, is_sequence, own_scalar
+from .scalars import as_tuple, is_sequence, own_scalar
 
 Array = np.ndarray[Any, Any]
 Value = str | int
 """Of a category or an id."""
 MAX_SIZE = 2**31 - 1
 """Of a vocabulary: codes are int32."""
-SEVERAL = (list, tuple, dict, set, frozenset, np.ndarray, Tensor)
+SEVERAL = (list, tuple, dict, set, frozenset, np.ndarray)
+"""Types of several values; :func:`is_several` knows tensors too."""
 
 
 class Table(Protocol):
     """Columns by name: a mapping of arrays, a data frame of pandas or polars, or a table of pyarrow."""
 
     def __getitem__(self, key: str, /) -> Any: ...
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor of PyTorch, which is asked only if somebody else has loaded it."""
+    return _is_tensor_type(type(value))
+
+
+def is_several(t: type) -> bool:
+    """Whether values of a type are several in one."""
+    return issubclass(t, SEVERAL) or _is_tensor_type(t)
+
+
+def _is_tensor_type(t: type) -> bool:
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and issubclass(t, tensor)
 
 
 def column_of(data: Table, name: str, what: str = "data") -> Any:
@@ -57,7 +72,7 @@ def _names(data: Any, what: str) -> Any:
             return names
     if isinstance(data, np.ndarray) and data.dtype.names:
         return data.dtype.names
-    is_other = isinstance(data, (Sequence, Tensor, np.ndarray, set, frozenset))
+    is_other = isinstance(data, (Sequence, np.ndarray, set, frozenset)) or is_tensor(data)
     if is_other or not (hasattr(data, "__contains__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"{what}: expected a table, columns by name (a mapping of arrays, a data frame), got {type(data).__name__}"
@@ -168,7 +183,7 @@ def kinds_of(where: str, values: Array) -> set[str]:
         return set() if is_absent else {names.get(kind, str(values.dtype))}
     cells = values.tolist()
     types = set(map(type, cells))
-    several = sorted(t.__name__ for t in types if issubclass(t, SEVERAL))
+    several = sorted(t.__name__ for t in types if is_several(t))
     if several:
         raise ValueError(
             f"{where}: expected one value per row, (B,), got {', '.join(several)}; take one value of each, make a "
@@ -221,7 +236,7 @@ def cells_of(where: str, column: Any) -> Cells:
         types = set(map(type, cells))
         if types == {float}:
             return Cells(where, np.array(cells))
-        if any(issubclass(t, (Tensor, np.ndarray)) for t in types):  # of one number each
+        if any(issubclass(t, np.ndarray) or _is_tensor_type(t) for t in types):  # of one number each
             cells = [None if cell is np.ma.masked else own_scalar(cell) for cell in cells]
         # One by one: NumPy would make text of numbers beside text, and round large ints beside NaN.
         return Cells(where, np.fromiter(cells, dtype=object, count=len(cells)))
@@ -245,13 +260,13 @@ def _values(where: str, column: Any) -> tuple[Array, Array | None]:
     """The values of a column, and which of them are missing where the values themselves do not say so."""
     if isinstance(column, np.ma.MaskedArray):
         return np.asarray(column.data), np.ma.getmaskarray(column)
-    if isinstance(column, Tensor) and column.requires_grad:
+    if is_tensor(column) and column.requires_grad:
         raise TypeError(
             f"{where}: expected values, got a tensor that requires a gradient, and none flows into a table; pass "
             "tensor.detach()"
         )
     try:
-        if isinstance(column, Tensor):
+        if is_tensor(column):
             column = _readable(column)
         if hasattr(getattr(column, "type", None), "index_type"):  # pyarrow: its __array__ misreads missing codes
             column = column.cast(column.type.value_type)
@@ -265,10 +280,10 @@ def _values(where: str, column: Any) -> tuple[Array, Array | None]:
     return values, None
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def _readable(tensor: Any) -> Any:
     """A tensor that NumPy can read, equal to the given one."""
-    known = (torch.float64, torch.float32, torch.float16)
-    return (tensor.float() if tensor.is_floating_point() and tensor.dtype not in known else tensor).cpu()
+    known = ("torch.float64", "torch.float32", "torch.float16")
+    return (tensor.float() if tensor.is_floating_point() and str(tensor.dtype) not in known else tensor).cpu()
 
 
 def _ints(column: Any) -> tuple[Array, Array] | None:

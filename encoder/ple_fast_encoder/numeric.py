@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..scalars import check_count, check_number, own_scalar, shown
+from .scalars import check_count, check_number, own_scalar, shown
 from .tables import Array, cells_of
 
 Missing = Literal["error", "indicator", "mean"]

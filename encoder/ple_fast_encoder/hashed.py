@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..scalars import check_count, own_scalar
 from .bags import Keep, Pooling, check_options, encoded
+from .scalars import check_count, own_scalar
 from .tables import MAX_SIZE, Array, Cells, Value, kinds_of
 
 BITS = 0xFFFF_FFFF_FFFF_FFFF
@@ -116,13 +116,14 @@ def _bits(values: Array) -> tuple[Array, Array]:
             bits[place] = int(floats[place]) & BITS
         return bits, is_whole
     cells = values.tolist()
-    by_value = {value: _bits_of(value) for value in set(cells)}  # ids come again and again
+    by_value = {value: bits_of(value) for value in set(cells)}  # ids come again and again
     found = [by_value[value] for value in cells]
     is_id = np.fromiter((bits is not None for bits in found), dtype=bool, count=len(found))
     return np.fromiter((bits or 0 for bits in found), dtype=np.uint64, count=len(found)), is_id
 
 
-def _bits_of(value: Any) -> int | None:
+def bits_of(value: Any) -> int | None:
+    """64 bits of one value, None of what is no id."""
     if isinstance(value, str):
         digits = value[1:] if value.startswith("-") else value
         if len(value) <= LONGEST and digits.isascii() and digits.isdigit() and str(int(value)) == value:

@@ -7,10 +7,9 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from ..scalars import is_sequence, shown
-from .tables import SEVERAL, Array, Cells, Value, cells_of, is_missing, kinds_of
+from .scalars import is_sequence, shown
+from .tables import Array, Cells, Value, cells_of, is_missing, is_several, is_tensor, kinds_of
 
 
 class Lists(NamedTuple):
@@ -40,7 +39,7 @@ def lists_of(where: str, column: Any, padding: Value | None = None) -> Lists:
             f"{where}: expected a list of single values per row, got lists of several axes; flatten them"
         ) from error
     if cells.values.dtype.kind == "O":
-        several = sorted(t.__name__ for t in set(map(type, cells.values.tolist())) if issubclass(t, SEVERAL))
+        several = sorted(t.__name__ for t in set(map(type, cells.values.tolist())) if is_several(t))
         if several:
             raise ValueError(
                 f"{where}: expected a list of single values per row, got lists of {', '.join(several)}; flatten them"
@@ -68,9 +67,9 @@ def _absent(cells: Cells, padding: Value | None) -> Array:
 
 def _flat(where: str, column: Any) -> tuple[Any, Array]:
     """All values, as a column of any library, and the lengths of the rows."""
-    if isinstance(column, Tensor) and column.is_nested:
+    if is_tensor(column) and column.is_nested:
         column = column.unbind()
-    if isinstance(column, (np.ndarray, Tensor)) and column.ndim == 2:
+    if (isinstance(column, np.ndarray) or is_tensor(column)) and column.ndim == 2:
         rows, width = column.shape
         return column.reshape(-1), np.full(rows, width, dtype=np.int64)
     try:
@@ -114,7 +113,7 @@ def _rows(where: str, column: Any) -> list[Any]:
         hidden = np.ma.getmaskarray(column).tolist()
         return [None if gone else row for gone, row in zip(hidden, np.asarray(column.data).tolist(), strict=True)]
     try:
-        values = np.asarray(column.cpu() if isinstance(column, Tensor) else column)
+        values = np.asarray(column.cpu() if is_tensor(column) else column)
     except Exception as error:  # of any library
         raise TypeError(f"{where}: expected lists, got {type(column).__name__} ({error})") from error
     if values.ndim != 1:
@@ -132,7 +131,7 @@ def _is_list(row: Any) -> bool:
 
 def _no_list(where: str, row: Any) -> tuple[()]:
     """Of a row that is no list: no values, where it is missing."""
-    if row is np.ma.masked or (not isinstance(row, SEVERAL) and is_missing(row)):
+    if row is np.ma.masked or (not is_several(type(row)) and is_missing(row)):
         return ()
     mend = "write [value] for one of them"
     if isinstance(row, (str, bytes)):

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..scalars import check_count, own_scalar, shown
 from .bags import Keep, Pooling, check_options, encoded
+from .scalars import check_count, own_scalar, shown
 from .tables import MAX_SIZE, Array, Cells, Value, kinds_of, listed
 
 WIDTH = 4
@@ -114,7 +114,8 @@ class Categorical:
         return 1 + (len(self.values) if self.values is not None else self.size or 0)
 
     @cached_property
-    def _codes(self) -> dict[Any, int]:
+    def code_by_value(self) -> dict[Any, int]:
+        """The code of each value of the vocabulary."""
         return {value: code for code, value in enumerate(self.values or (), 1)}
 
     def encode(self, column: Any, owner: Owner | None = None) -> Array:
@@ -175,7 +176,9 @@ class Categorical:
             self._check(cells, values)
         # One look-up per row: a hash finds 1, 1.0, True and numpy's scalars alike, and sorting text would be slower.
         try:
-            codes = np.fromiter(map(self._codes.get, values.tolist(), repeat(0)), dtype=np.int32, count=len(values))
+            codes = np.fromiter(
+                map(self.code_by_value.get, values.tolist(), repeat(0)), dtype=np.int32, count=len(values)
+            )
         except TypeError:  # no hash
             self._check(cells, values)
             raise

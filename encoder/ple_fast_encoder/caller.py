@@ -7,9 +7,9 @@ import warnings
 
 
 def warn_caller(message: str) -> None:
-    """A UserWarning at the first line outside of this package: whoever called the model."""
+    """A UserWarning at the first line outside of our packages: whoever called the model."""
     level, frame = 1, sys._getframe()
-    ours = (__name__.partition(".")[0], "torch")  # which calls forward
+    ours = ("ple_fast", "ple_fast_encoder", "torch")  # which calls forward
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ours:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ..scalars import check_count, own_scalar, shown
 from .lists import Lists, lists_of
+from .scalars import check_count, own_scalar, shown
 from .tables import Array, Cells, Value, cells_of
 
 Pooling = Literal["sum", "mean", "max"]

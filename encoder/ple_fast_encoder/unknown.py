@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..scalars import own_scalar, shown
 from .categorical import Categorical
 from .hashed import Hashed
 from .lists import lists_of
+from .scalars import own_scalar, shown
 from .tables import Array, cells_of, is_missing
 
 EXAMPLES = 3
