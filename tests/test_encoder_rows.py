@@ -110,6 +110,31 @@ def test_each_kind_of_column_is_encoded_alike_cell_by_cell(data: st.DataObject) 
     agree((*owner, column), table)
 
 
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "objects": lambda cells: np.fromiter(cells, dtype=object, count=len(cells)),
+    "array": np.array,
+    "series": pd.Series,
+    "objects in a series": lambda cells: pd.Series(cells, dtype=object),
+    "categories": lambda cells: pd.Series(cells).astype("category"),
+    "unused categories": lambda cells: pd.Series([*cells, "a", 3]).astype("category")[: len(cells)],
+    "inferred": lambda cells: pd.Series(cells).convert_dtypes(),
+}
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_each_kind_of_column_of_numpy_and_pandas_is_encoded_alike(data: st.DataObject) -> None:
+    column = data.draw(st.sampled_from([column for column in COLUMNS if getattr(column, "share", None) is None]))
+    rows = data.draw(st.integers(1, 4))
+    cell = KINDS[data.draw(st.sampled_from(["text", "number", "usual"]))]
+    cells = data.draw(st.lists(cell, min_size=rows, max_size=rows))
+    try:
+        raw = FORMS[data.draw(st.sampled_from(sorted(FORMS)))](cells)
+    except Exception:  # what NumPy and pandas have no column for
+        return
+    agree((column,), {column.name: raw})
+
+
 @settings(max_examples=100)
 @given(st.data())
 def test_a_table_of_all_columns_is_encoded_alike(data: st.DataObject) -> None:

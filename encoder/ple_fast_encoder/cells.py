@@ -23,6 +23,10 @@ LARGEST = 2**63
 """Of ints, beyond which NumPy has others."""
 
 
+TEXT_DTYPES = ("str", "string")
+"""Of pandas."""
+
+
 class Unusual(Exception):
     """Cells that are for the column's own ``encode``."""
 
@@ -38,7 +42,30 @@ def cells_of_few(raw: Any) -> Cells:
     if kind is np.ndarray and raw.ndim == 1 and raw.dtype.kind in "iufbUO":
         listed: Cells = raw.tolist()
         return listed
+    if kind.__name__ == "Series" and kind.__module__.partition(".")[0] == "pandas":
+        return _of_series(raw)
     raise Unusual
+
+
+def _of_series(series: Any) -> Cells:
+    dtype = series.dtype
+    if isinstance(dtype, np.dtype) and dtype.kind in "iufbO":
+        cells: Cells = series.tolist()
+        return cells
+    categories = getattr(dtype, "categories", None)
+    if categories is None:
+        if dtype.name not in TEXT_DTYPES:
+            raise Unusual
+        texts: Cells = series.tolist()
+        return texts
+    # One kind of values: the column's own encode looks at all categories, whether a row has them or not.
+    is_number = isinstance(categories.dtype, np.dtype) and categories.dtype.kind in "iufb"
+    if not is_number and categories.inferred_type != "string":
+        raise Unusual
+    codes = series.array.codes.tolist()
+    if max(codes) < 0:
+        raise Unusual
+    return [None if code < 0 else categories[code] for code in codes]
 
 
 def coder_of(owner: Categorical | Hashed) -> Coder:

@@ -17,7 +17,7 @@ from .columns import COLUMN_TYPES, Column, EmbeddedColumn, from_json, owners_of,
 from .few_rows import FewRows
 from .numeric import Numeric
 from .scalars import shown
-from .tables import Array, Table, check_names, column_of
+from .tables import Array, Table, check_names, columns_named
 from .unknown import said_of_unknown
 
 FORMAT, VERSION = "ple_fast_encoder", 1
@@ -79,7 +79,7 @@ class Encoder:
             TypeError: it is no table, or a column holds other values than it was declared with.
             ValueError: a column is missing, not one-dimensional or of another length, or holds NaN or infinity.
         """
-        raws = [column_of(data, column.name) for column in self.columns]
+        raws = columns_named(data, (column.name for column in self.columns))
         found = self._few.encode(raws, self._encode_one)
         codes, numbers, unknown = self._encode(raws) if found is None else found
         for column in unknown:

@@ -50,7 +50,16 @@ def column_of(data: Table, name: str, what: str = "data") -> Any:
         TypeError: ``data`` is no table.
         ValueError: there is no such column, or two.
     """
-    names = _names(data, what)
+    return _column(data, _names(data, what), name, what)
+
+
+def columns_named(data: Table, names: Iterable[str]) -> list[Any]:
+    """Several columns. TypeError, ValueError: as :func:`column_of`."""
+    there = _names(data, "data")
+    return [_column(data, there, name, "data") for name in names]
+
+
+def _column(data: Table, names: Any, name: str, what: str) -> Any:
     if name not in names:
         there = f", got {list(names)[:60]}" if isinstance(names, Iterable) else ""
         raise ValueError(f"{what}: expected a column {name!r}{there}")
