@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scalars import check_count, check_number, check_seed
+from ..scalars import check_count, check_number, check_seed
 
 __all__ = ["synthetic_tasks"]
 
