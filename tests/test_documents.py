@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.documents import DOCUMENTS, run_document
 from tests.programs import torchrun
 
-SLOW = {"docs/serving.md"}  # compiles C++
+SLOW = {"docs/serving.md", "docs/serving_a_model.md"}  # compile C++
 SCALE = "docs/training_at_scale.md"
 ON_RANKS = {SCALE, "docs/torchrec.md"}  # run below, and by tests/test_torchrec.py
 

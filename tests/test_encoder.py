@@ -29,7 +29,9 @@ def test_a_model_has_the_encoder_of_its_columns() -> None:
     assert codes.dtype == np.int32 and numbers.dtype == np.float32
     for rows in (made.encode(data), encode(data, made.columns)):
         assert np.array_equal(rows.codes.numpy(), codes) and np.array_equal(rows.numbers.numpy(), numbers)
-    made.columns = tuple(replace(c, missing="mean") if c.name == "age" else c for c in made.columns)  # type: ignore[call-arg]  # the numeric one
+    made.columns = tuple(
+        replace(c, missing="mean") if isinstance(c, Numeric) and c.name == "age" else c for c in made.columns
+    )
     row: dict[str, Any] = {"country": None, "age": None, "hour": 3, "amount": 1.0}
     assert made.encode({name: [value] for name, value in row.items()}).numbers[0, 0] == 0
     with pytest.raises(ValueError, match="column 'age': expected numbers, got 1 of 1 missing"):

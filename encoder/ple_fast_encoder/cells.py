@@ -122,7 +122,8 @@ def _ints_below(size: int) -> Coder:
 
 def _buckets(buckets: int) -> Coder:
     def codes(cells: Cells) -> list[int]:
-        found, kinds = [], set()
+        found: list[int] = []
+        kinds: set[type] = set()
         for cell in cells:
             kind = type(cell)
             if kind is str:

@@ -96,8 +96,9 @@ class Encoder:
             TypeError: no list of mappings; and as :meth:`encode`.
             ValueError: a row without a column; and as :meth:`encode`.
         """
-        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Sequence):
-            mend = "; write [row]" if isinstance(rows, Mapping) else ""
+        given: Any = rows
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
+            mend = "; write [row]" if isinstance(given, Mapping) else ""
             raise TypeError(f"rows: expected a list of mappings by column, got {type(rows).__name__}{mend}")
         try:
             return self.encode({column.name: [row[column.name] for row in rows] for column in self.columns})

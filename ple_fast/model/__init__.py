@@ -11,6 +11,7 @@ from .history import EpochResult, Evaluation, History, TaskScores
 from .multi_task import MultiTaskModel
 from .parquet import ParquetTables
 from .progress import Step
+from .served import ServedModel
 from .statistics import columns_from
 from .tensorboard import TensorBoard
 
@@ -26,6 +27,7 @@ __all__ = [
     "MultiTaskModel",
     "Numeric",
     "ParquetTables",
+    "ServedModel",
     "Step",
     "StopTraining",
     "TaskScores",

@@ -32,6 +32,7 @@ from .rebuild import rebuilt, saved_form
 from .rows import RowParts, Rows, rows_of
 from .run import MakeSchedule, Run, run_for
 from .scoring import Score, Scorer, checked_metrics, with_validation
+from .served import ServedModel
 from .training import UNTRAINED, Trainer
 from .updates import Updates
 
@@ -291,6 +292,23 @@ class MultiTaskModel(TaskNetwork):
         batch_size = check_count("batch_size", batch_size)
         _ = self.topologies  # says what is wrong with a trunk that has no gates
         return gate_weights(self, data, batch_size)
+
+    @torch.inference_mode(False)  # or nobody could export what it returns
+    def for_inference(self, *, plain: bool = False) -> ServedModel:
+        """A module for deployment, in eval mode: ``served(*model.encode(data))`` is :meth:`predict` on tensors.
+
+        ``torch.export``, ``torch.compile``, AOTInductor, the exporters to ONNX and ``torch.jit.trace`` take it, for any
+        number of rows. Weights are copies, batch norm is part of linear layers where it can be, and nothing requires a
+        gradient: the model can train on.
+
+        Args:
+            plain: run, trace and export PyTorch's own operators, on a GPU too, whatever ``use_backend`` says.
+
+        Raises:
+            TypeError, ValueError: a norm cannot be served; the message names it.
+            ValueError: a task whose ``standardise=True`` has measured no labels yet.
+        """
+        return ServedModel(self, plain=plain)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin a training of their own: an optimizer may hold what cannot be copied."""
