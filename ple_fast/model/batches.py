@@ -43,6 +43,14 @@ def batch_bounds(rows: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows], strict=True))
 
 
+def rows_at_once(rows: Rows | RowParts, batch_size: int | None) -> int:
+    """How many rows a step reads, as far as is known beforehand."""
+    if isinstance(rows, Rows):
+        return min(batch_size or BATCH_SIZE, len(rows.data))
+    of_loader = getattr(rows.source, "batch_size", None)
+    return batch_size or (of_loader if isinstance(of_loader, int) else BATCH_SIZE)
+
+
 class WholeBatches:
     """Of rows in memory, in an order of all of them."""
 

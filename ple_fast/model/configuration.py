@@ -99,8 +99,8 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
         ValueError: one is missing, unknown, or of another type.
     """
     # Of a trunk of the user's own: which of its entries follow from which (version 2, where there are any).
-    # Versions before there were some have no columns of tasks.
-    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": NAMES})
+    # Versions before there were some have no columns of tasks; sparse embeddings are named where there are some.
+    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": NAMES, "sparse_embeddings": FLAG})
     for place, column in enumerate(config["columns"]):
         kind = column.get("kind")
         if not isinstance(kind, str) or kind not in COLUMNS:

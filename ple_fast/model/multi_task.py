@@ -16,7 +16,7 @@ from ple_fast_encoder.tables import Array, Table
 from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
 from .arguments import warn_of_unlabelled
-from .batches import BATCH_SIZE
+from .batches import BATCH_SIZE, rows_at_once
 from .callbacks import Callbacks
 from .columns import Encoded
 from .configuration import task_to_json
@@ -24,6 +24,7 @@ from .eval_view import is_training
 from .evaluation import evaluation, gate_weights, predictions
 from .history import Evaluation, History
 from .labels import SampleWeight, measured_tasks, warn_of_scale
+from .large_tables import warn_of_large_tables
 from .metrics import Metrics, metrics_by_task
 from .network import TaskNetwork
 from .parts import Parts
@@ -60,6 +61,8 @@ class MultiTaskModel(TaskNetwork):
             not in it reads all. The slot of a task reads its own columns, a shared slot those that every task may read.
             A column that would reach a task that must not read it, by whatever path through the trunk or ``given``, is
             a ValueError that names the path.
+        sparse_embeddings: gradients of ``embedding.tables.*.weight`` are sparse: a step costs what its batch reads of a
+            table, and not what the table has. :meth:`fit` then has an optimizer of their own for them.
         process_group: see :class:`~ple_fast.losses.JointLoss`.
 
     Raises:
@@ -80,6 +83,7 @@ class MultiTaskModel(TaskNetwork):
         batch_size: int | None = None,
         lr: float = 1e-3,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        embedding_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         schedule: MakeSchedule | None = None,
         schedule_every: Literal["epoch", "batch"] = "epoch",
         clip_norm: float | None = None,
@@ -101,7 +105,7 @@ class MultiTaskModel(TaskNetwork):
         keeps its statistics.
 
         A later call goes on where the last one ended, with the next order of the rows and the optimizer with its state:
-        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, ``optimizer`` or ``schedule``
+        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, optimizer or ``schedule``
         (another function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or
         elsewhere, or of another dtype) and ``load_state_dict`` begin anew. The optimizer and its schedule alone are new
         ones after a call that raised, or that put the weights of an earlier epoch back, because their state is not that
@@ -118,6 +122,9 @@ class MultiTaskModel(TaskNetwork):
             epochs, batch_size, lr: the last batch is smaller; a single row left over joins the batch before. The
                 default of ``batch_size`` is 1,024.
             optimizer: called as ``optimizer(parameters, lr=lr)``; ``functools.partial`` sets more.
+            embedding_optimizer: of the tables of a model with ``sparse_embeddings=True``, of which ``optimizer`` then
+                gets the other parameters; called as ``embedding_optimizer(tables, lr=lr)``. None is
+                ``torch.optim.SparseAdam``; Adagrad and SGD (without weight decay) take sparse gradients, too.
             schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
                 ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
                 with the optimizer in a later call. ``ReduceLROnPlateau``, whose mode is ``"min"``, is
@@ -164,10 +171,11 @@ class MultiTaskModel(TaskNetwork):
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
                 labels (where no task has any, the default score is None, and nothing is stopped or restored by it); the
-                score of an epoch is undefined; labels of a regression are far from 1 and not standardised.
+                score of an epoch is undefined; labels of a regression are far from 1 and not standardised; a table
+                with dense gradients is much larger than what a batch reads of it.
 
         Raises:
-            TypeError: an argument of another type.
+            TypeError: an argument of another type, or an ``embedding_optimizer`` that takes no sparse gradients.
             ValueError: no rows, labels or weights that are missing, of another length or out of range, options that
                 need ``validation`` or ``checkpoint`` without it, an unknown metric, a module that cannot be scored in
                 train mode, or a checkpoint that is damaged, of other settings, of another model or of more epochs.
@@ -197,9 +205,7 @@ class MultiTaskModel(TaskNetwork):
                 if isinstance(parts, RowParts):
                     parts.check_times(times)
             scorer = None if held is None else Scorer(self, held, score, metrics, batch_size or BATCH_SIZE, patience)
-            run = run_for(
-                self._run, seed=seed, lr=lr, optimizer=optimizer, parameters=self.parameters(), schedule=schedule
-            )
+            run = run_for(self._run, self, optimizer, embedding_optimizer, seed=seed, lr=lr, schedule=schedule)
             updates = Updates(run, clip_norm, schedule_every)
             if isinstance(rows, RowParts):  # what is wrong with their labels is found while they are read
                 tasks = rows.measured_tasks()
@@ -210,6 +216,7 @@ class MultiTaskModel(TaskNetwork):
             if scorer is not None:
                 effect = "the default score leaves them out"
                 warn_of_unlabelled(self.joint_loss, scorer.targets, "validation labels", effect)
+            warn_of_large_tables(self.embedding, rows_at_once(rows, batch_size))
             if not is_training(self):
                 warn_caller(
                     "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
@@ -335,6 +342,7 @@ class MultiTaskModel(TaskNetwork):
             "columns": [to_json(column) for column in self.columns],
             "tasks": [task_to_json(task) for task in self.tasks],
             **self._config,
+            **({"sparse_embeddings": True} if self.embedding.sparse else {}),
         }
         storage.write(*saved_form(self, config), directory)
 

@@ -13,6 +13,7 @@ from ple_fast_encoder import Column, Encoder
 from ple_fast_encoder.tables import Table
 
 from ..losses import JointLoss, TaskLoss, entire_space
+from ..scalars import check_flag
 from ..topology import Topology
 from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
 from .columns import Encoded, encoded
@@ -37,6 +38,7 @@ class TaskNetwork(nn.Module):
         tower_dropout: float = 0.0,
         given: Mapping[str, str] | None = None,
         task_columns: Mapping[str, Sequence[str]] | None = None,
+        sparse_embeddings: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class TaskNetwork(nn.Module):
         names = [column.name for column in self.columns]
         self._task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
-        self.embedding = FeatureEmbedding(self.columns)
+        self.embedding = FeatureEmbedding(self.columns, sparse=check_flag("sparse_embeddings", sparse_embeddings))
         width = self.embedding.out_features
         options = dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options))))
         self.trunk = make_trunk(trunk, width, len(self.tasks), options)

@@ -106,6 +106,8 @@ def rebuilt(
 def _built(cls: type[Network], where: str | Path, config: Mapping[str, Any], trunk: Any) -> Network:
     options = {name: config[name] for name in OPTIONS}
     options["task_columns"] = config.get("task_columns")
+    if "sparse_embeddings" in config:
+        options["sparse_embeddings"] = config["sparse_embeddings"]
     if isinstance(trunk, str):
         options["trunk_options"] = config["trunk"]["options"]
     return cls(columns_of(where, config), tasks_of(where, config), trunk=trunk, **options)

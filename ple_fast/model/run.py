@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..scalars import check_number, check_seed, shown
+from .embedding import sparse_tables
+from .optimizers import Optimizers
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], Any]
@@ -20,8 +22,8 @@ MakeSchedule = Callable[[torch.optim.Optimizer], Any]
 class Run:
     """A training that may take several calls of ``fit``: the generator of its order, its optimizer and schedule.
 
-    It is over, and the next call begins another one, when ``seed``, ``lr``, the optimizer, the schedule or the
-    trainable parameters (which, on which device, of which dtype) are others.
+    It is over, and the next call begins another one, when ``seed``, ``lr``, an optimizer, the schedule or the
+    trainable parameters (which, on which device, of which dtype, which of them with sparse gradients) are others.
     """
 
     def __init__(
@@ -31,9 +33,13 @@ class Run:
         optimizer: MakeOptimizer,
         parameters: Sequence[nn.Parameter],
         schedule: MakeSchedule | None,
+        tables: Sequence[nn.Parameter] = (),
+        embedding_optimizer: MakeOptimizer | None = None,
     ) -> None:
         self.seed, self.lr, self.make, self.parameters = seed, lr, optimizer, list(parameters)
         self.schedule = schedule
+        self.tables, self.make_for_tables = list(tables), embedding_optimizer
+        """Parameters with sparse gradients, of ``parameters``, and the function that makes an optimizer of them."""
         self.places = _places(parameters)
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.epochs = 0
@@ -43,14 +49,14 @@ class Run:
 
     def goes_on_with(self, fresh: Run) -> bool:
         """Whether a call that would begin ``fresh`` continues this run."""
-        own, others = self.parameters, fresh.parameters
         return (
-            len(own) == len(others)
-            and all(map(operator.is_, own, others))
+            _are_same(self.parameters, fresh.parameters)
+            and _are_same(self.tables, fresh.tables)
             and self.places == fresh.places
             and self.seed == fresh.seed
             and (type(self.lr), float(self.lr)) == (type(fresh.lr), float(fresh.lr))
             and _are_equal(self.make, fresh.make)
+            and _are_equal(self.make_for_tables, fresh.make_for_tables)
             and _are_equal(self.schedule, fresh.schedule)
         )
 
@@ -58,15 +64,22 @@ class Run:
         """That of the last call, or a new one. Until ``keep`` gives it back the run has none, whatever happens.
 
         Raises:
-            TypeError: the function returned something else.
+            TypeError: a function returned something else.
         """
         kept, self._kept = self._kept, None
         if kept is not None:
             return kept
-        made = self.make(list(self.parameters), lr=self.lr)
-        if not callable(getattr(made, "step", None)) or not callable(getattr(made, "zero_grad", None)):
-            raise TypeError(f"optimizer: expected the function to return an optimizer, got {shown(made)}")
-        return made
+        if self.make_for_tables is None:
+            made = self.make(list(self.parameters), lr=self.lr)
+            if not callable(getattr(made, "step", None)) or not callable(getattr(made, "zero_grad", None)):
+                raise TypeError(f"optimizer: expected the function to return an optimizer, got {shown(made)}")
+            return made
+        own = set(map(id, self.tables))
+        rest = [parameter for parameter in self.parameters if id(parameter) not in own]
+        # Of a rate that is a tensor each has its own: a schedule would change one of both twice.
+        rate = self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
+        parts: dict[str, Any] = {"embedding_optimizer": self.make_for_tables(list(self.tables), lr=rate)}
+        return Optimizers({**parts, "optimizer": self.make(rest, lr=self.lr)} if rest else parts)
 
     def take_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """That of the last call if it is this optimizer's, or a new one; None without a schedule.
@@ -91,23 +104,38 @@ class Run:
 
 def run_for(
     last: Run | None,
+    model: nn.Module,
+    optimizer: Any,
+    embedding_optimizer: Any = None,
     *,
     seed: Any,
     lr: Any,
-    optimizer: Any,
-    parameters: Iterable[nn.Parameter],
     schedule: Any = None,
 ) -> Run:
     """The run that a call of ``fit`` with these arguments belongs to.
 
+    Args:
+        embedding_optimizer: of the tables with sparse gradients; None: SparseAdam, where there are any.
+
     Raises:
         TypeError: an argument of another type.
-        ValueError: every parameter is frozen.
+        ValueError: every parameter is frozen, or there is an ``embedding_optimizer`` and no such table.
     """
     if not callable(optimizer):
         raise TypeError(
             "optimizer: expected a class or function that is called as optimizer(parameters, lr=lr), such as "
             f"torch.optim.Adam, got {shown(optimizer)}"
+        )
+    if not (embedding_optimizer is None or callable(embedding_optimizer)):
+        raise TypeError(
+            "embedding_optimizer: expected a class or function that is called as embedding_optimizer(tables, lr=lr), "
+            f"such as torch.optim.SparseAdam, got {shown(embedding_optimizer)}"
+        )
+    tables = sparse_tables(model)
+    if embedding_optimizer is not None and not tables:
+        raise ValueError(
+            "embedding_optimizer: expected a model with sparse_embeddings=True with it, whose tables are trained, got "
+            "no table with sparse gradients; optimizer= is for all other parameters"
         )
     if not (schedule is None or callable(schedule)):
         raise TypeError(
@@ -118,11 +146,17 @@ def run_for(
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise TypeError(f"lr: expected a number, got {shown(lr)}")
     lr = lr if isinstance(lr, Tensor) else check_number("lr", lr)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("fit: expected parameters that require a gradient, got a model whose parameters are frozen")
-    fresh = Run(seed, lr, optimizer, trained, schedule)
+    if tables and embedding_optimizer is None:
+        embedding_optimizer = torch.optim.SparseAdam
+    fresh = Run(seed, lr, optimizer, trained, schedule, tables, embedding_optimizer)
     return last if last is not None and last.goes_on_with(fresh) else fresh
+
+
+def _are_same(first: Sequence[nn.Parameter], second: Sequence[nn.Parameter]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:

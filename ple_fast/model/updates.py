@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..scalars import check_number, shown
 from .checkpoint import described
+from .optimizers import clip_grad_norm
 from .run import Run
 
 
@@ -34,6 +35,7 @@ class Updates:
 
     def settings(self) -> dict[str, Any]:
         """What another training would have to share, for its checkpoint to be one of this."""
+        made = self.run.make_for_tables
         return {
             "seed": self.run.seed,
             "lr": float(self.run.lr),
@@ -41,6 +43,8 @@ class Updates:
             "schedule": described(self.run.schedule),
             "schedule_every": "batch" if self.is_by_batch else "epoch",
             "clip_norm": self.clip_norm,
+            # Where there is one alone: checkpoints of older releases have no such setting.
+            **({} if made is None else {"embedding_optimizer": described(made)}),
         }
 
     def begin(self) -> None:
@@ -71,7 +75,7 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip_norm is not None:
-            self.gradient_norm = nn.utils.clip_grad_norm_(self.run.parameters, self.clip_norm)
+            self.gradient_norm = clip_grad_norm(self.run.parameters, self.clip_norm)
         self.optimizer.step()
         if self.scheduler is not None and self.is_by_batch:
             self._rate = self._present_rate()
