@@ -324,3 +324,15 @@ SCALING_BATCHES: tuple[int, ...] = (4096, 1024)
 """Rows on each rank."""
 QUICK_SCALING_BATCHES: tuple[int, ...] = (64,)
 SCALING_RANKS: tuple[int, ...] = (1, 2)
+
+
+EMBEDDINGS = ModelConfig(
+    fields=(("id", 20_000), ("hour", 24), ("device", 8)), width=16, num_tasks=2, task_experts=2, shared_experts=1,
+    units=(128, 64), num_levels=2, tower_units=(32,),
+)  # fmt: skip
+"""A small model, so that what its largest table costs is no small part of a step."""
+EMBEDDING_ROWS: tuple[int, ...] = (20_000, 200_000, 2_000_000)
+"""Ids of its first field."""
+EMBEDDING_BATCH = 1024
+EMBEDDING_GROWTH = 1.3
+"""Of a step with sparse gradients, from the least of ``EMBEDDING_ROWS`` to the most, at most."""

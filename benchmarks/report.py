@@ -299,6 +299,19 @@ def host_time_table(content: Result) -> str:
     return table(["", *heads], rows)
 
 
+def embeddings_table(content: Result) -> str:
+    """A row per kind and number of ids: milliseconds of a step, and how much more than with the fewest ids."""
+    rows = []
+    for entry in content["results"]:
+        cells = [entry["ids"], f"{entry['rows']:,}"]
+        for time in entry["contestants"].values():
+            cells += [number(time["median_ms"]), f"{time['growth']:.2f} x"]
+        rows.append(cells)
+    kinds = content["results"][0]["contestants"]
+    heads = [cell for name in kinds for cell in (f"{name} gradients, ms", "growth")]
+    return table(["ids", "how many", *heads], rows)
+
+
 def suite_table(content: Result) -> str:
     """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
     cases: dict[tuple[str, str], dict[str, Result]] = {}
@@ -346,6 +359,7 @@ BLOCKS: dict[str, Block] = {
     "host_time": Block(
         ROOT / "docs" / "benchmarks.md", host_time_table, "a part is the median", threads=lambda content: "1 thread"
     ),
+    "embeddings": Block(ROOT / "docs" / "model.md", embeddings_table, "growth is the median"),
 }  # fmt: skip
 
 
@@ -370,6 +384,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], str]]] = {
     "grid": ("Grid: the loop's time over ours", lambda machine, files: grid_table(files["grid"])),
     "whole_model": ("Whole models", lambda machine, files: block("whole_model", machine, files["whole_model"])),
     "scaling": ("DistributedDataParallel", lambda machine, files: block("scaling", machine, files["scaling"])),
+    "embeddings": ("Embeddings", lambda machine, files: block("embeddings", machine, files["embeddings"])),
     "host_time": ("Host time of the kernels", lambda machine, files: block("host_time", machine, files["host_time"])),
     "gpu": ("Targets", lambda machine, files: gpu_block(files["gpu"])),
     "suite": (

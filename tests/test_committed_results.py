@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import host_time, report, whole_model
+from benchmarks import embeddings, host_time, report, whole_model
 from benchmarks.analytic import work
 from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import (
+    EMBEDDING_GROWTH,
+    EMBEDDING_ROWS,
     GRID,
     HEAD_TO_HEAD,
     HOST_ROUNDS,
@@ -25,7 +27,7 @@ from benchmarks.contestants import CONTESTANTS, FLOORS, NORM_PAIRS, OURS
 from benchmarks.contestants import HEAD_TO_HEAD as RIVALS
 from benchmarks.environment import ROOT
 from benchmarks.rendering import quoted
-from benchmarks.result_files import load
+from benchmarks.result_files import load, read
 
 
 def test_the_size_of_the_head_to_head_is_the_one_that_was_asked_for() -> None:
@@ -146,3 +148,30 @@ def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
         assert [*entry["contestants"]] == [*host_time.CASES]
         assert entry["rounds"] >= HOST_ROUNDS
         assert entry["contestants"][host_time.OURS]["ratio_to_loop"] <= host_time.TARGETS[entry["mode"]]
+
+
+def test_the_page_on_models_quotes_the_committed_embeddings() -> None:
+    """Nothing, as long as nothing was measured."""
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    found = load(ROOT / "benchmarks" / "results" / machine).get("embeddings")
+    assert page_block("embeddings") == ("" if found is None else report.block("embeddings", machine, found)), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+
+
+def test_the_bound_of_sparse_steps_is_the_one_that_was_asked_for() -> None:
+    assert EMBEDDING_GROWTH == 1.3
+    assert (min(EMBEDDING_ROWS), max(EMBEDDING_ROWS)) == (20_000, 2_000_000)
+
+
+@pytest.mark.parametrize("file", sorted(report.RESULTS.glob("*/embeddings.json")), ids=lambda file: file.parent.name)
+def test_a_step_with_sparse_gradients_does_not_grow_with_the_vocabulary(file: Path) -> None:
+    content = read(file, "embeddings")
+    results = content["results"]
+    assert content["environment"]["threads"] == 1
+    assert [(entry["ids"], entry["rows"]) for entry in results] == [
+        (ids, rows) for ids in embeddings.IDS for rows in EMBEDDING_ROWS
+    ]
+    for entry in results:
+        assert entry["rounds"] >= ROUNDS
+        assert entry["contestants"]["sparse"]["growth"] <= EMBEDDING_GROWTH

@@ -28,8 +28,9 @@ def test_outputs_and_gradients_are_those_of_dense_embeddings(device: torch.devic
     rows = dense.encode(data).to(device)
     assert all(torch.equal(own, other) for own, other in zip(sparse(rows).values(), dense(rows).values(), strict=True))
     pairs = zip(gradients(sparse, rows, labels), gradients(dense, rows, labels), strict=True)
+    tolerance = 0.0 if device.type == "cpu" else 1e-5
     for own, other in pairs:
-        assert torch.equal(own.to_dense(), other)
+        assert torch.allclose(own.to_dense(), other, rtol=tolerance, atol=tolerance * 1e-3)
     assert all(weight.grad is not None and weight.grad.is_sparse for weight in weights(sparse))
     assert not any(weight.grad is None or weight.grad.is_sparse for weight in weights(dense))
 
