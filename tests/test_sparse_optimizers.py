@@ -155,6 +155,15 @@ def test_the_norm_is_that_of_dense_gradients_and_both_kinds_are_scaled() -> None
     assert total.item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_norm_of_a_sparse_gradient_of_others_is_that_of_its_rows() -> None:
+    table_of = nn.Embedding(5, 2, sparse=True)
+    table_of(torch.tensor([3, 1, 3])).sum().backward()  # two entries for row 3
+    norm = clip_grad_norm(list(table_of.parameters()), 0.5)
+    assert norm.item() == pytest.approx((2 * (2**2 + 1)) ** 0.5)
+    assert table_of.weight.grad is not None
+    assert table_of.weight.grad.to_dense().norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
 def test_clipped_training_is_that_of_dense_gradients() -> None:
     dense, sparse = model(False), model()
     options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.5, "progress": False, "clip_norm": 0.1}
@@ -230,10 +239,11 @@ def test_a_schedule_changes_the_rates_of_both() -> None:
 
 def test_a_schedule_of_momentum_needs_it_in_both() -> None:
     schedule = functools.partial(OneCycleLR, max_lr=0.1, total_steps=100)
-    options: dict[str, Any] = {"embedding_optimizer": Adagrad, "progress": False, "schedule_every": "batch"}
-    with pytest.raises(ValueError, match="cycle_momentum"):
-        model().fit(*table(), schedule=schedule, **options)
-    model().fit(*table(), schedule=functools.partial(schedule, cycle_momentum=False), **options)
+    for name in ("optimizer", "embedding_optimizer"):
+        options: dict[str, Any] = {name: Adagrad, "progress": False, "schedule_every": "batch"}
+        with pytest.raises(ValueError, match="cycle_momentum"):
+            model().fit(*table(), schedule=schedule, **options)
+        model().fit(*table(), schedule=functools.partial(schedule, cycle_momentum=False), **options)
 
 
 REFUSED: dict[str, Any] = {

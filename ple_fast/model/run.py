@@ -49,9 +49,10 @@ class Run:
 
     def goes_on_with(self, fresh: Run) -> bool:
         """Whether a call that would begin ``fresh`` continues this run."""
+        own, others = self.parameters, fresh.parameters
         return (
-            _are_same(self.parameters, fresh.parameters)
-            and _are_same(self.tables, fresh.tables)
+            len(own) == len(others)
+            and all(map(operator.is_, own, others))
             and self.places == fresh.places
             and self.seed == fresh.seed
             and (type(self.lr), float(self.lr)) == (type(fresh.lr), float(fresh.lr))
@@ -76,9 +77,7 @@ class Run:
             return made
         own = set(map(id, self.tables))
         rest = [parameter for parameter in self.parameters if id(parameter) not in own]
-        # Of a rate that is a tensor each has its own: a schedule would change one of both twice.
-        rate = self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
-        parts: dict[str, Any] = {"embedding_optimizer": self.make_for_tables(list(self.tables), lr=rate)}
+        parts: dict[str, Any] = {"embedding_optimizer": self.make_for_tables(list(self.tables), lr=self.lr)}
         return Optimizers({**parts, "optimizer": self.make(rest, lr=self.lr)} if rest else parts)
 
     def take_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -153,10 +152,6 @@ def run_for(
         embedding_optimizer = torch.optim.SparseAdam
     fresh = Run(seed, lr, optimizer, trained, schedule, tables, embedding_optimizer)
     return last if last is not None and last.goes_on_with(fresh) else fresh
-
-
-def _are_same(first: Sequence[nn.Parameter], second: Sequence[nn.Parameter]) -> bool:
-    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:
