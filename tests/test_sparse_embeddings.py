@@ -130,6 +130,16 @@ def test_saved_models_are_sparse_again_and_dense_ones_have_no_new_key(tmp_path: 
     assert not MultiTaskModel.load(tmp_path / "dense").embedding.sparse
 
 
+def test_a_wrapped_embedding_is_refused_by_save_and_trained_by_fit(tmp_path: Path) -> None:
+    net, other = model(), model()
+    net.embedding = nn.Sequential(net.embedding)  # type: ignore[assignment]  # what is tested
+    with pytest.raises(ValueError, match="save: the model has been changed"):
+        net.save(tmp_path)
+    for each in (net, other):
+        each.fit(*table(), progress=False)
+    assert same(net, other)
+
+
 def test_the_default_dtype_and_device_of_a_user_change_nothing() -> None:
     net = model()
     rows = net.encode(table()[0])

@@ -342,7 +342,7 @@ class MultiTaskModel(TaskNetwork):
             "columns": [to_json(column) for column in self.columns],
             "tasks": [task_to_json(task) for task in self.tasks],
             **self._config,
-            **({"sparse_embeddings": True} if self.embedding.sparse else {}),
+            **({"sparse_embeddings": True} if getattr(self.embedding, "sparse", False) else {}),
         }
         storage.write(*saved_form(self, config), directory)
 
