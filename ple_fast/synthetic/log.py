@@ -80,10 +80,13 @@ def synthetic_log(
     about = rng.normal(size=(TAGS, TASTES))
     kind += np.stack([about[own].mean(0) for own in tags])  # a tag says something of a video
     author = rng.integers(0, max(int(AUTHORS_PER_VIDEO * videos), 1), videos)
-    quality, activity = rng.normal(size=videos), rng.normal(size=users)
+    quality, activity = 0.6 * rng.normal(size=videos), rng.normal(size=users)
+    quality += 0.6 * rng.normal(size=author.max() + 1)[author]
+    liked = 1.2 * rng.normal(size=TAGS)
+    quality += np.array([liked[own].mean() for own in tags])
     duration = np.exp(rng.normal(10.3, 0.7, videos))  # half a minute, more or less
     meets = (taste[user] * kind[video]).sum(1) / np.sqrt(TASTES)
-    common = 0.9 * meets + 0.8 * quality[video] + 0.5 * activity[user] + 0.1 * (tab % 5) - 0.1
+    common = 0.5 * meets + 0.8 * quality[video] + 0.9 * activity[user] + 0.6 * rng.normal(size=TABS)[tab]
     own = rng.normal(size=(len(RATES), 3))  # what each signal makes of the same things
 
     log: dict[str, Any] = {
