@@ -81,7 +81,7 @@ def _fit(**kwargs: Any) -> Make:
         (_fit(validation="a tenth"), TypeError, r"validation: expected \(data, labels\), .*or a share.*got 'a tenth'"),
         (_fit(validation=[1, 2, 3, 4]), TypeError, "validation: expected .*got list of 4"),
         (_fit(validation=encode(table(4)[0], COLUMNS)), TypeError, "validation: expected .*got Encoded"),
-        (_fit(validation=table(4)[0]), TypeError, "validation: expected .*got dict"),
+        (_fit(validation=table(4)[0]), ValueError, "validation labels: expected labels by task beside the data"),
         (_fit(optimizer="adam"), TypeError, r"optimizer: expected a class.*torch\.optim\.Adam, got 'adam'"),
         (
             _fit(optimizer=lambda p, lr: None),

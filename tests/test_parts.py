@@ -156,7 +156,9 @@ def test_weights_may_be_columns_of_the_parts() -> None:
     net, history = fitted(columns, sample_weight=columns["weight"])
     parts = [(columns, columns, columns["weight"])]
     by_name = dict.fromkeys(model().task_names, "weight")
-    for data, weight in (([columns], "weight"), (parts, None), ([columns], by_name)):
+    given: list[tuple[Any, Any]] = [([columns], "weight"), (parts, None), ([columns], by_name)]
+    given += [(columns, "weight"), (pd.DataFrame(columns), by_name)]
+    for data, weight in given:
         other, found = fitted(data, sample_weight=weight)
         assert are_equal(state(net), state(other))
         assert [result.tasks for result in history] == [result.tasks for result in found]
@@ -164,6 +166,8 @@ def test_weights_may_be_columns_of_the_parts() -> None:
     other, _ = fitted([columns], sample_weight={"watch": "weight"})
     assert are_equal(state(by_task), state(other))
     assert not are_equal(state(by_task), state(net))
+    with pytest.raises(TypeError, match="sample_weight: expected weights with encoded rows"):
+        fitted(net.encode(columns), columns, sample_weight="weight")
 
 
 def test_a_loader_decides_the_batches() -> None:
@@ -223,7 +227,15 @@ def test_validation_and_evaluate_of_parts_are_those_of_the_table() -> None:
     options: dict[str, Any] = {"metrics": {"auc", "rmse"}, "score": "auc"}
     pair = (held, held)
     weighed = (held, held, held["weight"])
-    for known, parts in ((pair, Again(cut(held, (3, 0, 37)))), (weighed, Again([weighed])), (pair, ([held], None))):
+    several: list[tuple[Any, Any]] = [
+        (pair, Again(cut(held, (3, 0, 37)))),
+        (pair, cut(held, (3, 37))),  # a list of two tables is no pair of data and labels
+        (pair, ([held], None)),
+        (pair, held),
+        (pair, pd.DataFrame(held)),
+        (weighed, Again([weighed])),
+    ]
+    for known, parts in several:
         net, history = fitted(columns, validation=known, **options)
         other, found = fitted(columns, validation=parts, **options)
         assert are_equal(state(net), state(other))
@@ -329,7 +341,8 @@ def test_what_is_read_once_is_refused_before_it_is_needed_again() -> None:
         (ValueError, "a column 'weighs'", [whole()], {"sample_weight": "weighs"}),
         (ValueError, "every part to have weights", [(whole(), whole()), (whole(), whole(), np.ones(ROWS))], {}),
         (ValueError, "got both", [(whole(), whole(), np.ones(ROWS))], {"sample_weight": "weight"}),
-        (ValueError, "one label per row", [(whole(), whole(3))], {}),
+        (ValueError, "part 2: .*one label per row", [whole(), (whole(), whole(3))], {}),
+        (ValueError, "part 2: column 'age': .*missing", [whole(), {**whole(), "age": np.full(ROWS, np.nan)}], {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

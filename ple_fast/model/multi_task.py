@@ -133,11 +133,11 @@ class MultiTaskModel(TaskNetwork):
                 which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
             clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.
             sample_weight: of each row, 0 or more: one column ``(N,)`` for all tasks, or a table of columns by task,
-                where a task that is absent weighs its rows alike; of data in parts the name of a column, or names by
+                where a task that is absent weighs its rows alike; or the name of a column of the data, or names by
                 task. A task's loss is the weighted mean over its sample space, so a weight of 0 takes a row out of it.
-            validation: ``(data, labels)`` or ``(data, labels, sample_weight)`` that are scored after each epoch, in
-                eval mode; data in parts, of which labels and predictions are kept in memory; or a share of the rows in
-                memory, such as 0.1, which ``seed`` draws and which are then not trained on.
+            validation: ``(data, labels)``, ``(data, labels, sample_weight)`` or data with its labels, scored after each
+                epoch, in eval mode; of data in parts labels and predictions are kept in memory. Or a share of the rows
+                in memory, such as 0.1, which ``seed`` draws and which are then not trained on.
                 The weights of this call's best epoch are restored at the end, also when training is interrupted.
             metrics: of the validation data, each over the task's own sample space, weighted as its loss is. Names:
                 ``"auc"``, ``"average_precision"`` (binary; need scikit-learn), ``"logloss"``, ``"accuracy"`` (binary,

@@ -47,8 +47,7 @@ class RowParts:
                 f"{what}: expected none beside data that comes in parts, whose labels are columns of each part by the "
                 f"names of the tasks, or the second of (table, labels), got {kind_of(labels)}"
             )
-        names = sample_weight.values() if isinstance(sample_weight, Mapping) else [sample_weight]
-        if sample_weight is not None and not all(isinstance(name, str) for name in names):
+        if sample_weight is not None and not _is_named(sample_weight):
             raise TypeError(
                 "sample_weight: expected the name of a column, or names by task, of data that comes in parts, got "
                 f"{kind_of(sample_weight)}; or parts (table, labels, sample_weight)"
@@ -93,20 +92,21 @@ class RowParts:
         weight = part.sample_weight
         if weight is not None and self.sample_weight is not None:
             raise ValueError("sample_weight: expected it as an argument or in each part, got both")
-        if isinstance(self.sample_weight, str):
-            weight = column_of(part.data, self.sample_weight)
-        elif self.sample_weight is not None:
-            weight = {task: column_of(part.data, name) for task, name in self.sample_weight.items()}
+        if self.sample_weight is not None:
+            weight = _weights_in(part.data, self.sample_weight)
         return labelled(labels, weight, rows, self.model.joint_loss, self.what)
 
     def __iter__(self) -> Iterator[tuple[Encoded, Labelled]]:
         """The parts that have rows."""
         weighed = None
-        for part in self._tables():
-            data = self.model.encode(part.data)
-            if not len(data):
-                continue
-            labels = self._labelled(part, len(data))
+        for place, part in enumerate(self._tables(), 1):
+            try:
+                data = self.model.encode(part.data)
+                if not len(data):
+                    continue
+                labels = self._labelled(part, len(data))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"part {place}: {error}") from error
             if weighed is None:
                 weighed = list(labels.weights)
             if list(labels.weights) != weighed:
@@ -153,6 +153,19 @@ class RowParts:
         return tuple(moments[task.name].measured() if task.name in moments else task for task in tasks)
 
 
+def _is_named(sample_weight: Any) -> bool:
+    """Whether weights are given as the name of a column, or names by task."""
+    names = list(sample_weight.values()) if isinstance(sample_weight, Mapping) else [sample_weight]
+    return bool(names) and all(isinstance(name, str) for name in names)
+
+
+def _weights_in(data: Table, names: Any) -> Any:
+    """The weights that stand in the data itself."""
+    if isinstance(names, str):
+        return column_of(data, names)
+    return {task: column_of(data, name) for task, name in names.items()}
+
+
 def _check_labelled(model: TaskNetwork, data: Table, what: str) -> None:
     """ValueError where a table has no labels beside its columns."""
     for name in model.task_names:
@@ -176,4 +189,10 @@ def rows_of(model: TaskNetwork, data: Any, labels: Any, sample_weight: Any, what
     encoded = model.encode(data)
     if labels is data:
         _check_labelled(model, data, what)
+    if sample_weight is not None and _is_named(sample_weight):
+        if isinstance(data, Encoded):
+            raise TypeError(
+                "sample_weight: expected weights with encoded rows, which have no columns by name, got a name"
+            )
+        sample_weight = _weights_in(data, sample_weight)
     return Rows(encoded, labelled(labels, sample_weight, len(encoded), model.joint_loss, what), labels)

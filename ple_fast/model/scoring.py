@@ -15,7 +15,7 @@ from ple_fast_encoder.tables import Array, Table
 
 from ..losses import TaskLoss
 from ..scalars import check_number, shown
-from .arguments import kind_of
+from .arguments import has_no_names, kind_of
 from .columns import Encoded
 from .eval_view import eval_view, is_training
 from .evaluation import evaluation
@@ -39,8 +39,8 @@ def with_validation(
     """The rows to train on, and those to validate on.
 
     Args:
-        validation: data and labels, and weights maybe; data that comes in parts; or a share of ``rows``, which ``seed``
-            draws.
+        validation: a tuple of data and labels, and weights maybe; a table with its labels; data that comes in parts, as
+            every list is; or a share of ``rows``, which ``seed`` draws.
 
     Raises:
         TypeError: neither.
@@ -49,18 +49,17 @@ def with_validation(
     """
     if validation is None:
         return rows, None
-    is_pair = isinstance(validation, (tuple, list)) and not isinstance(validation, Encoded)
-    if is_pair and len(validation) in (2, 3):
+    if isinstance(validation, tuple) and not isinstance(validation, Encoded) and len(validation) in (2, 3):
         weight = validation[2] if len(validation) == 3 else None
         return rows, rows_of(model, validation[0], validation[1], weight, "validation labels")
-    if is_parts(validation):
+    if is_parts(validation) or not (has_no_names(validation) or isinstance(validation, Encoded)):
         return rows, rows_of(model, validation, None, None, "validation labels")
     try:
         share = check_number("validation", validation)
     except TypeError as error:
         raise TypeError(
-            "validation: expected (data, labels), (data, labels, sample_weight), or a share of the rows such as 0.1, "
-            f"got {kind_of(validation)}"
+            "validation: expected (data, labels), (data, labels, sample_weight), data with its labels, or a share of "
+            f"the rows such as 0.1, got {kind_of(validation)}"
         ) from error
     if isinstance(rows, RowParts):
         raise ValueError(
