@@ -52,7 +52,7 @@ def with_validation(
     if isinstance(validation, tuple) and not isinstance(validation, Encoded) and len(validation) in (2, 3):
         weight = validation[2] if len(validation) == 3 else None
         return rows, rows_of(model, validation[0], validation[1], weight, "validation labels")
-    if is_parts(validation) or not (has_no_names(validation) or isinstance(validation, Encoded)):
+    if not isinstance(validation, tuple) and (is_parts(validation) or not has_no_names(validation)):
         return rows, rows_of(model, validation, None, None, "validation labels")
     try:
         share = check_number("validation", validation)
