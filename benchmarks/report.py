@@ -24,6 +24,7 @@ from benchmarks.gpu_report import gpu_block
 from benchmarks.pictures import plots
 from benchmarks.rendering import MODE_NAMES, mebibytes, number, quoted, software, table, with_block
 from benchmarks.result_files import Result, load
+from benchmarks.serving_report import serving_block
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -386,6 +387,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], str]]] = {
     "scaling": ("DistributedDataParallel", lambda machine, files: block("scaling", machine, files["scaling"])),
     "embeddings": ("Embeddings", lambda machine, files: block("embeddings", machine, files["embeddings"])),
     "host_time": ("Host time of the kernels", lambda machine, files: block("host_time", machine, files["host_time"])),
+    "serving": ("Serving", lambda machine, files: serving_block(machine, files["serving"])),
     "gpu": ("Targets", lambda machine, files: gpu_block(files["gpu"])),
     "suite": (
         "Suite",

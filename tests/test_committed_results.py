@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import embeddings, host_time, report, whole_model
+from benchmarks import embeddings, host_time, report, serving, serving_report, whole_model
 from benchmarks.analytic import work
 from benchmarks.bare_best import BEST_FLOOR
 from benchmarks.configs import (
@@ -89,6 +89,21 @@ def test_the_page_on_scale_quotes_the_committed_scaling() -> None:
         cases = [(batch, ranks) for batch in SCALING_BATCHES for ranks in SCALING_RANKS]
         assert [(entry["batch_per_rank"], entry["ranks"]) for entry in found["results"]] == cases
         assert all(entry["rounds"] >= ROUNDS for entry in found["results"])
+
+
+def test_the_page_on_serving_quotes_the_committed_serving() -> None:
+    """Nothing, as long as nothing was measured."""
+    page = quoted(serving_report.PAGE.read_text(encoding="utf-8"), serving_report.BLOCK)
+    files = sorted(report.RESULTS.glob("*/serving.json"))
+    if not files:
+        assert page == ""
+        return
+    (file,) = (each for each in files if f"Figures from benchmarks/results/{each.parent.name}/serving.json." in page)
+    found = read(file, "serving")
+    assert page == serving_report.serving_block(file.parent.name, found), "python benchmarks/serving.py --write-page"
+    cases = [(rows, threads) for rows in serving.REQUEST_ROWS for threads in serving.THREADS]
+    assert [(entry["rows"], entry["threads"]) for entry in found["results"]] == cases
+    assert all(set(entry["contestants"]) == set(serving.CONTESTANTS) for entry in found["results"])
 
 
 def test_committed_results_are_complete_and_not_quick() -> None:
