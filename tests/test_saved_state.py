@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
+from ple_fast.model.embedding import FeatureEmbedding
 
 COLUMNS: list[Any] = [Categorical("country", values=("de", "fr"), width=3), Numeric("age")]
 TASKS = [TaskLoss("click"), TaskLoss("watch", "regression")]
@@ -192,8 +193,8 @@ def other_activation(net: MultiTaskModel) -> None:
     net.towers[0][1] = nn.Tanh()  # type: ignore[operator]
 
 
-def other_columns(net: MultiTaskModel) -> None:
-    net.columns = (net.columns[0], replace(net.columns[1], missing="indicator"))  # type: ignore[arg-type]
+def other_embedding(net: MultiTaskModel) -> None:
+    net.embedding = FeatureEmbedding([replace(COLUMNS[0], name="state"), COLUMNS[1]])
 
 
 def extra_parameter(net: MultiTaskModel) -> None:
@@ -222,7 +223,7 @@ REFUSED: dict[Callable[[MultiTaskModel], None], str] = {
     wrap_trunk: "trunk: Sequential, expected PLE",
     add_layer: "Sigmoid, expected none",
     other_activation: "Tanh, expected ReLU",
-    other_columns: "shape",
+    other_embedding: "embedding: one of other columns",
     extra_parameter: "temperature",
     to_meta: "a tensor on meta",
     complex_dtype: "got torch.complex64",

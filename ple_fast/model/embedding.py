@@ -113,6 +113,14 @@ class FeatureEmbedding(nn.Module):
             table.sparse = check_flag("sparse", value)
 
     @property
+    def layout(self) -> tuple[Any, ...]:
+        """What forward computes, but for the weights and the kind of their gradients: equal where two compute alike."""
+        sizes = ("num_embeddings", "embedding_dim")
+        tables = [[getattr(table, name, None) for name in sizes] for table in self.tables]
+        places = (self._picks, self._first, self._bags, self._plain, self._owners)
+        return tables, self.num_codes, self.num_numbers, self.feature_columns, *places
+
+    @property
     def look_ups(self) -> list[int]:
         """Of each table how many of its rows one row of a batch reads, at most."""
         return [len(pick) for pick in self._picks]

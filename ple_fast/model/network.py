@@ -16,6 +16,7 @@ from ..losses import JointLoss, TaskLoss, entire_space
 from ..scalars import check_flag
 from ..topology import Topology
 from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
+from .assigned import same_features
 from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
 from .task_columns import SlotInputs, check_task_columns, hidden_features
@@ -80,7 +81,14 @@ class TaskNetwork(nn.Module):
         return SlotInputs(hidden).to(like.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in PyTorch; another trunk must not leak either."""
+        """As in PyTorch; another trunk must not leak either, and other columns must be what the embedding reads.
+
+        Raises:
+            TypeError, ValueError: ``columns`` whose embedding would be another one: names, order, widths, sizes,
+                ``share``, ``pooling``, ``max_length`` and ``missing="indicator"`` are as the model was built.
+        """
+        if name == "columns" and "embedding" in self._modules:
+            value = same_features(self.columns, value)
         if name == "trunk" and self._modules.get("slot_inputs") is not None:
             self.slot_inputs = self._slot_inputs(value)
         super().__setattr__(name, value)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..scalars import shown
 from . import configuration
 from .configuration import columns_of, read_from, tasks_of
+from .embedding import FeatureEmbedding
 from .network import TaskNetwork
 from .saved_state import Sources, class_name, fill, plain_name, select, shapes_of, state_of, uncompiled
 from .trunks import CUSTOM
@@ -139,6 +140,11 @@ def _check_parts(model: TaskNetwork, blank: TaskNetwork, config: Mapping[str, An
     trunk = uncompiled(model.trunk)
     if config["trunk"]["kind"] != CUSTOM and not isinstance(trunk, type(blank.trunk)):
         raise ValueError(f"trunk: {type(trunk).__name__}, expected {type(blank.trunk).__name__}")
+    embedding = uncompiled(model.embedding)
+    if not isinstance(embedding, FeatureEmbedding):
+        raise ValueError(f"embedding: {type(embedding).__name__}, expected FeatureEmbedding")
+    if embedding.layout != blank.embedding.layout:
+        raise ValueError("embedding: one of other columns, widths or pooling, expected that of model.columns")
     ours, expected = _layers(model.towers), _layers(blank.towers)
     for name in dict.fromkeys([*expected, *ours]):
         found, kind = ours.get(name), expected.get(name)
