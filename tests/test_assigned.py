@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ple_fast.losses import TaskLoss
+from ple_fast.losses import JointLoss, TaskLoss
 from ple_fast.model import Categorical, Hashed, MultiTaskModel, Numeric
 
 COLUMNS: tuple[Any, ...] = (
@@ -99,3 +100,69 @@ def test_what_is_no_column_is_refused() -> None:
         made.columns = COLUMNS[0]
     with pytest.raises(TypeError, match="columns: expected Categorical, Hashed or Numeric"):
         made.columns = ("item",)  # type: ignore[assignment]
+
+
+def test_tasks_that_are_assigned_are_those_of_the_loss_of_the_file_and_of_what_is_served(tmp_path: Path) -> None:
+    made, rows = model(), {name: torch.ones(4) for name in ("click", "buy", "watch")}
+    before = made.joint_loss(made(DATA), rows)
+    raw = made.predict(DATA)["watch"]
+    made.tasks = [TaskLoss("click", weight=3.0), made.tasks[1], TaskLoss("watch", "regression", mean=5.0, std=2.0)]
+    assert made.tasks is made.joint_loss.tasks
+    after = made.joint_loss(made(DATA), rows)
+    assert torch.equal(after.per_task["click"], before.per_task["click"])
+    assert torch.allclose(
+        after.total - after.per_task["watch"], before.total - before.per_task["watch"] + 2 * before.per_task["click"]
+    )
+    made.save(tmp_path)
+    codes, numbers = made.encode(DATA)
+    served = made.for_inference()(codes, numbers)["watch"].numpy()
+    for found in (made.predict(DATA)["watch"], MultiTaskModel.load(tmp_path).predict(DATA)["watch"], served):
+        assert np.allclose(found, 2 * raw + 5, atol=1e-5)
+
+
+def test_a_joint_loss_that_is_assigned_brings_its_tasks(tmp_path: Path) -> None:
+    made = model()
+    made.joint_loss = JointLoss([replace(task, weight=2.0) for task in made.tasks])
+    assert [task.weight for task in made.tasks] == [2.0, 2.0, 2.0]
+    made.save(tmp_path)
+    assert MultiTaskModel.load(tmp_path).tasks == made.tasks
+    made.joint_loss = torch.compile(made.joint_loss, backend="eager")  # type: ignore[assignment]
+    made.tasks = [replace(task, weight=4.0) for task in made.tasks]
+    assert made.joint_loss.weights() == {"click": 4.0, "buy": 4.0, "watch": 4.0}
+
+
+OTHER_TASKS: list[list[TaskLoss]] = [
+    [TaskLoss("click"), TaskLoss("buy")],
+    [TaskLoss("buy"), TaskLoss("click"), TaskLoss("watch", "regression")],
+    [TaskLoss("click"), TaskLoss("buy"), TaskLoss("watch")],
+    [TaskLoss("click"), TaskLoss("buy"), TaskLoss("watch", "multiclass", num_classes=2)],
+]
+
+
+@pytest.mark.parametrize("tasks", OTHER_TASKS, ids=range(len(OTHER_TASKS)))
+def test_tasks_that_the_towers_are_not_of_are_refused(tasks: list[TaskLoss]) -> None:
+    made = model()
+    before, loss = made.tasks, made.joint_loss
+    with pytest.raises(ValueError, match=r"^tasks: expected the tasks that the model was built with, in their order"):
+        made.tasks = tasks
+    with pytest.raises(ValueError, match=r"^joint_loss: expected a JointLoss of the tasks that the model was built"):
+        made.joint_loss = JointLoss(tasks)
+    for wrong in (TaskLoss("click"), ["click"]):
+        with pytest.raises(TypeError, match="a list of TaskLoss"):
+            made.tasks = wrong  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="joint_loss: expected a JointLoss"):
+        made.joint_loss = torch.nn.Identity()  # type: ignore[assignment]
+    assert made.tasks is before and made.joint_loss is loss
+
+
+def test_what_follows_from_the_build_cannot_be_changed() -> None:
+    made = model(given={"buy": "click"}, trunk="cgc", task_columns={"watch": ["item", "hour", "user", "age", "price"]})
+    for held in (made.given, made.task_columns):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            held["buy"] = "watch"  # type: ignore[index]
+    for name in ("given", "task_columns"):
+        with pytest.raises(AttributeError):
+            setattr(made, name, {})
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert twin.given == {"buy": "click"} and twin.task_columns == made.task_columns
+    assert np.array_equal(twin.predict(DATA)["buy"], made.predict(DATA)["buy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from ple_fast_encoder.columns import Column
 
+from ..losses import TaskLoss
+from ..scalars import shown
 from .arguments import check_columns
 from .embedding import FeatureEmbedding
 
@@ -49,3 +52,25 @@ def _fields(old: Column, new: Column) -> list[str]:
     may = () if getattr(old, "rows", None) == getattr(new, "rows", None) else ("values",)
     names = [field.name for field in fields(old) if field.name not in ONLY_ENCODED or field.name in may]
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def check_same_tasks(built: tuple[TaskLoss, ...], tasks: Any, expected: str) -> None:
+    """That tasks may take the place of those that a model was built with, whose weights and scales alone may differ.
+
+    Raises:
+        TypeError: other than a sequence of tasks.
+        ValueError: others, or in another order.
+    """
+    if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, TaskLoss) for task in tasks):
+        raise TypeError(f"{expected} the tasks that the model was built with, a list of TaskLoss, got {shown(tasks)}")
+    own, found = _towers_of(built), _towers_of(tasks)
+    if own != found:
+        raise ValueError(
+            f"{expected} the tasks that the model was built with, in their order, {own}, got {found}; weights, scales "
+            "and pos_weight may be others, and for other tasks build another model"
+        )
+
+
+def _towers_of(tasks: Sequence[TaskLoss]) -> list[str]:
+    """What the towers of tasks depend on."""
+    return [f"{task.name} ({task.kind}, {task.num_outputs})" for task in tasks]

@@ -222,7 +222,7 @@ class MultiTaskModel(TaskNetwork):
                     "fit: the whole model is in eval mode, and is trained in it: dropout is off, and statistics of "
                     "batch norm stand still; call model.train() first if that is not wanted"
                 )
-            self._run, self.tasks, self.joint_loss.tasks = run, tasks, tasks
+            self._run, self.tasks = run, tasks
             with shown_by as shows:
                 trainer = Trainer(
                     self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..losses import JointLoss, TaskLoss, entire_space
 from ..scalars import check_flag
 from ..topology import Topology
 from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
-from .assigned import same_features
+from .assigned import check_same_tasks, same_features
 from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
 from .task_columns import SlotInputs, check_task_columns, hidden_features
@@ -45,9 +46,8 @@ class TaskNetwork(nn.Module):
         super().__init__()
         self.columns = check_columns(columns)
         self.joint_loss = JointLoss(tasks, process_group=process_group)
-        self.tasks = self.joint_loss.tasks
-        self.given = dict(mapping("given", given))
-        check_given(self.given, self.tasks)
+        self._given = dict(mapping("given", given))
+        check_given(self._given, self.tasks)
         names = [column.name for column in self.columns]
         self._task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
@@ -69,19 +69,20 @@ class TaskNetwork(nn.Module):
             "tower_units": list(units),
             "tower_activation": tower_activation,
             "tower_dropout": dropout,
-            "given": self.given,
-            **({"task_columns": self.task_columns} if self._task_columns else {}),
+            "given": dict(self._given),
+            **({"task_columns": dict(self._task_columns)} if self._task_columns else {}),
         }
 
     def _slot_inputs(self, trunk: nn.Module) -> SlotInputs:
         """What each slot of this trunk may see; refuses one through which a column leaks."""
         features = self.embedding.feature_columns
-        hidden = hidden_features(trunk, self.task_names, features, self._task_columns, self.given)
+        hidden = hidden_features(trunk, self.task_names, features, self._task_columns, self._given)
         like = self.embedding.get_buffer("owner")
         return SlotInputs(hidden).to(like.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in PyTorch; another trunk must not leak either, and other columns must be what the embedding reads.
+        """As in PyTorch; another trunk must not leak either, other columns must be what the embedding reads, and
+        another joint loss must be of the tasks that the towers are of.
 
         Raises:
             TypeError, ValueError: ``columns`` whose embedding would be another one: names, order, widths, sizes,
@@ -89,14 +90,36 @@ class TaskNetwork(nn.Module):
         """
         if name == "columns" and "embedding" in self._modules:
             value = same_features(self.columns, value)
+        if name == "joint_loss" and name in self._modules:
+            check_same_tasks(self.tasks, getattr(value, "tasks", None), "joint_loss: expected a JointLoss of")
         if name == "trunk" and self._modules.get("slot_inputs") is not None:
             self.slot_inputs = self._slot_inputs(value)
         super().__setattr__(name, value)
 
     @property
-    def task_columns(self) -> dict[str, tuple[str, ...]]:
-        """Columns by the task that reads no others, as the model was built."""
-        return dict(self._task_columns)
+    def tasks(self) -> tuple[TaskLoss, ...]:
+        """Those of ``joint_loss``. Others may be assigned, of the same names, kinds and classes in the same order.
+
+        Raises:
+            TypeError: other than a sequence of ``TaskLoss``.
+            ValueError: tasks that the towers are not of.
+        """
+        return self.joint_loss.tasks
+
+    @tasks.setter
+    def tasks(self, tasks: Sequence[TaskLoss]) -> None:
+        check_same_tasks(self.tasks, tasks, "tasks: expected")
+        self.joint_loss.tasks = tuple(tasks)
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """The condition of each task whose output is a product, as the model was built; not to be changed."""
+        return MappingProxyType(self._given)
+
+    @property
+    def task_columns(self) -> Mapping[str, tuple[str, ...]]:
+        """Columns by the task that reads no others, as the model was built; not to be changed."""
+        return MappingProxyType(self._task_columns)
 
     @property
     def task_names(self) -> list[str]:
@@ -163,8 +186,8 @@ class TaskNetwork(nn.Module):
         for task, tower, mixture in zip(self.tasks, self.towers, mixtures.unbind(1), strict=True):
             output = tower(mixture)
             outputs[task.name] = output if task.kind == "multiclass" else output.squeeze(1)
-            if task.name in self.given:
-                outputs[task.name] = entire_space(outputs[self.given[task.name]], outputs[task.name])
+            if task.name in self._given:
+                outputs[task.name] = entire_space(outputs[self._given[task.name]], outputs[task.name])
         return outputs
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -354,7 +354,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():  # load_state_dict would end the run
                 tensor.copy_(state["model"][name])
-        self.model.tasks = self.model.joint_loss.tasks = tuple(tasks_of(where, state))
+        self.model.tasks = tuple(tasks_of(where, state))
         self.updates.load(state["optimizer"], state["schedule"])
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
         self.steps, self.rows_done, self.updates.run.epochs = state["steps"], state["rows"], state["run_epochs"]
