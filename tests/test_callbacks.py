@@ -185,6 +185,65 @@ def test_a_later_call_goes_on_with_the_schedule() -> None:
     assert rates(net, schedule=functools.partial(ExponentialLR, gamma=0.1))[1] == pytest.approx([0.1])  # another run
 
 
+@pytest.mark.parametrize(("every", "steps"), [("batch", 4), ("epoch", 2)])
+def test_a_schedule_of_a_fixed_number_of_steps_goes_on_to_its_end_and_then_begins_anew(every: Any, steps: int) -> None:
+    schedule = functools.partial(OneCycleLR, max_lr=1.0, total_steps=steps)
+    options: dict[str, Any] = {"schedule": schedule, "schedule_every": every}
+    net = model()
+    once = rates(net, epochs=2, **options)
+    assert rates(model(), calls=2, **options) == once
+    assert rates(net, epochs=2, **options) == once  # another cycle, with the same optimizer
+    assert rates(net, calls=2, **options) == once
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "left", "words"),
+    [("batch", 5, 3, "6 more steps, one after each batch"), ("epoch", 2, 1, "3 more steps, one after each epoch")],
+)
+def test_a_schedule_that_would_end_too_soon_is_refused_before_a_step(
+    every: Any, steps: int, left: int, words: str
+) -> None:
+    schedule = functools.partial(OneCycleLR, max_lr=1.0, total_steps=steps)
+    options: dict[str, Any] = {"schedule": schedule, "schedule_every": every, "batch_size": 32, "progress": False}
+    net, twin = model(), model()
+    before = state(net)
+    with pytest.raises(ValueError, match=f"schedule: expected one with {words}, got OneCycleLR"):
+        net.fit(*table(), epochs=3, **options)
+    assert are_equal(state(net), before)
+    for other in (net, twin):
+        torch.manual_seed(1)  # of dropout
+        other.fit(*table(), **options)
+    before = state(net)
+    with pytest.raises(ValueError, match=f"total_steps={steps}, of which {left} are left"):
+        net.fit(*table(), epochs=4, **options)
+    assert are_equal(state(net), before)
+    for other in (net, twin):  # the refusal has changed nothing of the run
+        torch.manual_seed(2)
+        other.fit(*table(), **options)
+    assert are_equal(state(net), state(twin))
+
+
+def test_a_schedule_is_refused_before_the_step_that_it_has_no_rate_for_where_data_comes_in_parts() -> None:
+    data, labels = table()
+    schedule = functools.partial(OneCycleLR, max_lr=1.0, total_steps=3)
+    seen: list[Any] = []
+
+    class Kept(Callback):
+        def after_step(self, model: Any, step: Step) -> None:
+            seen.append([parameter.detach().clone() for parameter in model.parameters()])
+
+    net, options = model(), {"schedule": schedule, "schedule_every": "batch", "callbacks": [Kept()], "progress": False}
+    with pytest.raises(ValueError, match="expected one with 1 more steps"):
+        net.fit([(data, labels)], epochs=2, batch_size=32, **options)  # type: ignore[arg-type]
+    assert len(seen) == 3 and all(map(torch.equal, net.parameters(), seen[-1]))
+
+
+def test_another_schedule_every_is_another_run() -> None:
+    schedule, net = functools.partial(ExponentialLR, gamma=0.5), model()
+    rates(net, epochs=2, schedule=schedule)
+    assert rates(net, schedule=schedule, schedule_every="batch")[0] == pytest.approx([0.1, 0.05])
+
+
 def test_a_plateau_is_one_of_what_is_watched() -> None:
     schedule = functools.partial(ReduceLROnPlateau, patience=0, factor=0.5)
     falling = iter([3.0, 2.0, 2.5, 4.0])

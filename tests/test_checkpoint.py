@@ -270,6 +270,17 @@ def test_another_loss_or_other_columns_are_another_training(tmp_path: Path) -> N
         assert are_equal(state(other), before)
 
 
+def test_a_schedule_that_ends_before_the_epochs_after_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    train("batch", file)
+    other = model()
+    before = state(other)
+    options: dict[str, Any] = {"batch_size": 16, "checkpoint": file, "resume": True, **SCHEDULES["batch"]}
+    with pytest.raises(ValueError, match=f"schedule: expected one with {BATCHES} more steps, .*of which 0 are left"):
+        other.fit(*table(), epochs=EPOCHS + 1, progress=False, **options)
+    assert are_equal(state(other), before)
+
+
 def test_numbers_of_numpy_can_be_read_back(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "batch_size": 16,

@@ -105,11 +105,12 @@ class MultiTaskModel(TaskNetwork):
         keeps its statistics.
 
         A later call goes on where the last one ended, with the next order of the rows and the optimizer with its state:
-        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, optimizer or ``schedule``
-        (another function; a ``functools.partial`` is the same if its parts are equal), other trainable parameters (or
-        elsewhere, or of another dtype) and ``load_state_dict`` begin anew. The optimizer and its schedule alone are new
-        ones after a call that raised, or that put the weights of an earlier epoch back, because their state is not that
-        of the weights. The state stays in memory with the model, and is no part of its copies, pickles and files.
+        three calls with ``epochs=1`` are one with ``epochs=3``. Another ``seed``, ``lr``, optimizer, ``schedule`` or
+        ``schedule_every`` (another function; a ``functools.partial`` is the same if its parts are equal), other
+        trainable parameters (or elsewhere, or of another dtype) and ``load_state_dict`` begin anew. The optimizer and
+        its schedule alone are new ones after a call that raised, or that put the weights of an earlier epoch back,
+        because their state is not that of the weights. The state stays in memory with the model, and is no part of its
+        copies, pickles and files.
 
         Args:
             data: columns by name, or what :meth:`encode` made of them; or such tables one after the other, of which one
@@ -127,8 +128,10 @@ class MultiTaskModel(TaskNetwork):
                 ``torch.optim.SparseAdam``; Adagrad and SGD (without weight decay) take sparse gradients, too.
             schedule: of the learning rate: called as ``schedule(optimizer)``, gives a scheduler of
                 ``torch.optim.lr_scheduler``, such as ``functools.partial(StepLR, step_size=2, gamma=0.5)``. It goes on
-                with the optimizer in a later call. ``ReduceLROnPlateau``, whose mode is ``"min"``, is
-                shown a number that falls as the score rises, or without validation data with the loss of training.
+                with the optimizer in a later call; one of a fixed number of steps (``OneCycleLR``) that has done all of
+                them begins anew there, and one that would end before the last epoch is refused beforehand.
+                ``ReduceLROnPlateau``, whose mode is ``"min"``, is shown a number that falls as the score rises, or
+                without validation data with the loss of training.
             schedule_every: whether the scheduler's ``step`` is called after each ``"epoch"`` or each ``"batch"``, of
                 which an epoch has ``ceil(N / batch_size)``, one less where a single row is left over.
             clip_norm: gradients whose norm, of all parameters together, is above this are scaled down to it.
@@ -177,8 +180,9 @@ class MultiTaskModel(TaskNetwork):
         Raises:
             TypeError: an argument of another type, or an ``embedding_optimizer`` that takes no sparse gradients.
             ValueError: no rows, labels or weights that are missing, of another length or out of range, options that
-                need ``validation`` or ``checkpoint`` without it, an unknown metric, a module that cannot be scored in
-                train mode, or a checkpoint that is damaged, of other settings, of another model or of more epochs.
+                need ``validation`` or ``checkpoint`` without it, a schedule that ends too soon, an unknown metric, a
+                module that cannot be scored in train mode, or a checkpoint that is damaged, of other settings, of
+                another model or of more epochs.
             ImportError: a package that ``metrics`` or ``progress=True`` needs.
             FloatingPointError: the loss is not finite, or the score is infinite.
         """
@@ -205,8 +209,9 @@ class MultiTaskModel(TaskNetwork):
                 if isinstance(parts, RowParts):
                     parts.check_times(times)
             scorer = None if held is None else Scorer(self, held, score, metrics, batch_size or BATCH_SIZE, patience)
-            run = run_for(self._run, self, optimizer, embedding_optimizer, seed=seed, lr=lr, schedule=schedule)
-            updates = Updates(run, clip_norm, schedule_every)
+            timing = {"schedule": schedule, "schedule_every": schedule_every}
+            run = run_for(self._run, self, optimizer, embedding_optimizer, seed=seed, lr=lr, **timing)
+            updates = Updates(run, clip_norm)
             if isinstance(rows, RowParts):  # what is wrong with their labels is found while they are read
                 tasks = rows.measured_tasks()
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ MakeSchedule = Callable[[torch.optim.Optimizer], Any]
 class Run:
     """A training that may take several calls of ``fit``: the generator of its order, its optimizer and schedule.
 
-    It is over, and the next call begins another one, when ``seed``, ``lr``, an optimizer, the schedule or the
-    trainable parameters (which, on which device, of which dtype, which of them with sparse gradients) are others.
+    It is over, and the next call begins another one, when ``seed``, ``lr``, an optimizer, the schedule (or after what
+    it is stepped) or the trainable parameters (which, on which device, of which dtype, which of them with sparse
+    gradients) are others.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Run:
         schedule: MakeSchedule | None,
         tables: Sequence[nn.Parameter] = (),
         embedding_optimizer: MakeOptimizer | None = None,
+        schedule_every: str = "epoch",
     ) -> None:
         self.seed, self.lr, self.make, self.parameters = seed, lr, optimizer, list(parameters)
-        self.schedule = schedule
+        self.schedule, self.schedule_every = schedule, schedule_every
         self.tables, self.make_for_tables = list(tables), embedding_optimizer
         """Parameters with sparse gradients, of ``parameters``, and the function that makes an optimizer of them."""
         self.places = _places(parameters)
@@ -59,6 +61,7 @@ class Run:
             and _are_equal(self.make, fresh.make)
             and _are_equal(self.make_for_tables, fresh.make_for_tables)
             and _are_equal(self.schedule, fresh.schedule)
+            and self.schedule_every == fresh.schedule_every
         )
 
     def take_optimizer(self) -> torch.optim.Optimizer:
@@ -81,7 +84,7 @@ class Run:
         return Optimizers({**parts, "optimizer": self.make(rest, lr=self.lr)} if rest else parts)
 
     def take_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """That of the last call if it is this optimizer's, or a new one; None without a schedule.
+        """That of the last call if it is this optimizer's and has steps left, or a new one; None without a schedule.
 
         Raises:
             TypeError: the function returned something else.
@@ -89,7 +92,7 @@ class Run:
         kept, self._kept_scheduler = self._kept_scheduler, None
         if self.schedule is None:
             return None
-        if kept is not None and getattr(kept, "optimizer", None) is optimizer:
+        if kept is not None and getattr(kept, "optimizer", None) is optimizer and steps_left(kept) != 0:
             return kept
         made = self.schedule(optimizer)
         if not callable(getattr(made, "step", None)):
@@ -110,6 +113,7 @@ def run_for(
     seed: Any,
     lr: Any,
     schedule: Any = None,
+    schedule_every: Any = "epoch",
 ) -> Run:
     """The run that a call of ``fit`` with these arguments belongs to.
 
@@ -118,7 +122,8 @@ def run_for(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: every parameter is frozen, or there is an ``embedding_optimizer`` and no such table.
+        ValueError: every parameter is frozen, there is an ``embedding_optimizer`` and no such table, or
+            ``schedule_every`` is neither ``"epoch"`` nor ``"batch"``.
     """
     if not callable(optimizer):
         raise TypeError(
@@ -141,6 +146,8 @@ def run_for(
             "schedule: expected a function of the optimizer that returns a scheduler, such as functools.partial("
             f"torch.optim.lr_scheduler.StepLR, step_size=2), got {shown(schedule)}"
         )
+    if schedule_every not in ("epoch", "batch"):
+        raise ValueError(f"schedule_every: expected 'epoch' or 'batch', got {shown(schedule_every)}")
     seed = check_seed(seed)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise TypeError(f"lr: expected a number, got {shown(lr)}")
@@ -150,8 +157,20 @@ def run_for(
         raise ValueError("fit: expected parameters that require a gradient, got a model whose parameters are frozen")
     if tables and embedding_optimizer is None:
         embedding_optimizer = torch.optim.SparseAdam
-    fresh = Run(seed, lr, optimizer, trained, schedule, tables, embedding_optimizer)
+    fresh = Run(seed, lr, optimizer, trained, schedule, tables, embedding_optimizer, schedule_every)
     return last if last is not None and last.goes_on_with(fresh) else fresh
+
+
+def steps_left(scheduler: Any, state: Mapping[str, Any] | None = None) -> int | None:
+    """How often a scheduler of a fixed number of steps may still be stepped; None of one without an end.
+
+    Args:
+        state: of a checkpoint, which it is to be loaded with.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
+        return None
+    held = {**vars(scheduler), **(state or {})}
+    return int(held["total_steps"] - held["last_epoch"])
 
 
 def _places(parameters: Sequence[nn.Parameter]) -> list[tuple[torch.device, torch.dtype]]:

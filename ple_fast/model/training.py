@@ -154,6 +154,7 @@ class Trainer:
         if state is not None:
             self._check(state)
         self.updates.begin()
+        self.updates.check_steps(self._steps_to_come(state), None if state is None else state["schedule"])
         if state is not None:
             self._resume(state)
         is_complete = False
@@ -178,6 +179,14 @@ class Trainer:
         if self.history.stopped is not None:
             self.reporter.say(self.history.stopped)
         return self.history
+
+    def _steps_to_come(self, state: Mapping[str, Any] | None) -> int | None:
+        """Of the schedule; None where the batches of an epoch are not known yet."""
+        epoch, batch = (1, 0) if state is None else (state["epoch"], state["batch"])
+        epochs, count = self.epochs - epoch + 1, self.batches.count
+        if not self.updates.is_by_batch:
+            return epochs
+        return None if count is None else epochs * count - batch
 
     def _is_stopped(self) -> bool:
         """Whether patience is at its end; says so in the history."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scalars import check_number, shown
+from ..scalars import check_number
 from .checkpoint import described
 from .optimizers import clip_grad_norm
-from .run import Run
+from .run import Run, steps_left
 
 
 class Updates:
@@ -19,13 +19,11 @@ class Updates:
 
     Raises:
         TypeError: a norm that is no number.
-        ValueError: a norm that is not above 0, or a ``schedule_every`` that is neither of the two.
+        ValueError: a norm that is not above 0.
     """
 
-    def __init__(self, run: Run, clip_norm: Any = None, schedule_every: Any = "epoch") -> None:
-        if schedule_every not in ("epoch", "batch"):
-            raise ValueError(f"schedule_every: expected 'epoch' or 'batch', got {shown(schedule_every)}")
-        self.run, self.is_by_batch = run, schedule_every == "batch"
+    def __init__(self, run: Run, clip_norm: Any = None) -> None:
+        self.run, self.is_by_batch = run, run.schedule_every == "batch"
         self.clip_norm = None if clip_norm is None else check_number("clip_norm", clip_norm)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a norm above 0, got {self.clip_norm}")
@@ -41,7 +39,7 @@ class Updates:
             "lr": float(self.run.lr),
             "optimizer": described(self.run.make),
             "schedule": described(self.run.schedule),
-            "schedule_every": "batch" if self.is_by_batch else "epoch",
+            "schedule_every": self.run.schedule_every,
             "clip_norm": self.clip_norm,
             # Where there is one alone: checkpoints of older releases have no such setting.
             **({} if made is None else {"embedding_optimizer": described(made)}),
@@ -60,6 +58,24 @@ class Updates:
                     "the score rises"
                 )
 
+    def check_steps(self, wanted: int | None, state: dict[str, Any] | None = None) -> None:
+        """ValueError where the schedule ends before so many steps; the optimizer stays that of the next call.
+
+        Args:
+            wanted: None where nobody knows yet.
+            state: of the schedule in a checkpoint that training goes on from.
+        """
+        left = steps_left(self.scheduler, state)
+        if left is None or wanted is None or wanted <= left:
+            return
+        self.keep()
+        total = {**vars(self.scheduler), **(state or {})}["total_steps"]
+        raise ValueError(
+            f"schedule: expected one with {wanted} more steps, one after each {self.run.schedule_every}, got "
+            f"{type(self.scheduler).__name__} with total_steps={total}, of which {left} are left; count the steps of "
+            "all calls that go on with it, or train fewer epochs"
+        )
+
     def keep(self) -> None:
         """For the next call of ``fit``."""
         self.run.keep(self.optimizer, self.scheduler)
@@ -71,7 +87,9 @@ class Updates:
             self.scheduler.load_state_dict(schedule)
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of ``loss``."""
+        """One step down the gradient of ``loss``. ValueError, and no step, where the schedule is at its end."""
+        if self.is_by_batch:
+            self.check_steps(1)  # of parts nobody knew how many there are
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip_norm is not None:
