@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from ple_fast.losses import TaskLoss
-from ple_fast.model import Callback, Checkpoint, History, MultiTaskModel, Step
+from ple_fast.model import Callback, Checkpoint, History, MultiTaskModel, Step, StopTraining
 from ple_fast.model.checkpoint import described
 from tests.fit_helpers import COLUMNS, TASKS, are_equal, model, state, table
 from tests.programs import run_python
@@ -279,6 +279,58 @@ def test_a_schedule_that_ends_before_the_epochs_after_a_checkpoint_is_refused(tm
     with pytest.raises(ValueError, match=f"schedule: expected one with {BATCHES} more steps, .*of which 0 are left"):
         other.fit(*table(), epochs=EPOCHS + 1, progress=False, **options)
     assert are_equal(state(other), before)
+
+
+class StopTrainingAt(Callback):
+    """Where a place of ``HOOKS`` comes for the second or the fifth time."""
+
+    def __init__(self, hook: str, text: str = "enough") -> None:
+        self.left = 5 if hook == "after_step" else 2
+        self.text = text
+        setattr(self, hook, self.count)
+
+    def count(self, model: Any, thing: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise StopTraining(self.text)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("hook", ["before_epoch", "after_step", "after_epoch"])
+def test_what_a_callback_has_stopped_is_not_gone_on_with(hook: str, validated: bool, tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    rising = iter([1.0, 0.5])
+    options: dict[str, Any] = {"batch_size": 16, "checkpoint": file, "resume": True, "progress": False}
+    if validated:
+        options |= {"validation": table(32, seed=1), "score": lambda p, y: next(rising)}
+    stopped = model()
+    first = stopped.fit(*table(), epochs=EPOCHS, callbacks=[StopTrainingAt(hook)], **options)
+    assert first.stopped == "enough" and len(first) == (2 if hook == "after_epoch" else 1)
+    again = model()
+    second = again.fit(*table(), epochs=EPOCHS + 1, callbacks=[StopAfter(1)], **options)  # no step comes
+    assert second.stopped == "enough" and numbers(second) == numbers(first)
+    assert are_equal(state(again), state(stopped))
+
+
+def test_a_stop_at_a_loss_that_is_not_finite_leaves_the_good_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    data, labels = table()
+    net = model()
+    options: dict[str, Any] = {"batch_size": 16, "checkpoint": file, "resume": True, "progress": False}
+    net.fit(data, labels, **options)
+    good = file.read_bytes()
+
+    class Lost(Callback):
+        def before_epoch(self, model: Any, epoch: int) -> None:
+            with torch.no_grad():
+                next(model.towers.parameters()).fill_(torch.nan)
+
+        def after_step(self, model: Any, step: Step) -> None:
+            if not bool(step.loss.isfinite()):
+                raise StopTraining
+
+    assert net.fit(data, labels, epochs=2, callbacks=[Lost()], **options).stopped
+    assert file.read_bytes() == good
 
 
 def test_numbers_of_numpy_can_be_read_back(tmp_path: Path) -> None:

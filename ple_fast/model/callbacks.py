@@ -17,7 +17,8 @@ HOOKS = ("before_epoch", "after_step", "after_epoch")
 class StopTraining(Exception):
     """Raised in a callback, ends training as ``patience`` does: ``fit`` returns, and the best epoch's weights are back.
 
-    Its text is what ``history.stopped`` says.
+    Its text is what ``history.stopped`` says. A checkpoint holds it: ``fit(resume=True)`` does not go on with what was
+    stopped, and returns the same. Raise another exception where a later call is to go on.
     """
 
 
@@ -59,7 +60,7 @@ class Callbacks:
 
 
 def _methods(callbacks: list[Any], name: str) -> list[Callable[..., Any]]:
-    """Those that do something."""
-    found = [callback for callback in callbacks if callable(getattr(callback, name, None))]
+    """Those that do something, also where a single object has a function of its own."""
+    found = [getattr(callback, name) for callback in callbacks if callable(getattr(callback, name, None))]
     empty = getattr(Callback, name)
-    return [getattr(callback, name) for callback in found if getattr(type(callback), name, None) is not empty]
+    return [method for method in found if getattr(method, "__func__", None) is not empty]

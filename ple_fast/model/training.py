@@ -133,6 +133,7 @@ class Trainer:
         self.steps = 0  # of all epochs
         self.rows_done = 0  # of the epoch
         self.seconds = 0.0  # of the epoch, until the last checkpoint
+        self.began = 0.0  # the epoch, on the clock; later by what ran before a checkpoint
         self.sums = Sums(model)
         self.order = updates.run.generator.get_state()  # before it draws the epoch's
         self.drawn = self._generators()  # before the epoch draws from them
@@ -159,13 +160,14 @@ class Trainer:
             self._resume(state)
         is_complete = False
         try:
-            while self.epoch <= self.epochs and not self._is_stopped():
-                self._run_epoch()
-            is_complete = True
-        except StopTraining as stop:
+            try:
+                while self.epoch <= self.epochs and not self._is_stopped():
+                    self._run_epoch()
+            except StopTraining as stop:
+                place = f"in epoch {self.epoch}" if self.is_in_epoch else f"after epoch {len(self.history)}"
+                self.history.stopped = str(stop) or f"stopped by a callback {place} of {self.epochs}"
+                self._save_stop()
             is_complete = not self.is_in_epoch
-            place = f"in epoch {self.epoch}" if self.is_in_epoch else f"after epoch {len(self.history)}"
-            self.history.stopped = str(stop) or f"stopped by a callback {place} of {self.epochs}"
         except BaseException as error:
             vars(error)["history"] = self.history
             raise
@@ -189,7 +191,9 @@ class Trainer:
         return None if count is None else epochs * count - batch
 
     def _is_stopped(self) -> bool:
-        """Whether patience is at its end; says so in the history."""
+        """Whether patience is at its end, which the history then says, or a callback had stopped what is resumed."""
+        if self.history.stopped is not None:
+            return True
         if self.scorer is None or self.scorer.patience is None or self.best is None:
             return False
         ran, best = len(self.history), self.best
@@ -205,7 +209,7 @@ class Trainer:
         for call in self.callbacks.before_epoch:
             call(self.model, self.epoch)
         self.is_in_epoch = True
-        begin = time.perf_counter() - self.seconds
+        self.began = time.perf_counter() - self.seconds
         generator, sums, every = self.updates.run.generator, self.sums, self.checkpoint_every
         self.order = generator.get_state()
         if self.resumed is None:
@@ -223,14 +227,14 @@ class Trainer:
                 self._tell(loss)
             # What ends the epoch is written below; parts do not say beforehand which one is the last.
             if every is not None and self.steps % every == 0 and self.batch != self.batches.count:
-                self.seconds = time.perf_counter() - begin
+                self.seconds = time.perf_counter() - self.began
                 self._check_finite(float(sums.total))  # a good checkpoint is not replaced by one that is lost
                 self._save()
         self._go_on()
         if self.epoch == 1 and isinstance(self.rows, RowParts):
             warn_of_none([name for name, scores in sums.tasks().items() if not scores.count], "labels", UNTRAINED)
         self.model.joint_loss.step_epoch()
-        mean, seconds = float(sums.total) / self.rows_done, time.perf_counter() - begin
+        mean, seconds = float(sums.total) / self.rows_done, time.perf_counter() - self.began
         self._check_finite(mean)
         found, score = (None, None) if self.scorer is None else self.scorer(self.epoch)
         rate, tasks = self.updates.last_rate(), sums.tasks()
@@ -315,8 +319,18 @@ class Trainer:
                 "order": self.order,
                 "generators": self._generators(),
                 "drawn": self.drawn,
+                # Where there is one alone: checkpoints of older releases have no such entry.
+                **({} if self.history.stopped is None else {"stopped": self.history.stopped}),
             }
         )
+
+    def _save_stop(self) -> None:
+        """That a callback has stopped the training, so that what resumes it does not go on."""
+        if self.is_in_epoch:
+            self.seconds = time.perf_counter() - self.began
+            if not np.isfinite(float(self.sums.total)):  # a good checkpoint is not replaced by one that is lost
+                return
+        self._save()
 
     def _settings(self) -> dict[str, Any]:
         """What the loss curve depends on, beside the number of epochs."""
@@ -370,6 +384,7 @@ class Trainer:
         self.is_in_epoch = self.batch > 0
         self.sums.load(state["sums"])
         self.history.extend(map(result_from_plain, state["history"]))
+        self.history.stopped = state.get("stopped")
         if state["best"] is not None:
             self.best = Best(**state["best"])
         self.updates.run.generator.set_state(state["order"])
