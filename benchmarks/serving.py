@@ -237,7 +237,7 @@ def rate_at_limit(serve: Serve, requests: Sequence[tuple[Any, Any]], threads: in
         elif is_low_good:
             high = rate
         else:
-            low, high = low / 8, rate
+            low, high = low / 4, rate
             if low * seconds < LEAST_REQUESTS:
                 return 0.0
     return low if is_low_good else 0.0
