@@ -29,6 +29,7 @@ COLUMNS: tuple[Column, ...] = (
     Categorical("seen", share="id", pooling="max", max_length=2),
     Hashed("hashes", buckets=7, pooling="sum", max_length=3, padding=1),
     Numeric("plain", mean=2.5, std=3.1),
+    Categorical("late", values=("a", "b", "c")),
     Numeric("log", transform="log1p", mean=0.3, std=0.7),
     Numeric("mean", missing="mean", mean=1e30, std=1e-9),
     Numeric("indicator", transform="log1p", missing="indicator", mean=-1.0, std=2.0),
@@ -64,7 +65,7 @@ KINDS: dict[str, Any] = {
     "usual": USUAL,
     "any": st.one_of(USUAL, ODD),
 }
-DEFAULTS = {column.name: 3 for column in COLUMNS} | {"text": "a", "text too": "b", "none": None}
+DEFAULTS = {column.name: 3 for column in COLUMNS} | {"text": "a", "late": "c", "text too": "b", "none": None}
 LISTS = ("tags", "history", "seen", "hashes")
 
 
@@ -156,7 +157,7 @@ def full(rows: int, seed: int = 0) -> dict[str, list[Any]]:
 
     texts, ints = ["a", "b", "z", None], [3, 7, 8, None]
     return {
-        **{name: [texts[i] for i in rng.integers(0, 4, rows)] for name in ("text", "text too", "none")},
+        **{name: [texts[i] for i in rng.integers(0, 4, rows)] for name in ("text", "text too", "none", "late")},
         **{name: [ints[i] for i in rng.integers(0, 4, rows)] for name in ("ints", "size", "id", "id too")},
         "tags": lists(["a", "b", None]),
         **{name: lists([0, 1, 5, 50]) for name in ("history", "seen", "hashes")},

@@ -117,7 +117,7 @@ class Encoder:
                         "it is missing"
                     ) from None
 
-    def _encode_one(self, column: EmbeddedColumn, raw: Any) -> Array:
+    def _encode_one(self, column: Column, raw: Any) -> Array:
         if isinstance(column, Categorical) and column.share is not None:
             return column.encode(raw, self._owners[column.name])
         return column.encode(raw)
@@ -129,11 +129,10 @@ class Encoder:
         numbers: list[Array] = []
         lengths = {}
         for column, raw in zip(self.columns, raws, strict=True):
+            encoded = self._encode_one(column, raw)
             if isinstance(column, Numeric):
-                encoded = column.encode(raw)
                 numbers.append(encoded)
             else:
-                encoded = self._encode_one(column, raw)
                 (single if column.pooling is None else several).append((column, encoded))
             lengths[column.name] = len(encoded)
         if len(set(lengths.values())) > 1:

@@ -64,6 +64,8 @@ class FewRows:
         single: list[list[int]] = []
         several: list[list[list[int]]] = []
         numbers: list[list[float]] = []
+        as_they_are: list[tuple[int, Array]] = []
+        """Features of columns with unusual cells, each with the place of the first."""
         unknown: list[EmbeddedColumn] = []
         unknown_lists: list[EmbeddedColumn] = []
         for (column, reader), raw in zip(self._readers, raws, strict=True):
@@ -74,9 +76,14 @@ class FewRows:
                 else:
                     found = reader(cells)
             except Unusual:
-                if isinstance(column, Numeric):
+                try:
+                    own = encode_one(column, raw)
+                except (TypeError, ValueError):  # which is said of the first column that is wrong
                     return None
-                found = encode_one(column, raw).tolist()
+                found = own.tolist()
+                if isinstance(column, Numeric):
+                    as_they_are.append((self._places[len(numbers)], own))
+                    found = [0.0] * len(own)
             if len(found) != rows:
                 return None
             if isinstance(column, Numeric):
@@ -90,6 +97,9 @@ class FewRows:
                 if rows > 1 and not any(code > 0 for codes in found for code in codes):
                     unknown_lists.append(column)
         scaled = self._scaled(numbers, rows)
+        if scaled is not None:
+            for place, own in as_they_are:
+                scaled[:, place : place + own.shape[1]] = own
         return None if scaled is None else (as_codes(single, several, rows), scaled, unknown + unknown_lists)
 
     def _scaled(self, numbers: list[list[float]], rows: int) -> Array | None:
