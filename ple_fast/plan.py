@@ -58,6 +58,8 @@ class LevelPlan:
     """A level has norms or drops: there may be something in its state that backward reads."""
     is_dense: bool = field(init=False)
     """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
+    top_k: int = field(init=False)
+    """Experts of the largest logits that a gate chooses from; 0 where no gated mixture has more."""
     weighs_all: bool = field(init=False)
     """Every mixture weighs all experts, in whatever order."""
 
@@ -89,6 +91,9 @@ class LevelPlan:
         put("static_entry", tuple(static_entry))
         put("offset_entry", tuple(offset_entry))
         put("text", self._to_text())
+        most = max((len(t.mixture_experts[o]) for o in gated), default=0)
+        top_k = self.gate_spec.top_k
+        put("top_k", 0 if top_k is None or top_k >= most else top_k)
         put("weighs_all", len(weight_entry) == t.num_mixtures * experts)
         specs = [spec for mlp in self.mlps() for spec in mlp.layers]
         put("has_norms", self.gate_spec.logits_norm is not None or any(spec.norm is not None for spec in specs))

@@ -154,7 +154,8 @@ class ExtractionNetworkReference(nn.Module):
             weights = torch.ones(gate_input.shape[0], count, dtype=wide, device=gate_input.device)
         else:
             logits: Tensor = self.gates[o](gate_input)
-            weights = torch.softmax(logits.to(wide) / self.gate_spec.temperature, dim=1)
+            logits = logits.to(wide) / self.gate_spec.temperature
+            weights = torch.softmax(logits, dim=1) if self.gate_spec.top_k is None else self._chosen(logits)
         if self.offset is None:
             return weights
         columns, position = [], sum(map(sum, self.topology.mixture_offset[:o]))
@@ -162,6 +163,19 @@ class ExtractionNetworkReference(nn.Module):
             columns.append(column + self.offset[position].to(wide) if marked else column)
             position += marked
         return torch.stack(columns, dim=1)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """A softmax over the largest logits of each row, of equal ones the first; 0 for the others."""
+        rows = []
+        for row in logits.unbind(0):
+            values = row.tolist()
+            order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[: self.gate_spec.top_k]
+            rows.append(
+                torch.zeros_like(row).index_put(
+                    (torch.tensor(order, device=row.device),), torch.softmax(row[order], dim=0)
+                )
+            )
+        return torch.stack(rows) if rows else torch.zeros_like(logits)
 
     def forward(self, x: Input, gate_input: Input | None = None, *, return_gates: bool = False) -> Any:
         """``x``: ``(B, D)``, ``(B, S, D)`` or S tensors ``(B, D)``; ``gate_input`` likewise, default ``x``.

@@ -235,6 +235,9 @@ class GateSpec:
         logits_norm: None or ``"batch"``: batch norm on the logits.
         temperature: the logits are divided by it before the softmax; positive and finite.
         input: ``"previous"`` (the level's slots, as in the paper) or ``"raw"`` (the model's input: ``gate_input``).
+        top_k: the softmax is over this many of a mixture's experts, those of the row's largest logits (of equal ones
+            the first), and the others weigh 0 (Shazeer et al., ICLR 2017, eq. 3-5, without noise). Gradients reach the
+            chosen ones alone. None, and a mixture of no more experts: over all of them.
 
     Raises:
         TypeError, ValueError: a value is not one of the above; the message names it.
@@ -248,6 +251,7 @@ class GateSpec:
     logits_norm: Literal["batch"] | None = None
     temperature: float = 1.0
     input: Literal["previous", "raw"] = "previous"
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -268,6 +272,7 @@ class GateSpec:
                 f"temperature: expected a positive finite number, got {self.temperature}: the logits would be NaN"
             )
         put("temperature", temperature)
+        put("top_k", None if self.top_k is None else check_count("top_k", self.top_k))
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -290,6 +295,7 @@ class GateSpec:
             "logits_norm": self.logits_norm,
             "temperature": self.temperature,
             "input": self.input,
+            **({} if self.top_k is None else {"top_k": self.top_k}),
         }
 
     @classmethod

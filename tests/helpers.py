@@ -97,6 +97,8 @@ GATES: dict[str, GateSpec] = {
     "logits-norm": GateSpec(logits_norm="batch", bias=False),
     "everything": GateSpec((5,), "prelu", "batch", logits_norm="batch", temperature=3.0),
     "dropout-in-eval": GateSpec((5,), dropout=0.5),
+    "top-1": GateSpec(top_k=1),
+    "top-2": GateSpec((5,), logits_norm="batch", temperature=0.5, top_k=2),
 }
 """Every make-up of a gate that reads the level's own input."""
 

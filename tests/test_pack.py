@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, pack
-from ple_fast.convert import Dice, Temperature, WeightOffset
+from ple_fast.convert import Dice, Temperature, TopK, WeightOffset
 from ple_fast.reference import ExtractionNetworkReference, correspondence
 from tests.documents import run_document
 from tests.helpers import (
@@ -55,6 +55,8 @@ def _gates(plain: ExtractionNetworkReference) -> list[nn.Module | None]:
         modules = [gate] if o in topology.gated_mixtures else []
         if modules and plain.gate_spec.temperature != 1:
             modules.append(Temperature(plain.gate_spec.temperature))
+        if modules and plain.gate_spec.top_k is not None:
+            modules.append(TopK(plain.gate_spec.top_k))
         if any(marks):
             if modules:
                 modules.append(nn.Softmax(dim=-1))

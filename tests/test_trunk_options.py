@@ -25,7 +25,7 @@ UNGATED = {
     "device": None,
     "dtype": None,
 }
-GATED = {**UNGATED, "gate_units": (), "gate_bias": True}
+GATED = {**UNGATED, "gate_units": (), "gate_bias": True, "gate_top_k": None}
 # Every keyword of every trunk with its default, as written out one by one before they stood in one place.
 KEYWORDS: dict[str, dict[str, Any]] = {
     "PLE": {

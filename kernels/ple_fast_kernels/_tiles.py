@@ -25,6 +25,7 @@ from .tables import GateRuns
 Given = ParamSpec("Given")
 Chosen = TypeVar("Chosen")
 REDUCE_TILE = Tile(1, 1024, 0, 4, 1)
+TOP_K_TILE = Tile(64, 1, 0, 4, 1)
 
 
 class Asked(NamedTuple):

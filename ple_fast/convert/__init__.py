@@ -3,7 +3,7 @@
 Importing the module of a library registers the classes that it knows.
 """
 
-from ..modules.plain import Dice, RowDice, Temperature, WeightOffset
+from ..modules.plain import Dice, RowDice, Temperature, TopK, WeightOffset
 from ..modules.unpack import Move
 from . import refused as refused
 from .accelerate import accelerate, restore
@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "RowDice",
     "Temperature",
+    "TopK",
     "WeightOffset",
     "accelerate",
     "from_adatt",

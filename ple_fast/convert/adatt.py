@@ -281,7 +281,7 @@ class MLMMoEConverter(_AdaTTConverter):
 
     def _gate(self, gate: PlainStack) -> nn.Module:
         """It may have hidden layers."""
-        (end,) = self.linear_gates([PlainStack(gate.path, gate.layers[-1:], gate.temperature)])
+        (end,) = self.linear_gates([PlainStack(gate.path, gate.layers[-1:], gate.temperature, gate.top_k)])
         return nn.Sequential(self.mlp(gate.layers[:-1]), end, nn.Softmax(dim=-1))
 
 

@@ -205,7 +205,7 @@ class PLEConverter(_DeepCTRConverter, Library):
                 self.cannot(f"every task has as many experts, at least 1 and as many as shared: {counts} and {shared}")
             for gate in level.gates:
                 end = gate.layers[-1] if gate.layers else None
-                if end is None or end.norm is not None or end.linear.bias is not None or gate.temperature != 1.0:
+                if end is None or end.norm is not None or end.linear.bias is not None or not gate.ends_plainly:
                     self.cannot("its gates end in a linear layer without bias, norm and temperature")
             own, others = level.split([_dnn_tree(expert) for expert in level.experts])
             dead = [zeroed(own[0][0]) for _ in range(counts[0] - shared)]

@@ -114,7 +114,7 @@ class CGCLayerConverter(Library):
         """All levels are made alike in this library."""
         for gate in gates:
             last = gate.layers[-1] if gate.layers else None
-            if last is None or last.norm is not None or not last.spec.bias or gate.temperature != 1.0:
+            if last is None or last.norm is not None or not last.spec.bias or not gate.ends_plainly:
                 self.cannot("its gates end in a linear layer with a bias, without norm and temperature")
         made, hidden = {_specs(expert) for expert in experts}, {_specs(gate.layers[:-1]) for gate in gates}
         if max(len(hidden), len(made)) > 1:

@@ -167,7 +167,7 @@ class Library(Converter):
         for gate in gates:
             last = gate.layers[-1] if gate.layers else None
             plain = last is not None and len(gate.layers) == 1 and last.norm is None and last.linear.bias is not None
-            if not plain or gate.temperature != 1.0:
+            if not plain or not gate.ends_plainly:
                 self.cannot("its gates are one linear layer with a bias, and a softmax")
         return [gate.layers[0].linear for gate in gates]
 

@@ -258,6 +258,7 @@ def _gate_spec(gates: list[PlainStack], gate_input: Literal["previous", "raw"]) 
         bias=last.linear.bias is not None,
         logits_norm=None if last.norm is None else "batch",
         temperature=first.temperature,
+        top_k=first.top_k,
         input=gate_input,
     )
 
@@ -274,6 +275,7 @@ def _check_like(stack: PlainStack, first: PlainStack) -> None:
 
     differs(stack.path, "number of Linear layers", len(first.layers), len(stack.layers))
     differs(stack.path, "temperature", first.temperature, stack.temperature)
+    differs(stack.path, "top_k", first.top_k, stack.top_k)
     for i, (layer, own) in enumerate(zip(stack.layers, first.layers, strict=True)):
         differs(layer.path, "in_features", own.linear.in_features, layer.linear.in_features)
         is_last = i == len(first.layers) - 1

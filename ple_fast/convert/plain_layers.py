@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules.plain import Temperature, WeightOffset
+from ..modules.plain import Temperature, TopK, WeightOffset
 from ..specs import Activation, LayerSpec, parse_activation
 from .dices import dice_fault, dice_norm, is_dice, row_dice_eps
 
@@ -100,8 +100,14 @@ class PlainStack:
     path: str
     layers: list[PlainLayer] = field(default_factory=list)
     temperature: float = 1.0
+    top_k: int | None = None
     softmax: bool = False
     offset: WeightOffset | None = None
+
+    @property
+    def ends_plainly(self) -> bool:
+        """Whether nothing stands between the logits and their softmax."""
+        return self.temperature == 1.0 and self.top_k is None
 
 
 def refuse(path: str, module: Any, why: str) -> NoReturn:
@@ -198,14 +204,14 @@ class _Reader:
             self._activation(layer, path, module)
         elif layer is not None and is_dice(module):
             self._dice(layer, path, module)
-        elif layer is not None and self.gate and type(module) in (nn.Softmax, Temperature):
+        elif layer is not None and self.gate and type(module) in (nn.Softmax, Temperature, TopK):
             self._end(stack, path, module)
         else:
             _refuse_unknown(path, module, self.gate)
 
     def _linear(self, stack: PlainStack, path: str, linear: nn.Linear) -> None:
-        if stack.temperature != 1.0:
-            refuse(path, linear, "stands after the temperature of the gate")
+        if not stack.ends_plainly:
+            refuse(path, linear, f"stands after the {'temperature' if stack.top_k is None else 'choice'} of the gate")
         if stack.layers and stack.layers[-1].linear.out_features != linear.in_features:
             width = stack.layers[-1].linear.out_features
             refuse(path, linear, f"expected in_features={width}, the width before it, got {linear.in_features}")
@@ -255,6 +261,10 @@ class _Reader:
     def _end(self, stack: PlainStack, path: str, module: nn.Module) -> None:
         if isinstance(module, Temperature):
             stack.temperature *= module.value
+        elif isinstance(module, TopK):
+            if stack.top_k is not None:
+                refuse(path, module, "expected once in a gate")
+            stack.top_k = module.k
         else:
             assert isinstance(module, nn.Softmax)
             if module.dim not in (1, -1):

@@ -110,7 +110,7 @@ class CGCConverter(Library):
 
     def _gate(self, gate: PlainStack) -> nn.Module:
         last = gate.layers[-1] if gate.layers else None
-        if last is None or len(gate.layers) > 1 or last.norm is None or gate.temperature != 1.0:
+        if last is None or len(gate.layers) > 1 or last.norm is None or not gate.ends_plainly:
             self.cannot("its gates are one linear layer with a batch norm on the logits")
         return tree({"mlp": nn.Sequential(last.linear, last.norm, nn.Softmax(dim=1), nn.Dropout(0))})
 

@@ -67,6 +67,10 @@ class LevelOptions(UngatedOptions, total=False):
         ),
     ]
     gate_bias: Annotated[bool, Option(True, "bias of the gates' last layer.")]
+    gate_top_k: Annotated[
+        int | None,
+        Option(None, "experts that a gate chooses for each row, those of the largest logits; None: it weighs all."),
+    ]
 
 
 def takes_options(kind: type) -> Callable[[Class], Class]:
@@ -170,4 +174,4 @@ def gate_spec(options: LevelOptions, **more: Any) -> GateSpec:
     several = is_sequence(activation) and not isinstance(activation, Activation)
     single = as_tuple(activation)[0] if several else activation
     units: Any = options["gate_units"]
-    return GateSpec(units, single, bias=options["gate_bias"], **more)
+    return GateSpec(units, single, bias=options["gate_bias"], top_k=options["gate_top_k"], **more)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..scalars import as_tuple, check_count, check_flag, check_number, is_sequence, shown
+from ..torch_backend.top_k import keep_top_k
 
 
 class Dice(nn.Module):
@@ -63,6 +64,24 @@ class RowDice(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+class TopK(nn.Module):
+    """Logits ``(B, n)``, minus infinity for all but the ``k`` largest of a row, before the softmax of a gate.
+
+    Of equal ones the first stay.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = check_count("k", k)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``(B, n)`` to the same."""
+        return keep_top_k(logits.unsqueeze(1), self.k, is_traced=True).squeeze(1)
+
+    def extra_repr(self) -> str:
+        return str(self.k)
 
 
 class Temperature(nn.Module):

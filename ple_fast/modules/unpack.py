@@ -15,7 +15,7 @@ from ..specs import Activation
 from .activations import StackedDice
 from .layers import ExpertBlock, Gate, LevelParts, StackedLayer
 from .norms import StackedBatchNorm, StackedLayerNorm
-from .plain import Dice, RowDice, Temperature, WeightOffset
+from .plain import Dice, RowDice, Temperature, TopK, WeightOffset
 
 T = TypeVar("T")
 Index = int | slice | EllipsisType
@@ -214,6 +214,8 @@ def _gate(level: LevelParts, o: int) -> nn.Sequential | None:
         modules = [*_mlp(gate.layers, topology.gated_mixtures.index(o)), *parts.values()]
         if level.gate_spec.temperature != 1.0:
             modules.append(Temperature(level.gate_spec.temperature).train(gate.training))
+        if level.gate_spec.top_k is not None:
+            modules.append(TopK(level.gate_spec.top_k).train(gate.training))
         if offset is not None:
             modules.append(nn.Softmax(dim=1).train(gate.training))
     if offset is not None:

@@ -36,7 +36,7 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
     topology = plan.topology
     if len(plan.blocks) > 1 or plan.gate.layers or (trains and plan.gate_spec.logits_norm is not None):
         return False
-    if plan.gate_spec.temperature != 1.0 or plan.static_entry or plan.offset_entry:
+    if plan.gate_spec.temperature != 1.0 or plan.top_k or plan.static_entry or plan.offset_entry:
         return False
     for spec in plan.blocks[0].layers:
         if spec.activation.name in ("prelu", "dice", "row_dice") or (

@@ -16,6 +16,7 @@ from ple_fast_kernels import (
     Tile,
     gate_combine_fwd,
     grouped_linear_fwd,
+    keep_top_k,
     layer_end_fwd,
     linear_tile,
     wide_of,
@@ -224,9 +225,12 @@ class ForwardRun(Run):
     def forward(self, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
         """``y (B, O, H)`` and, if they are wanted, the softmax weights ``(B, W)``."""
         h, found = self.experts_forward()
+        logits = self.logits_forward(found)
+        if logits is not None and self.plan.top_k:
+            logits = keep_top_k(logits, self.mixtures, self.plan.top_k)
         return gate_combine_fwd(
             h,
-            self.logits_forward(found),
+            logits,
             self.mixtures,
             end=self.end,
             offset=self.offset,
