@@ -56,6 +56,8 @@ SEARCH_TRIALS = 6
 LATE_S = 0.5
 """How far behind a server is when a trial is given up."""
 LEAST_TRIAL_S, LEAST_REQUESTS = 0.3, 10
+WARM_UP = 3
+"""Requests that each thread answers before a trial begins."""
 TOLERANCE = 1e-4
 CPU_ROUNDS = 15
 
@@ -180,10 +182,20 @@ def run_trial(serve: Serve, requests: Sequence[tuple[Any, Any]], threads: int, r
     latencies = [float("nan")] * count
     failures: list[BaseException] = []
     late = threading.Event()
-    begin = time.perf_counter() + 0.02 + 0.005 * threads
+    begin = 0.0
+
+    def start() -> None:
+        nonlocal begin
+        begin = time.perf_counter() + 0.005
+
+    # The first calls of a thread set up its pools; a server's threads live longer than a trial.
+    ready = threading.Barrier(threads, start)
 
     def work() -> None:
         try:
+            for request in requests[:WARM_UP]:
+                serve(*request)
+            ready.wait()
             while (place := next(order)) < count and not late.is_set():
                 arrival = begin + arrivals[place]
                 wait = arrival - time.perf_counter()
@@ -196,6 +208,7 @@ def run_trial(serve: Serve, requests: Sequence[tuple[Any, Any]], threads: int, r
         except BaseException as error:
             failures.append(error)
             late.set()
+            ready.abort()
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
     for worker in workers:
@@ -203,7 +216,7 @@ def run_trial(serve: Serve, requests: Sequence[tuple[Any, Any]], threads: int, r
     for worker in workers:
         worker.join()
     if failures:
-        raise failures[0]
+        raise next((error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0])
     return Trial([value for value in latencies if value == value], late.is_set())
 
 
@@ -264,7 +277,6 @@ def measure(
         seconds = max((until - time.monotonic()) / ((len(cases) - number) * trials), LEAST_TRIAL_S)
         found: dict[str, dict[str, Any]] = {}
         for name, serve in made.items():
-            run_trial(serve, requests[case.rows], case.threads, 100.0, 0.1)  # threads of their own warm up too
             if name == NOTHING:  # has none
                 found[name] = {"rate_at_limit": None, "rates": []}
                 continue
