@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from ple_fast.model import Categorical, Hashed, columns_from
+from ple_fast_encoder import Encoder
 from ple_fast_encoder.hashed import mixed
 
 NAN = math.nan
@@ -149,3 +151,30 @@ def test_columns_from_hashes_what_it_is_told_to() -> None:
 def test_hashing_refuses_in_sentences(make: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize("padding", [0, "0", -7, "-7", 2**64 - 1, str(2**64 - 1)])
+def test_what_fills_rows_up_is_one_id_as_an_int_and_as_text(padding: Any) -> None:
+    number, options = int(padding), {"pooling": "sum", "max_length": 3, "padding": padding}
+    column: Any = Hashed("x", 1000, **options)  # type: ignore[arg-type]
+    sharing: Any = Categorical("y", share="x", **options)  # type: ignore[arg-type]
+    numbers, texts = [[number, 5], [6], [number]], [[str(number), "5"], ["6"], [str(number)]]
+    for rows in (numbers, texts):
+        many = [*rows, *([[1]] if rows is numbers else [["1"]]) * 100]  # a pass of NumPy
+        for given in (rows, many, pd.Series(many), *([pa.array(many)] if rows is texts or abs(number) < 2**63 else [])):
+            codes = column.encode(given)
+            assert (codes[:3] >= 0).sum(1).tolist() == [1, 1, 0]
+            assert np.array_equal(Encoder([column, sharing]).encode({"x": given, "y": given})[0][:, :3], codes)
+            assert np.array_equal(Encoder([column, sharing]).encode({"x": given, "y": given})[0][:, 3:], codes)
+        (fitted,) = columns_from(
+            {"x": rows}, categorical=["x"], buckets={"x": 1000}, pooling={"x": "sum"}, padding=padding
+        )
+        assert fitted.max_length == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("padding", ["00", "+0", "٣", "x" * 30, "9" * 5000, 10**30, 2**70])
+def test_text_that_is_no_int_and_ints_beyond_64_bits_fill_rows_up_as_they_are(padding: Any) -> None:
+    column = Hashed("x", 1000, pooling="sum", max_length=2, padding=padding)
+    assert (column.encode([[padding], [1] if isinstance(padding, int) else ["1"]]) >= 0).sum() == 1
+    if padding == "00":
+        assert (column.encode([["0"]]) >= 0).sum() == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -75,11 +75,12 @@ def _is_one_of(value: Any, choices: tuple[str, ...]) -> bool:
     return isinstance(value, str) and value in choices
 
 
-def encoded(column: Options, raw: Any, codes_of: Callable[[Cells], Array]) -> Array:
+def encoded(column: Options, raw: Any, codes_of: Callable[[Cells], Array], paddings: Sequence[Value]) -> Array:
     """The codes of a column, int32: ``(B,)``, or with ``pooling`` ``(B, max_length)``, ``PADDING`` behind the last.
 
     Args:
         codes_of: the code of each value of some cells, 0 where it is unknown.
+        paddings: what fills rows up.
 
     Raises:
         TypeError, ValueError: see :func:`cells_of` and :func:`lists_of`; and what ``codes_of`` raises.
@@ -88,7 +89,7 @@ def encoded(column: Options, raw: Any, codes_of: Callable[[Cells], Array]) -> Ar
     if column.pooling is None:
         cells = cells_of(where, raw)
         return cells.by_row(codes_of(cells), 0)
-    lists = lists_of(where, raw, column.padding)
+    lists = lists_of(where, raw, paddings)
     assert column.max_length is not None
     return block(lists.cells.by_row(codes_of(lists.cells), 0), lists, column.max_length, column.keep)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .bags import Keep, Pooling, check_options, encoded
+from .hashed import Hashed, paddings_of
 from .scalars import check_count, own_scalar, shown
 from .tables import MAX_SIZE, Array, Cells, Value, kinds_of, listed
 
@@ -136,7 +137,8 @@ class Categorical:
                 f"column {self.name!r}: expected the column {self.share!r} beside it, whose vocabulary it shares; "
                 "encode(data, columns) reads both"
             )
-        return encoded(self, column, (owner or self).codes_of)
+        pads = paddings_of(self.padding, are_hashed=isinstance(owner, Hashed))
+        return encoded(self, column, (owner or self).codes_of, pads)
 
     def codes_of(self, cells: Cells) -> Array:
         """int32: the code of each of the values of some cells (not: of each row), 0 where it is unknown.

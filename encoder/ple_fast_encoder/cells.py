@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .categorical import Categorical
-from .hashed import BITS, Hashed, bits_of
+from .hashed import BITS, Hashed, bits_of, paddings_of
 from .tables import Array
 
 Cells = list[Any]
@@ -151,7 +151,8 @@ def _mixed(bits: int) -> int:
 
 def lists_coder(column: Categorical | Hashed, owner: Categorical | Hashed) -> Callable[[Cells], list[list[int]]]:
     """What gives the codes of rows of several values: ``max_length`` for each row, -1 behind the last."""
-    coder, padding, length = coder_of(owner), column.padding, column.max_length
+    coder, length = coder_of(owner), column.max_length
+    paddings = paddings_of(column.padding, are_hashed=isinstance(owner, Hashed))
     assert length is not None
     first = column.keep == "first"
 
@@ -171,7 +172,7 @@ def lists_coder(column: Categorical | Hashed, owner: Categorical | Hashed) -> Ca
                     continue
                 if type(cell) not in PLAIN:
                     raise Unusual
-                if padding is None or cell != padding:
+                if cell not in paddings:
                     flat.append(cell)
             ends.append(len(flat))
         found, begin, every = [], 0, coder(flat)

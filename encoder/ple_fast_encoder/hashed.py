@@ -70,7 +70,7 @@ class Hashed:
             TypeError: neither text nor numbers, or both.
             ValueError: it is not one-dimensional; with ``pooling``: it has no list in each row.
         """
-        return encoded(self, column, self.codes_of)
+        return encoded(self, column, self.codes_of, paddings_of(self.padding, are_hashed=True))
 
     def codes_of(self, cells: Cells) -> Array:
         """int32: the code of each of the values of some cells (not: of each row).
@@ -83,6 +83,19 @@ class Hashed:
         codes = (mixed(bits) % np.uint64(self.buckets)).astype(np.int32) + np.int32(1)
         codes[~is_id] = 0
         return codes
+
+
+def paddings_of(padding: Value | None, *, are_hashed: bool) -> tuple[Value, ...]:
+    """The values that are left out of a column's rows: ``padding``, and where ids are hashed what is one id with it,
+    an int and its text."""
+    if padding is None:
+        return ()
+    also: Value | None = None
+    if are_hashed and not isinstance(padding, str):
+        also = str(padding) if abs(padding) <= BITS else None
+    elif are_hashed and len(str(padding)) <= LONGEST and str(padding).removeprefix("-").isdecimal():
+        also = int(padding)
+    return (padding,) if also is None or bits_of(also) != bits_of(padding) else (padding, also)
 
 
 def check_ids(cells: Cells) -> None:

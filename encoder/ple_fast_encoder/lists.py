@@ -21,11 +21,11 @@ class Lists(NamedTuple):
     """int64 ``(B,)``: how many values each row has."""
 
 
-def lists_of(where: str, column: Any, padding: Value | None = None) -> Lists:
+def lists_of(where: str, column: Any, paddings: Sequence[Value] = ()) -> Lists:
     """A column of lists, tuples or arrays, of pyarrow's or polars' lists, or an array ``(B, L)``.
 
     A row that is missing has no value. What is missing inside of a row (None, NaN, ``pandas.NA``, nulls, what a mask
-    hides) and what is equal to ``padding`` is left out.
+    hides) and what is equal to one of ``paddings`` is left out.
 
     Raises:
         TypeError: it cannot be read; a row is no list, or a set, whose order is another one in each process.
@@ -44,24 +44,25 @@ def lists_of(where: str, column: Any, padding: Value | None = None) -> Lists:
             raise ValueError(
                 f"{where}: expected a list of single values per row, got lists of {', '.join(several)}; flatten them"
             )
-    gone = _absent(cells, padding)
+    gone = _absent(cells, paddings)
     if not gone.any():
         return Lists(cells, lengths)
     rows = np.repeat(np.arange(len(lengths)), lengths)[~gone]
     return Lists(cells.only(~gone), np.bincount(rows, minlength=len(lengths)).astype(np.int64))
 
 
-def _absent(cells: Cells, padding: Value | None) -> Array:
+def _absent(cells: Cells, paddings: Sequence[Value]) -> Array:
     """bool ``(N,)``: which places hold no value."""
     values = cells.values
     kind = values.dtype.kind
     if kind == "O":
-        found = (is_missing(value) or bool(value == padding) for value in values.tolist())
+        found = (is_missing(value) or any(bool(value == padding) for padding in paddings) for value in values.tolist())
         gone = np.fromiter(found, dtype=bool, count=len(values))
     else:
         gone = np.isnan(values) if kind == "f" else np.zeros(len(values), dtype=bool)
-        if padding is not None and kind in ("UT" if isinstance(padding, str) else "iufb"):
-            gone |= values == padding
+        for padding in paddings:
+            if kind in ("UT" if isinstance(padding, str) else "iufb"):
+                gone |= values == padding
     return cells.by_row(gone, True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .categorical import Categorical
-from .hashed import Hashed
+from .hashed import Hashed, paddings_of
 from .lists import lists_of
 from .scalars import own_scalar, shown
 from .tables import Array, cells_of, is_missing
@@ -21,7 +21,8 @@ LOOKED_AT = 1000
 def said_of_unknown(column: Categorical | Hashed, raw: Any, owner: Categorical | Hashed) -> str:
     """A sentence with some of the column's values and some that are known."""
     where = f"column {column.name!r}"
-    cells = cells_of(where, raw) if column.pooling is None else lists_of(where, raw, column.padding).cells
+    pads = paddings_of(column.padding, are_hashed=isinstance(owner, Hashed))
+    cells = cells_of(where, raw) if column.pooling is None else lists_of(where, raw, pads).cells
     values: Array = cells.values
     if cells.codes is not None:
         values = values[np.unique(cells.codes[cells.codes >= 0])]

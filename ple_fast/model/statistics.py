@@ -12,7 +12,7 @@ import numpy as np
 from ple_fast_encoder.bags import Keep, Pooling, check_padding
 from ple_fast_encoder.categorical import Categorical, own_values
 from ple_fast_encoder.columns import Column, owners_of
-from ple_fast_encoder.hashed import Hashed, check_ids
+from ple_fast_encoder.hashed import Hashed, check_ids, paddings_of
 from ple_fast_encoder.lists import lists_of
 from ple_fast_encoder.numeric import Missing, Numeric
 from ple_fast_encoder.tables import (
@@ -99,6 +99,8 @@ def columns_from(
 
     counts: dict[str, Counter[Any]] = {name: Counter() for name in embedded if name not in hashed}
     pads = {name: check_padding(f"column {name!r}", filled[name]) for name in pooled}
+    owners = {name: own_scalar(shared.get(name, name)) for name in categories}
+    paddings = {name: paddings_of(pads[name], are_hashed=owners[name] in hashed) for name in pooled}
     row_lengths: dict[str, Counter[int]] = {name: Counter() for name in pooled}
     treated: Missing = "error" if missing is None else missing
     blanks = [Numeric(name, transform=transform, missing=treated, width=numeric_widths[name]) for name in names]
@@ -108,13 +110,13 @@ def columns_from(
         for name in categories:
             where, raw = f"column {name!r}", column_of(table, name)
             if name in pooled:
-                cells, row_counts = lists_of(where, raw, pads[name])
+                cells, row_counts = lists_of(where, raw, paddings[name])
                 rows[name] += len(row_counts)
                 row_lengths[name].update(row_counts.tolist())
             else:
                 cells = cells_of(where, raw)
                 rows[name] += len(cells.values if cells.codes is None else cells.codes)
-            owner = own_scalar(shared.get(name, name))
+            owner = owners[name]
             if owner in counts:
                 counts[owner].update(_counts(cells))
             else:
