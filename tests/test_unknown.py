@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -91,6 +94,7 @@ def test_every_call_of_a_model_points_at_the_user() -> None:
         lambda: model.fit(data, labels),
         lambda: model.fit(known, labels, validation=(data, labels)),
     ):
+        model.encoder().warn_anew()
         with pytest.warns(UserWarning, match="column 'x': expected values that it knows") as caught:
             call()
         assert [each.filename for each in caught] == [__file__]
@@ -98,3 +102,63 @@ def test_every_call_of_a_model_points_at_the_user() -> None:
         warnings.simplefilter("error")
         model.fit(known, labels)
         model.predict(model.encode(known))
+
+
+def said(call: Any) -> list[str]:
+    """The columns that are warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message).split("'")[1] for each in caught if "expected values" in str(each.message)]
+
+
+def small() -> MultiTaskModel:
+    torch.manual_seed(0)
+    columns: list[Column] = [Categorical("x", values=("a",)), Categorical("y", size=2)]
+    options: Any = {"trunk": "hard_sharing", "trunk_options": {"expert_units": 4}, "tower_units": ()}
+    return MultiTaskModel(columns, [TaskLoss("click")], **options)
+
+
+def rows(count: int, x: str = "z", y: int = 0) -> dict[str, Any]:
+    return {"x": [x] * count, "y": [y] * count}
+
+
+def test_requests_are_warned_of_once_and_a_table_that_is_much_larger_again() -> None:
+    model = small()
+    assert said(lambda: model.predict(rows(3))) == ["x"]
+    assert said(lambda: [model.predict(rows(count)) for count in (3, 2, 29)]) == []
+    assert said(lambda: model.predict(rows(3, y=7))) == ["y"]  # each column for itself
+    assert said(lambda: model.predict(rows(500, y=7))) == ["x", "y"]
+    assert said(lambda: model.predict(rows(500, y=7))) == []
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert said(lambda other=other: other.predict(rows(2))) == ["x"]
+    model.columns = (model.columns[0], Categorical("y", values=(0, 7)))
+    assert said(lambda: model.predict(rows(2, y=7))) == ["x"]  # of other columns nothing was said
+
+
+def test_fit_and_evaluate_warn_each_time_and_of_parts_once() -> None:
+    model = small()
+    label = {"click": [0, 1, 1]}
+    for _ in range(2):
+        assert said(lambda: model.fit(rows(3), label, progress=False)) == ["x"]
+        assert said(lambda: model.evaluate(rows(3), label)) == ["x"]
+        assert said(lambda: model.fit([(rows(3), label)] * 3, epochs=2, progress=False)) == ["x"]
+
+
+def test_a_warning_that_is_an_error_is_one_each_time() -> None:
+    model = small()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="column 'x': expected values"):
+                model.predict(rows(3))
+
+
+def test_threads_that_share_an_encoder_are_warned_once_each_at_most() -> None:
+    model = small()
+
+    def serve() -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: model.predict(rows(3)), range(100)))
+
+    assert 1 <= len(said(serve)) <= 8

@@ -21,6 +21,8 @@ from .tables import Array, Table, check_names, columns_named
 from .unknown import said_of_unknown
 
 FORMAT, VERSION = "ple_fast_encoder", 1
+MANY_MORE = 10
+"""Times as many rows as in the table that a warning was given of: another one is worth a warning of its own."""
 
 
 class Encoder:
@@ -48,6 +50,9 @@ class Encoder:
         check_names(column.name for column in self.columns)
         self._owners = owners_of(self.columns)
         self._few = FewRows(self.columns, self._owners)
+        self._warned: dict[Any, int] = {}
+        """By the name of a column that was warned of: the rows of the largest such table. Threads that meet there warn
+        twice, at worst."""
 
     def __reduce__(self) -> Any:
         """Copies and pickles are made of the columns."""
@@ -73,7 +78,8 @@ class Encoder:
             Numbers, float32 ``(B, N)``, standardised and finite.
 
         Warns:
-            UserWarning: of two or more rows not one has a value of a column that the column knows.
+            UserWarning: of two or more rows not one has a value of a column that the column knows; once per column, and
+                again of a table of ten times as many rows.
 
         Raises:
             TypeError: it is no table, or a column holds other values than it was declared with.
@@ -83,9 +89,15 @@ class Encoder:
         found = self._few.encode(raws, self._encode_one)
         codes, numbers, unknown = self._encode(raws) if found is None else found
         for column in unknown:
-            raw = raws[self.columns.index(column)]
-            warn_caller(f"column {column.name!r}: {said_of_unknown(column, raw, self._owners[column.name])}")
+            if len(codes) >= MANY_MORE * self._warned.get(column.name, 0):
+                raw = raws[self.columns.index(column)]
+                warn_caller(f"column {column.name!r}: {said_of_unknown(column, raw, self._owners[column.name])}")
+                self._warned[column.name] = len(codes)
         return codes, numbers
+
+    def warn_anew(self) -> None:
+        """Forgets what it has warned of: other data comes than before, such as that of another training."""
+        self._warned.clear()
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
         """Rows as a request of JSON holds them, such as ``[{"age": 37, "tags": ["a", "b"]}, ...]``: see :meth:`encode`.

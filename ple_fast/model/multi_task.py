@@ -202,6 +202,7 @@ class MultiTaskModel(TaskNetwork):
         called, shown_by = Callbacks(callbacks), reporter(progress)
         seed = check_seed(seed)
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
+        self.encoder().warn_anew()
         with torch.inference_mode(False), torch.enable_grad():
             rows, held = with_validation(self, rows_of(self, data, labels, sample_weight, "labels"), validation, seed)
             needs_scale = any(task.standardise for task in self.tasks)
@@ -267,6 +268,7 @@ class MultiTaskModel(TaskNetwork):
             TypeError, ValueError, ImportError: see :meth:`fit`; or labels that ``standardise=True`` has not measured.
         """
         batch_size = check_count("batch_size", batch_size)
+        self.encoder().warn_anew()
         rows = rows_of(self, data, labels, sample_weight, "labels")
         if isinstance(rows, Rows):
             wanted = checked_metrics(self, rows.labels, metrics)
