@@ -86,6 +86,8 @@ NAMED = {
 }
 
 
+LOWER = ("_error", "_loss", "_deviance")
+"""Ends of scikit-learn's names of what is better the lower it is."""
 EXPECTED = "names of metrics, or functions of (labels, predictions)"
 
 
@@ -95,6 +97,19 @@ class Metric(NamedTuple):
     name: str
     given: str | Callable[..., Any]
     """A key of ``NAMED``, or the user's function."""
+
+    @property
+    def lower_is_better(self) -> bool | None:
+        """What the metric itself says, in its table here or as torchmetrics' do; None where it says nothing."""
+        if isinstance(self.given, str):
+            return NAMED[self.given].lower_is_better
+        higher = getattr(self.given, "higher_is_better", None)
+        return None if higher is None or not _is_torchmetric(self.given) else not higher
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it can be given the weights of rows."""
+        return isinstance(self.given, str) or (not _is_torchmetric(self.given) and _takes_weights(self.given))
 
     def check(self, task: TaskLoss, labels: Array) -> None:
         """What is known before a model has predicted anything, from the labels of the sample space.
@@ -135,7 +150,7 @@ class Metric(NamedTuple):
 
 def _called(function: Callable[..., Any], task: TaskLoss, labels: Array, predictions: Array, weights: Weights) -> Any:
     """As scikit-learn's functions are called, or as torchmetrics' objects are."""
-    if all(callable(getattr(function, name, None)) for name in ("reset", "update", "compute")):
+    if _is_torchmetric(function):
         metric: Any = function
         truth = torch.from_numpy(labels)
         metric.reset()
@@ -146,6 +161,10 @@ def _called(function: Callable[..., Any], task: TaskLoss, labels: Array, predict
     if weights is not None and _takes_weights(function):
         return function(labels, predictions, sample_weight=weights)
     return function(labels, predictions)
+
+
+def _is_torchmetric(function: Callable[..., Any]) -> bool:
+    return all(callable(getattr(function, name, None)) for name in ("reset", "update", "compute"))
 
 
 def _are_classes(labels: Array) -> bool:

@@ -32,7 +32,7 @@ from .progress import Progress, reporter
 from .rebuild import rebuilt, saved_form
 from .rows import RowParts, Rows, rows_of
 from .run import MakeSchedule, Run, run_for
-from .scoring import Score, Scorer, checked_metrics, with_validation
+from .scoring import Score, Scorer, checked_metrics, warn_of_unweighted, with_validation
 from .served import ServedModel
 from .training import UNTRAINED, Trainer
 from .updates import Updates
@@ -152,7 +152,9 @@ class MultiTaskModel(TaskNetwork):
             score: the number that is watched: which epoch is the best, and when ``patience`` ends. A function of the
                 predictions (see :meth:`predict`) and the validation labels, higher is better; or a name: ``"loss"``
                 (the default: the joint loss), ``"auc"`` (the mean over the tasks that it is for), ``"click/auc"``,
-                ``"click/loss"``. An epoch where it is undefined has no score.
+                ``"click/loss"``; or the name of a function or metric in ``metrics``, ``"gini"`` or ``"click/gini"``,
+                higher is better, ``"-gini"`` lower is better (torchmetrics' say it themselves). An epoch where it is
+                undefined has no score.
             patience: stop after so many epochs without a better score; ``history.stopped`` says so.
             seed: of the order of the rows, and of those that ``validation=0.1`` holds back.
             callbacks: objects with some of the methods of :class:`Callback`, called before and after each epoch and
@@ -174,7 +176,7 @@ class MultiTaskModel(TaskNetwork):
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
                 labels (where no task has any, the default score is None, and nothing is stopped or restored by it); the
-                score of an epoch is undefined; labels of a regression are far from 1 and not standardised; a table
+                score of an epoch is undefined; a metric takes no weights and there are some; labels of a regression are far from 1 and not standardised; a table
                 with dense gradients is much larger than what a batch reads of it.
 
         Raises:
@@ -274,7 +276,10 @@ class MultiTaskModel(TaskNetwork):
             wanted = checked_metrics(self, rows.labels, metrics)
         else:
             wanted = metrics_by_task(metrics, self.tasks)
-        return evaluation(self, rows.blocks(batch_size), wanted)[0]
+        found, _, read = evaluation(self, rows.blocks(batch_size), wanted)
+        if isinstance(rows, RowParts):  # whose weights nobody has seen before
+            warn_of_unweighted(read, wanted)
+        return found
 
     def predict(self, data: Table | Encoded, *, batch_size: int = 8192) -> dict[str, Array]:
         """Predictions by task, float32: probabilities ``(N,)``, values ``(N,)``, or class probabilities ``(N, C)``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from .eval_view import eval_view, is_training
 from .evaluation import evaluation
 from .history import Evaluation
 from .labels import Labelled, sample_space
-from .metrics import NAMED, Metric, metrics_by_task
+from .metrics import LOWER, NAMED, Metric, metrics_by_task
 from .network import TaskNetwork
 from .parts import is_parts
 from .rows import RowParts, Rows, rows_of
@@ -90,6 +90,8 @@ class Watched(NamedTuple):
     """Higher is better; None where it is undefined."""
     tasks: tuple[str, ...]
     """Of which it is."""
+    sign: float = -1.0
+    """Between it and the number it is made of."""
 
 
 class Scorer:
@@ -123,7 +125,9 @@ class Scorer:
             self.watched = f"score {_name(self.function)} of the validation data (higher is better)"
         else:
             name = "loss" if score is None else str(score)
-            self.metrics, (self.watched, self.value, self.watched_tasks) = _watched(name, model.tasks, self.metrics)
+            self.metrics, (self.watched, self.value, self.watched_tasks, self.sign) = _watched(
+                name, model.tasks, self.metrics
+            )
             for task in model.tasks:  # of the metric that is only watched
                 _check(task, labels, self.metrics[task.name])
         self.has_labels = len(model.joint_loss.unlabelled(self.targets)) < len(model.tasks)
@@ -143,9 +147,9 @@ class Scorer:
             if value is not None and not np.isfinite(value):
                 what = "loss" if value != value or value == -float(found.loss or 0.0) else f"score ({self.watched})"
                 raise FloatingPointError(
-                    f"epoch {epoch}: expected a finite validation {what}, got {-value}, while that of the training "
-                    "batches was finite; look at validation labels of a large scale, at rows that are far from those "
-                    "of training, and at what the last step made of weights and running statistics"
+                    f"epoch {epoch}: expected a finite validation {what}, got {self.sign * value}, while that of the "
+                    "training batches was finite; look at validation labels of a large scale, at rows that are far "
+                    "from those of training, and at what the last step made of weights and running statistics"
                 )
             for name in self.watched_tasks:  # of which a metric would only be undefined
                 loss = found[name].loss
@@ -183,7 +187,21 @@ def checked_metrics(model: TaskNetwork, labels: Labelled, metrics: Any) -> dict[
     found = metrics_by_task(metrics, model.tasks)
     for task in model.tasks:
         _check(task, labels, found[task.name])
+    warn_of_unweighted(labels, found)
     return found
+
+
+def warn_of_unweighted(labels: Labelled, metrics: Mapping[str, tuple[Metric, ...]]) -> None:
+    """A warning that names the metrics which cannot take the weights of rows."""
+    weighed = {task: own for task, own in metrics.items() if task in labels.weights}
+    found = [
+        f"{metric.name} of {task!r}" for task, own in weighed.items() for metric in own if not metric.takes_weights
+    ]
+    if found:
+        warn_caller(
+            f"metrics: expected metrics that take the weights of rows, got {', '.join(found)}, computed without them, "
+            "while losses have them; a function of (labels, predictions, sample_weight) is given the weights"
+        )
 
 
 def _check(task: TaskLoss, labels: Labelled, metrics: tuple[Metric, ...]) -> None:
@@ -212,18 +230,52 @@ def _watched(
             lambda e: None if e.loss is None else -e.loss,
             tuple(task.name for task in tasks),
         )
+    if (found := _watched_of_user(name, tasks, by_task)) is not None:
+        return by_task, found
     own, _, metric = name.rpartition("/")
     kinds = tuple(task.kind for task in tasks) if metric == "loss" else NAMED[metric].kinds if metric in NAMED else ()
     chosen = [task.name for task in tasks if task.kind in kinds and own in ("", task.name)]
     if not chosen:
         raise ValueError(
             f"score: expected loss, one of {', '.join(NAMED)} (the mean over the tasks that it is for), "
-            f"{tasks[0].name + '/loss'!r} and so on for one task, or a function, got {shown(name)}"
+            f"{tasks[0].name + '/loss'!r} and so on for one task, a metric of metrics= by its name, or a function, got "
+            f"{shown(name)}"
         )
     for task in chosen if metric != "loss" else ():
         if metric not in [known.name for known in by_task[task]]:
             by_task[task] = (*by_task[task], Metric(metric, metric))
-    is_lower_better = metric == "loss" or NAMED[metric].lower_is_better
+    return by_task, _mean(chosen, metric, is_lower_better=metric == "loss" or NAMED[metric].lower_is_better)
+
+
+def _watched_of_user(
+    name: str, tasks: tuple[TaskLoss, ...], metrics: Mapping[str, tuple[Metric, ...]]
+) -> Watched | None:
+    """A metric of the user's own, or under a name of the user's, one that has none here; None of any other name.
+
+    Raises:
+        ValueError: it does not say which direction is better.
+    """
+    plain = name.removeprefix("-")
+    found = [
+        (task.name, metric)
+        for task in tasks
+        for metric in metrics[task.name]
+        if metric.name not in NAMED and plain in (metric.name, f"{task.name}/{metric.name}")
+    ]
+    if not found:
+        return None
+    directions = {metric.lower_is_better for _, metric in found}
+    metric = found[0][1].name
+    if len(directions) > 1 or (directions == {None} and name == plain and metric.endswith(LOWER)):
+        raise ValueError(
+            f"score: expected {'-' + name!r}, where lower is better, or one name of one direction, got {name!r}; of a "
+            "function of yours higher is better without the minus"
+        )
+    return _mean([task for task, _ in found], metric, is_lower_better=name != plain or directions == {True})
+
+
+def _mean(chosen: Sequence[str], metric: str, *, is_lower_better: bool) -> Watched:
+    """The mean over tasks of one number of each."""
     sign = -1.0 if is_lower_better else 1.0
 
     def value(found: Evaluation) -> float | None:
@@ -234,4 +286,4 @@ def _watched(
     direction = "lower" if is_lower_better else "higher"
     which = ", ".join(map(repr, chosen))
     words = f"{mean}{metric} of {which} on the validation data ({direction} is better)"
-    return by_task, Watched(words, value, tuple(chosen))
+    return Watched(words, value, tuple(chosen), sign)
