@@ -333,6 +333,27 @@ def test_a_stop_at_a_loss_that_is_not_finite_leaves_the_good_checkpoint(tmp_path
     assert file.read_bytes() == good
 
 
+@pytest.mark.parametrize("kind", ["a folder", "below a file", "no path"])
+def test_a_checkpoint_that_cannot_be_written_is_found_before_anything_is_trained(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    file: Any = {"a folder": tmp_path, "below a file": tmp_path / "file" / "run.pt", "no path": 3}[kind]
+    error: type[Exception] = {"a folder": ValueError, "below a file": OSError, "no path": TypeError}[kind]
+    net = model()
+    before = state(net)
+    with pytest.raises(error):
+        net.fit(*table(), checkpoint=file, progress=False)
+    assert are_equal(state(net), before) and net._run is None
+
+
+def test_looking_for_the_place_of_a_checkpoint_leaves_nothing_but_its_folder(tmp_path: Path) -> None:
+    place = tmp_path / "of" / "runs"
+    with pytest.raises(ValueError, match="labels"):
+        model().fit(table()[0], {}, checkpoint=place / "run.pt", progress=False)
+    assert list(place.iterdir()) == []
+    model().fit(*table(), checkpoint=place / "run.pt", progress=False)
+    assert [file.name for file in place.iterdir()] == ["run.pt"]
+
+
 def test_numbers_of_numpy_can_be_read_back(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "batch_size": 16,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ple_fast import viz
 from ple_fast.model import TensorBoard
-from tests.model_helpers import Bottom, model, table
+from tests.model_helpers import COLUMNS, Bottom, model, table
 
 
 class Writer:
@@ -100,3 +102,31 @@ def test_a_folder_gets_pytorchs_writer(tmp_path: Path, monkeypatch: pytest.Monke
     folder, writer = made[0]
     assert folder == str(tmp_path)
     assert writer.scalars["loss"]
+
+
+@pytest.mark.parametrize("trunk", [lambda width: Bottom(width), "ple"])
+def test_gates_that_cannot_be_read_are_found_before_a_step(trunk: Any) -> None:
+    data, labels = table()
+    rows = {name: column for name, column in data.items() if trunk != "ple" or name != "age"}
+    net = model(trunk)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    expected: tuple[Any, str] = (TypeError, "topology") if trunk != "ple" else (ValueError, "'age'")
+    with pytest.raises(expected[0], match=expected[1]) as caught:
+        net.fit(data, labels, callbacks=[TensorBoard(Writer(), gates=rows)], progress=False)
+    assert caught.value.history == []  # type: ignore[attr-defined]
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_a_callback_of_two_models_encodes_its_rows_for_each() -> None:
+    data, labels = table()
+    other = model(columns=[replace(COLUMNS[0], values=("it", "fr", "de")), *COLUMNS[1:]])  # type: ignore[type-var]
+    alone, shared = Writer(), Writer()
+    torch.manual_seed(1)
+    other.fit(data, labels, callbacks=[TensorBoard(alone, gates=data)], progress=False)
+    callback = TensorBoard(shared, gates=data)
+    model().fit(data, labels, callbacks=[callback], progress=False)
+    shared.scalars.clear()
+    again = model(columns=other.columns)
+    torch.manual_seed(1)
+    again.fit(data, labels, callbacks=[callback], progress=False)
+    assert shared.scalars == alone.scalars and any(tag.startswith("gates") for tag in shared.scalars)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,25 @@ class Checkpoint:
                 f"{self.file}: expected its own settings, {state['settings']}, got {self.settings}; use those, or "
                 "another file"
             )
+
+
+def check_place(file: str | Path) -> None:
+    """That a checkpoint can be written there, before a training that would be lost; missing folders are made.
+
+    Raises:
+        TypeError: no path.
+        ValueError: it is a folder.
+        OSError: nothing can be written into its folder.
+    """
+    if not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: expected the path of a file, got {shown(file)}")
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"checkpoint: expected a file, got the folder {str(file)!r}; name one in it, such as run.pt")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    trial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    trial.touch(exist_ok=False)
+    trial.unlink()
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from . import storage
 from .arguments import warn_of_unlabelled
 from .batches import BATCH_SIZE, rows_at_once
 from .callbacks import Callbacks
+from .checkpoint import check_place
 from .columns import Encoded
 from .configuration import task_to_json
 from .eval_view import is_training
@@ -176,8 +177,9 @@ class MultiTaskModel(TaskNetwork):
         Warns:
             UserWarning: the whole model is in eval mode; a task has no label in ``labels``, or none in the validation
                 labels (where no task has any, the default score is None, and nothing is stopped or restored by it); the
-                score of an epoch is undefined; a metric takes no weights and there are some; labels of a regression are far from 1 and not standardised; a table
-                with dense gradients is much larger than what a batch reads of it.
+                score of an epoch is undefined; a metric takes no weights and there are some; labels of a regression are
+                far from 1 and not standardised; a table with dense gradients is much larger than what a batch reads of
+                it.
 
         Raises:
             TypeError: an argument of another type, or an ``embedding_optimizer`` that takes no sparse gradients.
@@ -185,6 +187,7 @@ class MultiTaskModel(TaskNetwork):
                 need ``validation`` or ``checkpoint`` without it, a schedule that ends too soon, an unknown metric, a
                 module that cannot be scored in train mode, or a checkpoint that is damaged, of other settings, of
                 another model or of more epochs.
+            OSError: no file can be written where ``checkpoint`` is to be, before anything is trained.
             ImportError: a package that ``metrics`` or ``progress=True`` needs.
             FloatingPointError: the loss is not finite, or the score is infinite.
         """
@@ -201,6 +204,8 @@ class MultiTaskModel(TaskNetwork):
         resume = check_flag("resume", resume)
         if checkpoint is None and (checkpoint_every is not None or resume):
             raise ValueError("checkpoint_every, resume: expected checkpoint='checkpoint.pt' with them, got none")
+        if checkpoint is not None:
+            check_place(checkpoint)
         called, shown_by = Callbacks(callbacks), reporter(progress)
         seed = check_seed(seed)
         # It trains whatever mode it is called in. Not as decorators, whose frames warnings would point at.
