@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ple_fast_encoder.caller import warn_caller
@@ -78,6 +79,28 @@ def warn_of_none(tasks: Sequence[str], what: str, effect: str) -> None:
     if tasks:
         warn_caller(
             f"{what}: expected labels of every task, got none at all for {', '.join(map(repr, tasks))}; {effect}"
+        )
+
+
+def check_ranks(joint_loss: JointLoss) -> None:
+    """Says that ``fit`` trains in one process, where there are several.
+
+    Raises:
+        ValueError: the joint loss counts the labels of several ranks, and nothing would average their gradients.
+    """
+    mend = (
+        "write a loop of your own for several, as docs/training_at_scale.md and examples/train_distributed.py have it"
+    )
+    group = joint_loss.process_group
+    if group is not None and dist.get_world_size(group) > 1:
+        raise ValueError(
+            f"fit: expected a model of one process, got a process_group of {dist.get_world_size(group)} ranks, whose "
+            f"labels the loss counts together, while fit averages no gradients; {mend}"
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warn_caller(
+            f"fit: expected one process, got a process group of {dist.get_world_size()} ranks: each of them that calls "
+            f"fit trains a model of its own, on its own rows; {mend}"
         )
 
 

@@ -15,7 +15,7 @@ from ple_fast_encoder.tables import Array, Table
 
 from ..scalars import check_count, check_flag, check_seed, shown
 from . import storage
-from .arguments import warn_of_unlabelled
+from .arguments import check_ranks, warn_of_unlabelled
 from .batches import BATCH_SIZE, rows_at_once
 from .callbacks import Callbacks
 from .checkpoint import check_place
@@ -179,14 +179,14 @@ class MultiTaskModel(TaskNetwork):
                 labels (where no task has any, the default score is None, and nothing is stopped or restored by it); the
                 score of an epoch is undefined; a metric takes no weights and there are some; labels of a regression are
                 far from 1 and not standardised; a table with dense gradients is much larger than what a batch reads of
-                it.
+                it; ``torch.distributed`` is initialised with several ranks, of which each trains a model of its own.
 
         Raises:
             TypeError: an argument of another type, or an ``embedding_optimizer`` that takes no sparse gradients.
             ValueError: no rows, labels or weights that are missing, of another length or out of range, options that
                 need ``validation`` or ``checkpoint`` without it, a schedule that ends too soon, an unknown metric, a
                 module that cannot be scored in train mode, or a checkpoint that is damaged, of other settings, of
-                another model or of more epochs.
+                another model or of more epochs; or the model has a ``process_group`` of several ranks.
             OSError: no file can be written where ``checkpoint`` is to be, before anything is trained.
             ImportError: a package that ``metrics`` or ``progress=True`` needs.
             FloatingPointError: the loss is not finite, or the score is infinite.
@@ -204,6 +204,7 @@ class MultiTaskModel(TaskNetwork):
         resume = check_flag("resume", resume)
         if checkpoint is None and (checkpoint_every is not None or resume):
             raise ValueError("checkpoint_every, resume: expected checkpoint='checkpoint.pt' with them, got none")
+        check_ranks(self.joint_loss)
         if checkpoint is not None:
             check_place(checkpoint)
         called, shown_by = Callbacks(callbacks), reporter(progress)
