@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import rich.console
+import torch
 from rich.progress import Progress
 
 from ple_fast.losses import TaskLoss
-from ple_fast.model import EpochResult, Evaluation, Step, TaskScores
+from ple_fast.model import EpochResult, Evaluation, Step, TaskScores, progress
 from ple_fast.model.progress import line_of
 from tests.fit_helpers import model, table
 
@@ -53,16 +54,20 @@ def test_false_and_a_function_print_nothing(progress: Any, capsys: pytest.Captur
     assert capsys.readouterr() == ("", "")
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is drawn on a terminal of 100 columns."""
-    out = io.StringIO()
-
-    class Terminal(rich.console.Console):
-        def __init__(self) -> None:
-            super().__init__(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
-
-    monkeypatch.setattr(rich.console, "Console", Terminal)
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
     return out
 
 
@@ -135,3 +140,68 @@ def test_names_that_the_output_cannot_spell_do_not_stop_a_training(monkeypatch: 
     net = model(tasks=(TaskLoss("点击"),))
     net.fit(data, {"点击": labels["click"]}, epochs=1)
     assert b"\\u70b9\\u51fb: loss" in raw.getvalue()
+
+
+class Hung(Terminal):
+    """A terminal that is closed after some letters."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        if self.tell() > 200:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
+def test_a_terminal_that_is_closed_does_not_end_a_training(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Hung(error))
+    assert len(model().fit(*table(), epochs=5, batch_size=16)) == 5
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_that_asks_for_colours_has_lines(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    model().fit(*table(), epochs=2, batch_size=16)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and [line[:9] for line in text.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_a_terminal_that_cannot_spell_a_name_has_its_bar_and_its_lines(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    out.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", out)
+    data, labels = table()
+    model(tasks=(TaskLoss("点击"),)).fit(data, {"点击": labels["click"]}, epochs=1)
+    assert b"\\u70b9\\u51fb: loss" in raw.getvalue()
+
+
+def test_without_a_standard_output_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw
+    assert len(model().fit(*table(), epochs=2)) == 2
+
+
+def test_the_speed_after_a_resume_is_of_the_rows_since() -> None:
+    shown: list[str] = []
+
+    class Bar:
+        def add_task(self, *_: Any, **__: Any) -> int:
+            return 0
+
+        def update(self, *_: Any, speed: str, **__: Any) -> None:
+            shown.append(speed)
+
+    bar, loss = progress._Bar(Bar()), torch.zeros(())
+    bar.step(Step(1, 1, 1000, 1001, loss, rows=1_000_000))  # of which 999,000 were trained before
+    bar.begin -= 10.0  # ten seconds
+    bar.step(Step(1, 1, 1001, 1001, loss, rows=1_001_000))
+    assert shown[0] == "" and 90 <= int(shown[1].split()[0]) <= 100

@@ -89,18 +89,19 @@ class _Bar(Reporter):
 
     def __init__(self, bar: Any) -> None:
         self.bar, self.line, self.begin, self.next = bar, None, 0.0, 0.0
+        self.rows = 0  # of the epoch, at its first step here, which may be of a batch behind a checkpoint
 
     def step(self, step: Step) -> None:
         now = time.perf_counter()
         if self.line is None:
-            self.begin = now
+            self.begin, self.rows = now, step.rows
             self.line = self.bar.add_task(f"epoch {step.epoch}/{step.epochs}", total=step.batches, loss="", speed="")
         is_last = step.batch == step.batches  # and is shown, however short the epoch was
         if now < self.next and not is_last:
             return
         self.next = now + SECONDS
         # The first batch began before anything could be told of it.
-        passed, since = now - self.begin, step.rows * (1 - 1 / step.batch)
+        passed, since = now - self.begin, step.rows - self.rows
         speed = f"{since / passed:,.0f} samples/s" if passed and since else ""
         loss = f"loss {float(step.loss):.4g}"
         self.bar.update(self.line, completed=step.batch, loss=loss, speed=speed, refresh=is_last)
@@ -113,6 +114,40 @@ class _Bar(Reporter):
 
     def say(self, words: str) -> None:
         self.bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Surviving:
+    """An output whose reader may leave, and whose encoding may not have every letter: neither ends a training.
+
+    rich would end the program at a closed pipe.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, text: str) -> int:
+        """Goes nowhere where nobody reads any more."""
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                self.file.write(text)
+            except UnicodeEncodeError as error:
+                self.file.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """As ``write``."""
+        with contextlib.suppress(OSError, ValueError):
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        """Whether there is a terminal."""
+        try:
+            return bool(self.file.isatty())
+        except (AttributeError, OSError, ValueError):
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def reporter(progress: bool | Progress | None) -> AbstractContextManager[Reporter]:
@@ -143,8 +178,10 @@ def _shown(must_draw: bool) -> Iterator[Reporter]:
             raise ImportError("progress=True draws with rich: pip install rich, or pass a function") from error
         yield _Lines()
         return
-    console = Console()
-    if not (console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)):
+    out = _Surviving(sys.stdout)
+    console = Console(file=out)  # type: ignore[arg-type]  # it is asked for what is written and for its attributes
+    # FORCE_COLOR makes a terminal of a log for rich, and a bar would be redrawn there thousands of times.
+    if not (console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal and out.isatty())):
         yield _Lines()
         return
     numbers = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TextColumn("{task.fields[speed]}"))
