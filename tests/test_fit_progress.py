@@ -61,17 +61,18 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is drawn on a terminal of 100 columns."""
-    out = Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
+    """A terminal of 100 columns; a test puts it in the place of the standard output, which pytest sets before."""
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    return out
+    return Terminal()
 
 
-def test_a_terminal_has_a_bar_that_becomes_a_line(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_has_a_bar_that_becomes_a_line(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal)
     model().fit(*table(), epochs=2, batch_size=16, validation=0.5)
     text = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.getvalue())
     assert re.search(r"epoch 1/2 \S+ 2/2 loss \d\S* 0:00:0\d", text), text
@@ -81,7 +82,9 @@ def test_a_terminal_has_a_bar_that_becomes_a_line(terminal: io.StringIO, capsys:
     assert capsys.readouterr().out == ""
 
 
-def test_the_bar_is_gone_after_an_interruption(terminal: io.StringIO) -> None:
+def test_the_bar_is_gone_after_an_interruption(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal)
+
     def score(predictions: Any, truth: Any) -> float:
         raise KeyboardInterrupt
 
@@ -90,7 +93,10 @@ def test_the_bar_is_gone_after_an_interruption(terminal: io.StringIO) -> None:
     assert terminal.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"
 
 
-def test_where_the_caller_draws_there_are_lines(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_the_caller_draws_there_are_lines(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal)
     with Progress(console=rich.console.Console(), redirect_stdout=False) as bar:
         bar.add_task("theirs")
         model().fit(*table(), epochs=2)

@@ -156,8 +156,8 @@ def test_hashing_refuses_in_sentences(make: Any, error: type[Exception], says: s
 @pytest.mark.parametrize("padding", [0, "0", -7, "-7", 2**64 - 1, str(2**64 - 1)])
 def test_what_fills_rows_up_is_one_id_as_an_int_and_as_text(padding: Any) -> None:
     number, options = int(padding), {"pooling": "sum", "max_length": 3, "padding": padding}
-    column: Any = Hashed("x", 1000, **options)  # type: ignore[arg-type]
-    sharing: Any = Categorical("y", share="x", **options)  # type: ignore[arg-type]
+    column: Any = Hashed("x", 1000, **options)
+    sharing: Any = Categorical("y", share="x", **options)
     numbers, texts = [[number, 5], [6], [number]], [[str(number), "5"], ["6"], [str(number)]]
     for rows in (numbers, texts):
         many = [*rows, *([[1]] if rows is numbers else [["1"]]) * 100]  # a pass of NumPy

@@ -99,7 +99,7 @@ def test_metrics_that_take_no_weights_are_named_once(in_parts: bool) -> None:
     data, labels = table(96)
     weight = np.linspace(0.1, 1, 96)
     rows: tuple[Any, ...] = ([(data, labels, weight)],) if in_parts else (data, labels)
-    own = {} if in_parts else {"sample_weight": weight}
+    own: dict[str, Any] = {} if in_parts else {"sample_weight": weight}
     held: Any = [(data, labels, weight)] if in_parts else (data, labels, weight)
     net = model()
     for call in (
