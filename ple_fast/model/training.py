@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ple_fast_encoder.columns import to_json
-
-from ..losses import JointLossResult
 from .arguments import warn_of_none
 from .batches import Batch, batches_of
 from .callbacks import Callbacks, StopTraining
 from .checkpoint import Checkpoint
 from .configuration import task_to_json, tasks_of
-from .history import EpochResult, History, TaskScores, result_from_plain, result_to_plain
+from .history import EpochResult, History, result_from_plain, result_to_plain
 from .labels import warn_of_scale
 from .network import TaskNetwork
 from .progress import Reporter, Step
 from .rows import RowParts, Rows
 from .scoring import Scorer
+from .settings import check_state, settings_of
+from .sums import Sums
 from .updates import Updates
 
-VERSION = 2
-"""Of what stands in a checkpoint."""
 UNTRAINED = "they are not trained"
-MEASURED = ("standardise", "mean", "std")
-"""Of a task: what ``fit`` may set."""
 
 
 class Best(NamedTuple):
@@ -54,48 +47,6 @@ def _copied(model: nn.Module) -> list[Tensor]:
 def _restore(model: nn.Module, copies: list[Tensor]) -> None:
     for tensor, copy in zip((*model.parameters(), *model.buffers()), copies, strict=True):
         tensor.copy_(copy)
-
-
-def _size(rows: Rows | RowParts) -> int | str:
-    return len(rows.data) if isinstance(rows, Rows) else "parts"
-
-
-class Sums:
-    """What an epoch adds up, on the device: nothing of it is read before the epoch is over."""
-
-    def __init__(self, model: TaskNetwork) -> None:
-        device, shape = next(model.parameters()).device, (len(model.tasks),)
-        self.names = model.task_names
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        """Of the joint losses, each times its batch's rows."""
-        self.losses = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.weights = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
-
-    @torch.no_grad()
-    def add(self, result: JointLossResult, rows: int, *, has_weights: bool) -> Tensor:
-        """A batch; its joint loss, detached."""
-        loss = result.total.detach()
-        self.total += loss * rows
-        weights = torch.stack(tuple(result.sample_weights.values()))
-        self.losses += torch.stack(tuple(result.per_task.values())) * weights
-        self.weights += weights
-        self.counts += torch.stack(tuple(result.counts.values())) if has_weights else weights
-        return loss
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        return {"total": self.total, "losses": self.losses, "weights": self.weights, "counts": self.counts}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """What :meth:`state` gave."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
-
-    def tasks(self) -> dict[str, TaskScores]:
-        """The mean loss of each task, and its labels."""
-        rows = zip(self.names, self.losses.tolist(), self.weights.tolist(), self.counts.tolist(), strict=True)
-        return {name: TaskScores(loss / weight if count else None, count) for name, loss, weight, count in rows}
 
 
 class Trainer:
@@ -124,8 +75,9 @@ class Trainer:
         self.history.watched = None if scorer is None else scorer.watched
         self.best: Best | None = None
         self.checkpoint = None
-        if checkpoint is not None:  # a digest of large vocabularies takes a while
-            self.checkpoint = Checkpoint(checkpoint, {**self._settings(), "batch_size": self.batches.batch_size})
+        if checkpoint is not None:
+            settings = settings_of(model, rows, self.batches.batch_size, scorer, updates)
+            self.checkpoint = Checkpoint(checkpoint, settings)
         self.checkpoint_every = checkpoint_every
         self.epoch = 1  # that begins, or runs
         self.is_in_epoch = False
@@ -152,8 +104,8 @@ class Trainer:
             ValueError: a checkpoint that is damaged, of other settings, of another model or of more epochs.
         """
         state = self.checkpoint.read() if resume and self.checkpoint is not None else None
-        if state is not None:
-            self._check(state)
+        if state is not None and self.checkpoint is not None:
+            check_state(self.checkpoint, state, self.model, self.epochs)
         self.updates.begin()
         self.updates.check_steps(self._steps_to_come(state), None if state is None else state["schedule"])
         if state is not None:
@@ -331,45 +283,6 @@ class Trainer:
             if not np.isfinite(float(self.sums.total)):  # a good checkpoint is not replaced by one that is lost
                 return
         self._save()
-
-    def _settings(self) -> dict[str, Any]:
-        """What the loss curve depends on, beside the number of epochs."""
-        held = None if self.scorer is None else self.scorer.rows
-        return {
-            "version": VERSION,
-            "rows": _size(self.rows),
-            "validation": 0 if held is None else _size(held),
-            "watched": self.history.watched,
-            "sample_weight": self.rows.weighed(),
-            "tasks": self.model.task_names,
-            "model": self._digest(),
-            **self.updates.settings(),
-        }
-
-    def _digest(self) -> str:
-        """Tells models apart that have the same shapes: codes of their columns, losses, what is hidden from a task."""
-        model = self.model
-        about = [
-            [to_json(column) for column in model.columns],
-            [{key: value for key, value in asdict(task).items() if key not in MEASURED} for task in model.tasks],
-            sorted(model.given.items()),
-            None if model.slot_inputs is None else model.slot_inputs.digest(),
-        ]
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        assert self.checkpoint is not None
-        self.checkpoint.check(state)
-        where, begun = self.checkpoint.file, state["epoch"] - (0 if state["batch"] else 1)
-        if begun > self.epochs:
-            raise ValueError(f"{where}: expected epochs={begun} or more, which it has begun, got {self.epochs}")
-        shapes, saved = ({n: tuple(t.shape) for n, t in s.items()} for s in (self.model.state_dict(), state["model"]))
-        if other := [name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)]:
-            name = other[0]
-            raise ValueError(
-                f"{where}: expected the weights of this model, got {name} {saved.get(name, 'missing')}, which is "
-                f"{shapes.get(name, 'missing')} in the model; build the model as it was, or name another file"
-            )
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         assert self.checkpoint is not None
