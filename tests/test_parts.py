@@ -92,6 +92,9 @@ def fitted(data: Any, labels: Any = None, **options: Any) -> Any:
         ([(whole(), whole())], True),
         ([(whole(), whole(), np.ones(3))], True),
         ((whole() for _ in range(2)), True),
+        ([pd.DataFrame(whole()).to_records(index=False)], True),
+        (pa.table(whole()).to_batches(max_chunksize=10), True),
+        (pa.table(whole()).to_reader(), True),
         (Again([]), True),
         (DataLoader([1, 2]), True),  # type: ignore[arg-type]  # any list is a dataset
         (whole(), False),

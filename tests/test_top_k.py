@@ -54,29 +54,6 @@ def test_the_largest_stay_and_of_equal_ones_the_first(values: list[float], k: in
     assert kept(values, k) == expected
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernels_keep_what_pytorch_keeps(k: int, dtype: torch.dtype, device: torch.device) -> None:
-    pytest.importorskip("triton")
-    from ple_fast_kernels import keep_top_k as in_kernels
-    from tests.kernel_helpers import guarded, mixtures_of
-
-    topology = TOPOLOGIES["unordered"]
-    mixtures = mixtures_of(topology)
-    for rows in (1, 3, 64, 65, 130):
-        generator = torch.Generator().manual_seed(rows)
-        # Few values, so that many are equal; some are not finite.
-        logits = torch.randint(-2, 3, (rows, mixtures.logits), generator=generator).to(dtype)
-        logits[torch.rand(logits.shape, generator=generator) < 0.05] = NAN
-        logits[torch.rand(logits.shape, generator=generator) < 0.05] = INF
-        found = in_kernels(guarded(logits.to(device)), mixtures, k).cpu()
-        for first, size in zip(mixtures.logit_first, mixtures.sizes, strict=True):
-            if first >= 0:
-                part = logits[:, first : first + size]
-                expected = keep_top_k(part.unsqueeze(1), k).squeeze(1)
-                torch.testing.assert_close(found[:, first : first + size], expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("k", [4, 5, 100])
 def test_all_experts_are_the_plain_gate_to_the_bit(k: int, backend: str, device: torch.device) -> None:
     spec, wide = MLPSpec((6, 4)), TOPOLOGIES["ple-even"]

@@ -48,6 +48,8 @@ def is_parts(data: Any) -> bool:
 def _is_part(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)) and not isinstance(entry, Encoded):
         return len(entry) in (2, 3) and _is_part(entry[0])
+    if isinstance(entry, np.ndarray):
+        return entry.dtype.names is not None
     return isinstance(entry, (Mapping, Encoded)) or any(
         hasattr(type(entry), name) for name in ("columns", "column_names")
     )
