@@ -53,6 +53,7 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
             norm=config.norm,
             dropout=config.dropout,
             activation=config.activation,
+            gate_top_k=config.gate_top_k,
             dtype=config.torch_dtype,
         )
     assert config.num_levels == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -13,11 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launches import Request
-
-KERNEL_MODULES = (
-    "grouped_linear", "data_grad", "gate_combine", "input_grad", "weight_grad", "reduce_parts", "fused_level",
-    "fused_two_layers", "batch_norm", "layer_end", "layer_norm", "persistent",
-)  # fmt: skip
 
 
 def _tools(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +38,10 @@ def compile_request(request: Request, architecture: str) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    homes = [importlib.import_module(f"ple_fast_kernels.{name}") for name in KERNEL_MODULES]
+    import ple_fast_kernels
+
+    names = [module.name for module in pkgutil.iter_modules(ple_fast_kernels.__path__)]
+    homes = [importlib.import_module(f"ple_fast_kernels.{name}") for name in names]
     function = next(getattr(home, request.kernel) for home in homes if hasattr(home, request.kernel))
     names = [name for name, _ in request.signature]
     constants = {(names.index(name),): value for name, value in request.constants}

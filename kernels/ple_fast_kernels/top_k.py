@@ -34,7 +34,7 @@ def _keep_top_k_kernel(
             logit = tl.load(Logits + o_l, mask=m_l, other=0.0)
             if SIZES[o] > K:
                 above = tl.zeros((BLOCK_M, WIDTH), tl.int32)
-                for e in tl.static_range(SIZES[o]):
+                for e in tl.static_range(tl.constexpr(SIZES[o])):
                     other = tl.load(Logits + first + e, mask=m_m, other=0.0)[:, None]
                     # Of two NaN the first is above, as of two that are equal.
                     same = (other == logit) | ((other != other) & (logit != logit))
