@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
 from benchmarks.result_files import load
 from examples import census_data, census_income, census_pictures
 from tests.programs import ROOT, run_python
@@ -73,10 +73,16 @@ def test_make_example_takes_the_rows_that_the_documents_say() -> None:
     assert census_income.arguments([]).rows is None
 
 
+def committed_file() -> Path:
+    """The one that the page names: not every machine has measured everything."""
+    named = re.search(r"benchmarks/results/[\w.-]+/census_income\.json", (ROOT / "docs/examples.md").read_text("utf-8"))
+    assert named is not None
+    return ROOT / named[0]
+
+
 def committed() -> dict[str, Any]:
     """The file of the run that the documents quote."""
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    return dict(load(ROOT / "benchmarks" / "results" / machine)["census_income"])
+    return dict(load(committed_file().parent)["census_income"])
 
 
 def test_the_pictures_say_of_how_many_rows_and_seeds_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +96,7 @@ def test_the_pictures_say_of_how_many_rows_and_seeds_they_are(tmp_path: Path, mo
 
 
 def test_the_pictures_are_drawn_again_from_the_committed_figures(tmp_path: Path) -> None:
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    file = ROOT / "benchmarks" / "results" / machine / "census_income.json"
-    done = run("census_pictures", str(file), "--out", str(tmp_path))
+    done = run("census_pictures", str(committed_file()), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for name in (census_pictures.AUC, census_pictures.GATES):
         assert_picture(tmp_path / name)

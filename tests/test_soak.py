@@ -58,7 +58,9 @@ def test_trials_are_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("section", "trials"), [("levels", 300), ("places", 60), ("threads", 4), ("memory", 1000)])
+@pytest.mark.parametrize(
+    ("section", "trials"), [("levels", 300), ("places", 60), ("threads", 4), ("memory", 4000)]
+)  # caches fill in 2,000 steps
 def test_a_short_soak_finds_nothing(section: str, trials: int) -> None:
     assert failures(section, 7, trials) == []
 
