@@ -24,6 +24,7 @@ DOCUMENTS = [
 # Libraries that are no packages, as the documents import them.
 STAND_INS = {
     "tzrec.modules.extraction_net": torcheasyrec,
+    "tzrec.modules.mmoe": torcheasyrec,
     "src.PLE": fuxictr,
     "models.ple": mtreclib,
     "mtl_lib": adatt,

@@ -30,6 +30,20 @@ def with_values(model: Any) -> None:
     model._extraction_nets[0]._shared_layers[0].return_hidden_layer_feature = True
 
 
+def with_gate_values(model: Any) -> None:
+    model.mmoe.gate_mlps[0].return_hidden_layer_feature = True
+
+
+def with_a_norm_in_the_gates(model: Any) -> None:
+    model.mmoe = torcheasyrec.MMoE(7, {"hidden_units": [4]}, 2, 3, {"hidden_units": [4], "use_bn": True})
+
+
+def weighs_in_another_way(model: Any) -> None:
+    model.mmoe.__class__ = type(
+        "MMoE", (torcheasyrec.MMoE,), {"forward": lambda self, x: [y * 2 for y in torcheasyrec.MMoE.forward(self, x)]}
+    )
+
+
 def unregistered(model: Any) -> None:
     gates = list(model.task_gates)
     del model.task_gates
@@ -44,10 +58,13 @@ def reads_a_task(model: Any) -> None:
     ("case", "change", "why"),
     [
         (torcheasyrec.CASES[0], with_values, "return_hidden_layer_feature"),
+        (torcheasyrec.MMOES[1], with_gate_values, "return_hidden_layer_feature"),
+        (torcheasyrec.MMOES[1], with_a_norm_in_the_gates, "Linear: a hidden layer of a gate has a bias"),
+        (torcheasyrec.MMOES[0], weighs_in_another_way, "on random input its output 0 differs"),
         (mtreclib.CASES[0], unregistered, "task_gates: expected a ModuleList, got list: before its commit 8c6529c"),
         (mtreclib.CASES[0], reads_a_task, "on random input its output 0 differs"),
     ],
-    ids=["all layers", "gates in a list", "an old commit"],
+    ids=["all layers", "of gates", "norm in gates", "another MMoE", "gates in a list", "an old commit"],
 )
 def test_other_versions_and_options_are_left(case: Case, change: Callable[[Any], None], why: str) -> None:
     model = shaken(case.make())
@@ -87,6 +104,12 @@ def stacked(*options: dict[str, Any]) -> PLE:
     return PLE.from_levels(levels)
 
 
+def mixed(**given: Any) -> PLE:
+    """An MMoE of two tasks and two experts."""
+    options: dict[str, Any] = {"experts": MLPSpec((4,)), "gate": GateSpec(), **given}
+    return PLE.from_levels([ExtractionNetwork(4, Topology.mmoe(2, 2), **options)])
+
+
 HIDDEN, LAYER = GateSpec((3,)), MLPSpec((4,), norm="layer")
 NATIVE = Topology((0, 1, 1), (0, 1), ((0, 1, 2), (0, 1, 2)), mixture_offset=((True, False, False), (False, True, True)))
 UNEVEN = Topology.ple(2, [1, 2], 1, last=True)
@@ -99,6 +122,9 @@ UNEVEN = Topology.ple(2, [1, 2], 1, last=True)
         (convert.to_torcheasyrec, stacked({"topology": UNEVEN}), r"every task has as many experts, got \[1, 2\]"),
         (convert.to_torcheasyrec, stacked({"experts": MLPSpec((4,), norm="batch")}), "under a batch norm never"),
         (convert.to_torcheasyrec, stacked({"experts": MLPSpec((4, 4), ("relu", "tanh"))}), "the same activation"),
+        (convert.to_torcheasyrec, mixed(gate=GateSpec(bias=False)), "end in a linear layer with a bias"),
+        (convert.to_torcheasyrec, mixed(experts=[MLPSpec((4,)), MLPSpec((3, 4))]), "its MMoE are made alike"),
+        (convert.to_torcheasyrec, mixed(gate=GateSpec((3,), norm="batch")), "under a batch norm never"),
         (convert.to_fuxictr, stacked({"gate": GateSpec(bias=False)}), "end in a linear layer with a bias"),
         (convert.to_fuxictr, stacked({"gate": GateSpec(temperature=2.0)}), "without norm and temperature"),
         (convert.to_fuxictr, stacked({"gate": HIDDEN}, {}), "so are all its gates, at every level"),
@@ -130,7 +156,30 @@ def test_wrong_arguments(name: str) -> None:
         to_theirs(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3]], ids=str)
+def test_a_target_of_another_class() -> None:
+    ple: Any = torcheasyrec.CASES[0].make()
+    mmoe: Any = torcheasyrec.MMOES[0].make()
+    convert_to, convert_from = convert.to_torcheasyrec, convert.from_torcheasyrec
+    with pytest.raises(TypeError, match="levels like MMoE, got PLE"):
+        convert_to(convert_from(mmoe), ple)
+    with pytest.raises(TypeError, match="levels like ExtractionNet, got MMoE"):
+        convert_to(convert_from(ple), mmoe)
+    mmoe.mmoe = None
+    with pytest.raises(TypeError, match="levels like ExtractionNet or MMoE, got MMoE"):
+        convert_from(mmoe)
+    with pytest.raises(ValueError, match="target: is of another configuration"):
+        convert_to(convert_from(torcheasyrec.MMOES[0].make()), torcheasyrec.MMOES[1].make())
+
+
+def test_an_mmoe_of_ours_goes_into_a_model_of_a_library() -> None:
+    ours = ple_fast.MMoE(7, 2, experts=3, expert_units=(8, 5), gate_units=(4,))
+    theirs = torcheasyrec.MMoE(7, {"hidden_units": [8, 5]}, 3, 2, {"hidden_units": [4]})
+    convert.to_torcheasyrec(ours, theirs)
+    x = torch.randn(ROWS, 7)
+    torch.testing.assert_close(torch.stack(theirs(x), 1), ours(x))
+
+
+@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3], *torcheasyrec.MMOES[1::2]], ids=str)
 def test_fx_traces_an_accelerated_model_and_a_restored_one_as_ever(case: Case) -> None:
     model = shaken(case.make()).eval()
     x = case.arguments(torch.float32)

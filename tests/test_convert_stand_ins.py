@@ -36,6 +36,13 @@ class Library(NamedTuple):
 LIBRARIES = (
     Library(convert.from_torcheasyrec, convert.to_torcheasyrec, torcheasyrec.CASES, ("_extraction_nets",)),
     Library(
+        convert.from_torcheasyrec,
+        convert.to_torcheasyrec,
+        torcheasyrec.MMOES,
+        ("expert_mlps", "gate_"),
+        "mmoe.",
+    ),
+    Library(
         convert.from_fuxictr,
         convert.to_fuxictr,
         fuxictr.CASES,

@@ -50,7 +50,11 @@ def fuxictr_level() -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
     return fuxictr.CGC_Layer(1, 2, 2, WIDTH, **options), lambda m: flat(m(lists(), require_gate=True))
 
 
-LEVELS = [rechub_level, deepctr_level, easyrec_level, fuxictr_level]
+def easyrec_mmoe() -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
+    return torcheasyrec.MMoE(WIDTH, {"hidden_units": [5]}, 2, 3), lambda mmoe: flat(mmoe(input=lists()[0]))
+
+
+LEVELS = [rechub_level, deepctr_level, easyrec_level, fuxictr_level, easyrec_mmoe]
 
 
 @pytest.mark.parametrize("make", LEVELS)

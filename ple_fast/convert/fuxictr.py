@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import PLE
-from ..specs import LayerSpec
 from .converter import LevelSource, register
-from .library import Library, PlainLevel, in_order, mixtures, ple_wiring, separate, tree, zeroed
+from .library import Library, PlainLevel, in_order, make_up, mixtures, ple_wiring, separate, tree, zeroed
 from .plain_layers import PlainLayer, PlainStack
 
 
@@ -112,11 +111,8 @@ class CGCLayerConverter(Library):
 
     def _check_alike(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
         """All levels are made alike in this library."""
-        for gate in gates:
-            last = gate.layers[-1] if gate.layers else None
-            if last is None or last.norm is not None or not last.spec.bias or not gate.ends_plainly:
-                self.cannot("its gates end in a linear layer with a bias, without norm and temperature")
-        made, hidden = {_specs(expert) for expert in experts}, {_specs(gate.layers[:-1]) for gate in gates}
+        self.gate_ends(gates)
+        made, hidden = {make_up(expert) for expert in experts}, {make_up(gate.layers[:-1]) for gate in gates}
         if max(len(hidden), len(made)) > 1:
             self.cannot("all its experts are made alike, and so are all its gates, at every level")
         specs = [*made.pop(), *hidden.pop()]
@@ -124,10 +120,6 @@ class CGCLayerConverter(Library):
             self.cannot("all layers of its experts and gates have a batch norm, or none has a norm")
         if any((spec.norm and spec.norm_position == "after") or not spec.bias for spec in specs):
             self.cannot("its layers have a bias, and their batch norm before the activation")
-
-
-def _specs(layers: Sequence[PlainLayer]) -> tuple[LayerSpec, ...]:
-    return tuple(layer.spec for layer in layers)
 
 
 def _block(modules: Iterable[nn.Module]) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PLE, ExtractionNetwork
+from ..specs import LayerSpec
 from ..topology import Topology
 from .converter import Converter, LevelSource
 from .plain_layers import PlainLayer, PlainStack, kind, parse
@@ -123,7 +124,7 @@ class Library(Converter):
         return [source for site in sites for source in self.read(site)]
 
     @torch.inference_mode(False)
-    def to_ours(self, source: nn.Module | Mapping[str, Tensor], like: PLE | None, prefix: str) -> PLE:
+    def to_ours(self, source: nn.Module | Mapping[str, Tensor], like: nn.Module | None, prefix: str) -> PLE:
         """``from_X``, of a model or a checkpoint; ``like`` stays as it is."""
         if not isinstance(source, nn.Module):
             if like is None:
@@ -134,14 +135,14 @@ class Library(Converter):
         return PLE.from_levels([level.pack().level for level in self.sources(source)])
 
     @torch.inference_mode(False)
-    def to_theirs(self, ple: PLE, target: nn.Module | None) -> nn.Module:
+    def to_theirs(self, ple: nn.Module, target: nn.Module | None) -> nn.Module:
         """``to_X``."""
         if target is None:
             return self.tree(ple)
         self._fill(ple, target)
         return target
 
-    def tree(self, ple: PLE) -> nn.Module:
+    def tree(self, ple: nn.Module) -> nn.Module:
         """Ordinary modules with the library's names and the trunk's weights.
 
         Raises:
@@ -171,7 +172,19 @@ class Library(Converter):
                 self.cannot("its gates are one linear layer with a bias, and a softmax")
         return [gate.layers[0].linear for gate in gates]
 
-    def _loaded(self, state_dict: Mapping[str, Tensor], like: PLE, prefix: str) -> nn.Module:
+    def gate_ends(self, gates: Sequence[PlainStack]) -> list[nn.Linear]:
+        """The last layers of gates that may have hidden ones.
+
+        Raises:
+            ValueError: one is more than linear with a bias, or there is none.
+        """
+        for gate in gates:
+            last = gate.layers[-1] if gate.layers else None
+            if last is None or last.norm is not None or not last.spec.bias or not gate.ends_plainly:
+                self.cannot("its gates end in a linear layer with a bias, without norm and temperature")
+        return [gate.layers[-1].linear for gate in gates]
+
+    def _loaded(self, state_dict: Mapping[str, Tensor], like: nn.Module, prefix: str) -> nn.Module:
         """A checkpoint as a tree, for a trunk made like ``like``."""
         tree = self.tree(like)
         own = tree.state_dict()
@@ -185,7 +198,7 @@ class Library(Converter):
         tree.load_state_dict({name: given[name] for name in own})
         return tree
 
-    def _fill(self, ple: PLE, target: nn.Module) -> None:
+    def _fill(self, ple: nn.Module, target: nn.Module) -> None:
         """``to_X`` into an existing model: weights and buffers of its trunk; what the library never reads stays.
 
         Raises:
@@ -234,6 +247,11 @@ def in_order(layers: Sequence[PlainLayer], *, always_dropout: bool = False) -> I
         for module in (layer.linear, before, layer.activation, after, dropout):
             if module is not None:
                 yield module
+
+
+def make_up(layers: Sequence[PlainLayer]) -> tuple[LayerSpec, ...]:
+    """What layers are, without their weights."""
+    return tuple(layer.spec for layer in layers)
 
 
 def zeroed(module: M) -> M:

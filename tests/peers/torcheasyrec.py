@@ -1,8 +1,8 @@
-"""Stand-ins for TorchEasyRec's PLE (alibaba/TorchEasyRec, commit 54cac31): same classes, names and results."""
+"""Stand-ins for TorchEasyRec's PLE, MMoE and DBMTL (alibaba/TorchEasyRec, commit 54cac31): same names and results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,6 +159,70 @@ class PLE(nn.Module):
         return {f"logits_{t}": tower(y) for t, (tower, y) in enumerate(zip(self._task_tower, own, strict=True))}
 
 
+class MMoE(nn.Module):
+    """Experts and, per task, a gate: the layers of ``gate_mlp``, if any, and a linear end."""
+
+    def __init__(
+        self,
+        in_features: int,
+        expert_mlp: dict[str, Any],
+        num_expert: int,
+        num_task: int,
+        gate_mlp: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_expert, self.num_task = num_expert, num_task
+        self.expert_mlps = nn.ModuleList(MLP(in_features, **expert_mlp) for _ in range(num_expert))
+        self.has_gate_mlp = gate_mlp is not None
+        width = in_features
+        if gate_mlp is not None:
+            self.gate_mlps = nn.ModuleList(MLP(in_features, **gate_mlp) for _ in range(num_task))
+            width = gate_mlp["hidden_units"][-1]
+        self.gate_finals = nn.ModuleList(nn.Linear(width, num_expert) for _ in range(num_task))
+
+    def forward(self, input: Tensor) -> list[Tensor]:
+        """``(B, D)`` to a mixture ``(B, H)`` per task."""
+        experts = [expert(input) for expert in self.expert_mlps]
+        hidden = [body(input) for body in self.gate_mlps] if self.has_gate_mlp else [input] * self.num_task
+        return [_mix(end(y), experts) for end, y in zip(self.gate_finals, hidden, strict=True)]
+
+
+class MMoEModel(nn.Module):
+    """A mixture and a linear tower per task. TorchEasyRec builds it from a configuration."""
+
+    def __init__(self, width: int, tasks: int, **options: Any) -> None:
+        super().__init__()
+        self.mmoe = MMoE(width, num_task=tasks, **options)
+        self._task_tower = nn.ModuleList(nn.Linear(options["expert_mlp"]["hidden_units"][-1], 1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits ``(B, 1)`` by task."""
+        ends = zip(self._task_tower, self.mmoe(x), strict=True)
+        return {f"logits_{t}": tower(y) for t, (tower, y) in enumerate(ends)}
+
+
+MMoEModel.__name__ = "MMoE"  # the library's model has the name of its mixture
+
+
+class DBMTL(nn.Module):
+    """A mixture between a bottom and towers, each of which but the first also reads the one before."""
+
+    def __init__(self, width: int, tasks: int, **options: Any) -> None:
+        super().__init__()
+        out = options["expert_mlp"]["hidden_units"][-1]
+        self.bottom_mlp = MLP(width, [6])
+        self.mmoe = MMoE(6, num_task=tasks, **options)
+        self.relation_mlps = nn.ModuleList(MLP(out if t == 0 else out + 4, [4]) for t in range(tasks))
+        self.task_outputs = nn.ModuleList(nn.Linear(4, 1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits ``(B, 1)`` by task."""
+        read: list[Tensor] = []
+        for relation, y in zip(self.relation_mlps, self.mmoe(self.bottom_mlp(x)), strict=True):
+            read.append(relation(torch.cat([y, *read[-1:]], 1)))
+        return {f"logits_{t}": end(y) for t, (end, y) in enumerate(zip(self.task_outputs, read, strict=True))}
+
+
 def _level(own: int, shared: int, net: dict[str, Any], shared_net: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "share_num": shared,
@@ -169,9 +233,11 @@ def _level(own: int, shared: int, net: dict[str, Any], shared_net: dict[str, Any
 
 
 def _case(name: str, tasks: int, *levels: dict[str, Any]) -> Case:
-    return Case(
-        f"TorchEasyRec, {name}", lambda: PLE(7, tasks, levels), lambda dtype: (torch.randn(ROWS, 7, dtype=dtype),)
-    )  # fmt: skip
+    return _made(name, lambda: PLE(7, tasks, levels))
+
+
+def _made(name: str, make: Callable[[], nn.Module]) -> Case:
+    return Case(f"TorchEasyRec, {name}", make, lambda dtype: (torch.randn(ROWS, 7, dtype=dtype),))
 
 
 CASES = [
@@ -198,5 +264,31 @@ CASES = [
         2,
         _level(2, 0, {"hidden_units": [6], "activation": "Dice"}),
         _level(2, 0, {"hidden_units": [6], "activation": "nn.PReLU"}),
+    ),
+]
+
+_EXPERT: dict[str, Any] = {"hidden_units": [8, 5], "use_bn": True}
+MMOES = [
+    _made("MMoE, batch norm", lambda: MMoEModel(7, 2, expert_mlp=_EXPERT, num_expert=3)),
+    _made(
+        "MMoE, hidden gates with layer norm",
+        lambda: MMoEModel(
+            7,
+            3,
+            expert_mlp={"hidden_units": [6], "bias": False, "activation": "nn.SiLU"},
+            num_expert=2,
+            gate_mlp={"hidden_units": [5, 4], "use_ln": True, "activation": "nn.PReLU"},
+        ),
+    ),
+    _made("MMoE, one task, one expert", lambda: MMoEModel(7, 1, expert_mlp={"hidden_units": [5]}, num_expert=1)),
+    _made(
+        "DBMTL",
+        lambda: DBMTL(
+            7,
+            3,
+            expert_mlp={"hidden_units": [6, 4], "activation": "Dice"},
+            num_expert=4,
+            gate_mlp={"hidden_units": [3]},
+        ),
     ),
 ]
