@@ -26,6 +26,7 @@ STAND_INS = {
     "tzrec.modules.extraction_net": torcheasyrec,
     "tzrec.modules.mmoe": torcheasyrec,
     "src.PLE": fuxictr,
+    "src.MMoE": fuxictr,
     "models.ple": mtreclib,
     "mtl_lib": adatt,
 }

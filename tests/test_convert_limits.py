@@ -78,8 +78,11 @@ def test_what_a_library_cannot_run_itself_and_slopes_per_unit() -> None:
     without_shared.shared_experts = nn.ModuleList()
     assert "num_shared_experts=0" in left(without_shared)
     assert "num_shared_experts=0" in left(adatt.PLE(7, [[5]], 2, 2, 0))
-    with_slopes = fuxictr.CGC_Layer(1, 2, 2, 7, **options, hidden_activations="prelu")
-    assert "expected one slope, got num_parameters=5" in left(with_slopes)
+    for with_slopes in (
+        fuxictr.CGC_Layer(1, 2, 2, 7, **options, hidden_activations="prelu"),
+        fuxictr.MMoE_Layer(2, 2, 7, **options, hidden_activations="prelu", net_dropout=0.0, batch_norm=False),
+    ):
+        assert "expected one slope, got num_parameters=5" in left(with_slopes)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,8 @@ UNEVEN = Topology.ple(2, [1, 2], 1, last=True)
         (convert.to_fuxictr, stacked({"topology": UNEVEN}), "every task has as many experts, and some are shared"),
         (convert.to_fuxictr, stacked({}, {}), "level 0: its wiring is"),
         (convert.to_fuxictr, stacked({"experts": MLPSpec((4,), bias=False)}), "its layers have a bias"),
+        (convert.to_fuxictr, mixed(gate=GateSpec((3,), norm="layer")), "have a batch norm, or none has a norm"),
+        (convert.to_fuxictr, mixed(gate=GateSpec(temperature=2.0)), "without norm and temperature"),
         (convert.to_mtreclib, stacked({}), "one linear layer with a bias, a batch norm and a ReLU"),
         (convert.to_mtreclib, stacked({"experts": MLPSpec((4,), "tanh", norm="batch")}), "is relu, got tanh"),
         (convert.to_mtreclib, stacked({"experts": MLPSpec((4,), norm="batch"), "topology": UNEVEN}), "as many experts"),
@@ -173,13 +178,16 @@ def test_a_target_of_another_class() -> None:
 
 def test_an_mmoe_of_ours_goes_into_a_model_of_a_library() -> None:
     ours = ple_fast.MMoE(7, 2, experts=3, expert_units=(8, 5), gate_units=(4,))
-    theirs = torcheasyrec.MMoE(7, {"hidden_units": [8, 5]}, 3, 2, {"hidden_units": [4]})
-    convert.to_torcheasyrec(ours, theirs)
+    easyrec = torcheasyrec.MMoE(7, {"hidden_units": [8, 5]}, 3, 2, {"hidden_units": [4]})
+    convert.to_torcheasyrec(ours, easyrec)
+    fuxi = fuxictr.MMoE_Layer(3, 2, 7, [8, 5], [4], "ReLU", 0.0, False)
+    convert.to_fuxictr(ours, fuxi)
     x = torch.randn(ROWS, 7)
-    torch.testing.assert_close(torch.stack(theirs(x), 1), ours(x))
+    for theirs in (easyrec, fuxi):
+        torch.testing.assert_close(torch.stack(theirs(x), 1), ours(x))
 
 
-@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3], *torcheasyrec.MMOES[1::2]], ids=str)
+@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3], *torcheasyrec.MMOES[1::2], fuxictr.MMOES[0]], ids=str)
 def test_fx_traces_an_accelerated_model_and_a_restored_one_as_ever(case: Case) -> None:
     model = shaken(case.make()).eval()
     x = case.arguments(torch.float32)

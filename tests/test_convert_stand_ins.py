@@ -49,6 +49,7 @@ LIBRARIES = (
         ("cgc_layers",),
         unread=lambda model: f"cgc_layers.{len(model.cgc_layers) - 1}.gate.{len(model.tower)}.",
     ),
+    Library(convert.from_fuxictr, convert.to_fuxictr, fuxictr.MMOES, ("experts", "gate"), "mmoe_layer."),
     Library(
         convert.from_mtreclib,
         convert.to_mtreclib,

@@ -54,7 +54,11 @@ def easyrec_mmoe() -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
     return torcheasyrec.MMoE(WIDTH, {"hidden_units": [5]}, 2, 3), lambda mmoe: flat(mmoe(input=lists()[0]))
 
 
-LEVELS = [rechub_level, deepctr_level, easyrec_level, fuxictr_level, easyrec_mmoe]
+def fuxictr_mmoe() -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
+    return fuxictr.MMoE_Layer(2, 3, WIDTH, [5], [], "ReLU", 0.0, False), lambda mmoe: flat(mmoe(x=lists()[0]))
+
+
+LEVELS = [rechub_level, deepctr_level, easyrec_level, fuxictr_level, easyrec_mmoe, fuxictr_mmoe]
 
 
 @pytest.mark.parametrize("make", LEVELS)

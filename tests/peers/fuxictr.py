@@ -1,4 +1,4 @@
-"""Stand-ins for FuxiCTR's PLE (reczoo/FuxiCTR, commit 0245987): same classes, names and results."""
+"""Stand-ins for FuxiCTR's PLE and MMoE (reczoo/FuxiCTR, commit 0245987): same classes, names and results."""
 
 from __future__ import annotations
 
@@ -105,6 +105,49 @@ class PLE(nn.Module):
         return torch.stack([factor / 2 * p.square().sum() for p in named if p.requires_grad]).sum()
 
 
+class MMoE_Layer(nn.Module):
+    """Experts, and a gate per task; every argument has to be given, as in FuxiCTR."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_tasks: int,
+        input_dim: int,
+        expert_hidden_units: Sequence[int],
+        gate_hidden_units: Sequence[int],
+        hidden_activations: str | None,
+        net_dropout: float,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.num_tasks = num_experts, num_tasks
+        options: dict[str, Any] = {"activation": hidden_activations, "dropout": net_dropout, "batch_norm": batch_norm}
+        self.experts = nn.ModuleList(MLP_Block(input_dim, expert_hidden_units, **options) for _ in range(num_experts))
+        self.gate = nn.ModuleList(
+            MLP_Block(input_dim, gate_hidden_units, **options, output_dim=num_experts) for _ in range(num_tasks)
+        )
+        self.gate_activation = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``(B, D)`` to a mixture ``(B, H)`` per task."""
+        experts = torch.stack([expert(x) for expert in self.experts], 1)
+        return [torch.einsum("be,beh->bh", self.gate_activation(gate(x)), experts) for gate in self.gate]
+
+
+class MMoE(nn.Module):
+    """The layer and towers of a model. FuxiCTR's own also has embeddings, losses and an optimizer."""
+
+    def __init__(self, num_tasks: int, width: int, last: int, **options: Any) -> None:
+        super().__init__()
+        self.mmoe_layer = MMoE_Layer(num_tasks=num_tasks, input_dim=width, **options)
+        self.tower = nn.ModuleList(MLP_Block(last, [4], "ReLU", 0.0, False, output_dim=1) for _ in range(num_tasks))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``(B, 1)`` by task."""
+        ends = zip(self.tower, self.mmoe_layer(x), strict=True)
+        return {f"{t}_pred": tower(y).sigmoid() for t, (tower, y) in enumerate(ends)}
+
+
 def _case(name: str, levels: int, tasks: int, own: int, shared: int, units: list[int], **options: Any) -> Case:
     def make() -> nn.Module:
         return PLE(
@@ -125,4 +168,21 @@ CASES = [
     _case("plain gates", 2, 2, 2, 2, [9, 6], gate_hidden_units=[]),
     _case("hidden gates with batch norm", 2, 3, 1, 2, [8, 5], gate_hidden_units=[6, 4], batch_norm=True),
     _case("one level, one shared expert", 1, 2, 3, 1, [5], gate_hidden_units=[6], hidden_activations="Tanh"),
+]
+
+
+def _mmoe(name: str, tasks: int, experts: int, units: list[int], gates: list[int], **options: Any) -> Case:
+    given = {"hidden_activations": "ReLU", "net_dropout": 0, "batch_norm": False, **options}
+    sizes: dict[str, Any] = {"num_experts": experts, "expert_hidden_units": units, "gate_hidden_units": gates}
+    return Case(
+        f"FuxiCTR, MMoE, {name}",
+        lambda: MMoE(tasks, 7, units[-1], **sizes, **given),
+        lambda dtype: (torch.randn(ROWS, 7, dtype=dtype),),
+    )
+
+
+MMOES = [
+    _mmoe("hidden gates with batch norm", 3, 2, [8, 5], [6, 4], batch_norm=True),
+    _mmoe("plain gates", 2, 4, [6], []),
+    _mmoe("one expert, tanh", 2, 1, [5], [3], hidden_activations="Tanh"),
 ]
