@@ -28,6 +28,7 @@ STAND_INS = {
     "src.PLE": fuxictr,
     "src.MMoE": fuxictr,
     "models.ple": mtreclib,
+    "models.mmoe": mtreclib,
     "mtl_lib": adatt,
 }
 

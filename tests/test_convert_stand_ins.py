@@ -12,10 +12,12 @@ from ple_fast import convert
 from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
 from tests.swap_proof import (
     Case,
+    assert_same_state,
     prove_both_ways,
     prove_checkpoints,
     prove_results,
     prove_training,
+    shaken,
 )
 
 
@@ -57,9 +59,12 @@ LIBRARIES = (
         ("task_", "share_"),
         unread=lambda model: f"share_gates.{len(model.share_gates) - 1}.",
     ),
+    Library(convert.from_mtreclib, convert.to_mtreclib, mtreclib.MMOES[:2], ("expert.", "gate.")),
     Library(convert.from_adatt, convert.to_adatt, adatt.CASES, ("experts", "gate", "self_exp"), "mtl_arch."),
 )
-CASES = [case for library in LIBRARIES for case in library.cases]
+ONE_GATE = mtreclib.MMOES[2]
+"""Without a target its trunk becomes an MMoE of one task."""
+CASES = [*(case for library in LIBRARIES for case in library.cases), ONE_GATE]
 FIRST = [library.cases[0] for library in LIBRARIES]
 OTHERS = [case for case in CASES if case not in FIRST]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -116,3 +121,20 @@ def test_modules_and_checkpoints_go_both_ways_bit_for_bit(library: Library, case
     unread = {name for name in names if name.startswith(roots)}
     assert bool(unread) == (roots != ())
     prove_both_ways(case, library.from_theirs, library.to_theirs, library.roots, prefix=library.prefix, unread=unread)
+
+
+def test_a_model_of_one_gate_goes_both_ways_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    model, target, blank = shaken(ONE_GATE.make()), ONE_GATE.make(), convert.from_mtreclib(ONE_GATE.make())
+    ours = convert.from_mtreclib(model)
+    convert.to_mtreclib(ours, target)
+    theirs = {name: value for name, value in model.state_dict().items() if name.startswith(("expert.", "gate."))}
+    assert len(theirs) == 3 * 2 * 7 + 2
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in theirs.items())
+    assert_same_state(convert.from_mtreclib(model.state_dict(), like=blank), ours)
+    one_task = convert.to_mtreclib(ours).state_dict()
+    assert {name.replace("gate.0.0.", "gate.0.") for name in one_task} == theirs.keys()
+    assert_same_state(convert.from_mtreclib(one_task, like=blank), ours)
+    del theirs["expert.1.mlp.0.bias"]
+    with pytest.raises(ValueError, match=r"is not '':\n  expert.1.mlp.0.bias: missing, expected \(8,\)$"):
+        convert.from_mtreclib(theirs, like=blank)

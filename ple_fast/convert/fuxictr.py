@@ -156,7 +156,7 @@ class MMoELayerConverter(_FuxiCTR, MMoELibrary):
     def read(self, site: Any) -> list[LevelSource]:
         return self.level([block.mlp for block in site.experts], [block.mlp for block in site.gate])
 
-    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, list[Any]]:
+    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, Any]:
         self.check_alike(experts, gates)
         stacks = {"experts": experts, "gate": [gate.layers for gate in gates]}
         return {name: [_block(in_order(layers)) for layers in stack] for name, stack in stacks.items()}

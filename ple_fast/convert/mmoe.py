@@ -16,7 +16,7 @@ from .plain_layers import PlainLayer, PlainStack, kind
 
 
 class MMoELibrary(Library):
-    """A library's MMoE: its first child lists the experts, and another one a gate per task."""
+    """A library's MMoE: the first of its ``children`` lists the experts, and another one has the gates."""
 
     site_in = ""
     """The attribute of a model that is the site; a module without it is the site."""
@@ -48,7 +48,7 @@ class MMoELibrary(Library):
         return tree(self.lists(level.experts, level.gates))
 
     @abstractmethod
-    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, list[Any]]:
+    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, Any]:
         """The children by name, of experts that are made alike, and so are the gates.
 
         Raises:
@@ -71,19 +71,34 @@ class Classes:
 
     def to_ours(self, source: nn.Module | Mapping[str, Tensor], like: nn.Module | None, prefix: str) -> PLE:
         """``from_X``."""
-        library = self._of_model(source) if isinstance(source, nn.Module) else self._of_trunk(like)
-        return library.to_ours(source, like, prefix)
+        if isinstance(source, nn.Module):
+            return self._of_model(source).to_ours(source, like, prefix)
+
+        def names_in_it(library: Library) -> int:
+            assert like is not None
+            return sum(f"{prefix}{name}" in source for name in library.tree(like).state_dict())
+
+        return self._of_trunk(like, names_in_it).to_ours(source, like, prefix)
 
     def to_theirs(self, ple: nn.Module, target: nn.Module | None) -> nn.Module:
         """``to_X``."""
-        return self._of_trunk(ple).to_theirs(ple, target)
+        library = self._of_trunk(ple, lambda library: target is not None and _knows(library, target))
+        return library.to_theirs(ple, target)
 
     def _of_model(self, model: nn.Module) -> Library:
         for library in self.every:
-            if all(map(library.recognises, library.sites(model))):
+            if _knows(library, model):
                 return library
         names = " or ".join(library.class_name for library in self.every)
         raise TypeError(f"expected a model of {self.ple.library} with levels like {names}, got {kind(model)}")
 
-    def _of_trunk(self, ple: Any) -> Library:
-        return next((library for library in self.others if library.wired(ple)), self.ple)
+    def _of_trunk(self, ple: nn.Module | None, fit: Callable[[Library], int]) -> Library:
+        """By its wiring; of several that have it the one that fits best, or else the first."""
+        wired = [library for library in self.others if library.wired(ple)]
+        if len(wired) < 2:
+            return wired[0] if wired else self.ple
+        return max(wired, key=fit)
+
+
+def _knows(library: Library, model: nn.Module) -> bool:
+    return all(map(library.recognises, library.sites(model)))

@@ -146,7 +146,7 @@ class MMoEConverter(_TorchEasyRec, MMoELibrary):
         gates = [[*body, end] for body, end in zip(bodies, ends, strict=True)]
         return self.level([self.layers(mlp) for mlp in site.expert_mlps], gates)
 
-    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, list[Any]]:
+    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, Any]:
         ends = self.gate_ends(gates)
         bodies = [self.mlp(gate.layers[:-1]) for gate in gates if len(gate.layers) > 1]
         made = {"expert_mlps": [self.mlp(expert) for expert in experts]}
