@@ -164,6 +164,12 @@ def test_wrong_arguments(name: str) -> None:
         to_theirs(nn.Linear(2, 2))
 
 
+def test_a_target_of_another_wiring() -> None:
+    trunk, stitched = convert.from_adatt(adatt.CASES[3].make()), adatt.STITCHED[0].make()
+    with pytest.raises(ValueError, match="with learned scalars and no gate"):
+        convert.to_adatt(trunk, stitched)
+
+
 def test_a_target_of_another_class() -> None:
     ple: Any = torcheasyrec.CASES[0].make()
     mmoe: Any = torcheasyrec.MMOES[0].make()
@@ -190,7 +196,9 @@ def test_an_mmoe_of_ours_goes_into_a_model_of_a_library() -> None:
         torch.testing.assert_close(torch.stack(theirs(x), 1), ours(x))
 
 
-@pytest.mark.parametrize("case", [FIRST[0], FIRST[1], FIRST[3], *torcheasyrec.MMOES[1::2], fuxictr.MMOES[0]], ids=str)
+@pytest.mark.parametrize(
+    "case", [FIRST[0], FIRST[1], FIRST[3], *torcheasyrec.MMOES[1::2], fuxictr.MMOES[0], adatt.STITCHED[0]], ids=str
+)
 def test_fx_traces_an_accelerated_model_and_a_restored_one_as_ever(case: Case) -> None:
     model = shaken(case.make()).eval()
     x = case.arguments(torch.float32)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import ple_fast
 from ple_fast import convert
 from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
 from tests.swap_proof import (
@@ -64,7 +65,7 @@ LIBRARIES = (
 )
 ONE_GATE = mtreclib.MMOES[2]
 """Without a target its trunk becomes an MMoE of one task."""
-CASES = [*(case for library in LIBRARIES for case in library.cases), ONE_GATE]
+CASES = [*(case for library in LIBRARIES for case in library.cases), ONE_GATE, *adatt.STITCHED]
 FIRST = [library.cases[0] for library in LIBRARIES]
 OTHERS = [case for case in CASES if case not in FIRST]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -138,3 +139,32 @@ def test_a_model_of_one_gate_goes_both_ways_bit_for_bit() -> None:
     del theirs["expert.1.mlp.0.bias"]
     with pytest.raises(ValueError, match=r"is not '':\n  expert.1.mlp.0.bias: missing, expected \(8,\)$"):
         convert.from_mtreclib(theirs, like=blank)
+
+
+@pytest.mark.parametrize("case", adatt.STITCHED, ids=str)
+def test_a_cross_stitch_network_goes_both_ways_up_to_the_rounding_of_its_matrices(case: Case) -> None:
+    torch.manual_seed(0)
+    model: Any = shaken(case.make())
+    trunk, target = convert.from_adatt(model), case.make()
+    (x,) = case.arguments(torch.float32)
+    torch.testing.assert_close(trunk(x), model.mtl_arch(x), rtol=1e-4, atol=1e-5)
+    convert.to_adatt(trunk, target)
+    blank = convert.from_adatt(case.make())
+    state = model.state_dict()
+    assert_same_state(convert.from_adatt(state, like=blank, prefix="mtl_arch."), trunk)
+    assert [f"mtl_arch.{name}" for name in convert.to_adatt(trunk).state_dict()] == list(state)[
+        : -2 * len(model.task_modules)
+    ]
+    for name, value in target.state_dict().items():
+        if "stitchs" in name:
+            torch.testing.assert_close(value, state[name], rtol=0, atol=2e-7)
+        elif "task_modules" not in name:
+            assert torch.equal(value, state[name])
+
+
+def test_a_cross_stitch_network_of_ours_is_one_of_adatts() -> None:
+    ours = ple_fast.CrossStitch(7, 3, expert_units=[(6, 5), (4,)])
+    theirs = adatt.CrossStitch(7, [[6, 5], [4]], 3)
+    convert.to_adatt(ours, theirs)
+    x = torch.randn(5, 3, 7)
+    torch.testing.assert_close(theirs(x), ours(x))

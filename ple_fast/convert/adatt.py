@@ -1,4 +1,4 @@
-"""AdaTT (facebookresearch/AdaTT, ``mtl_lib.py``): its PLE, AdaTTSp, AdaTTWSharedExps and MLMMoE."""
+"""AdaTT (facebookresearch/AdaTT, ``mtl_lib.py``): its PLE, AdaTTSp, AdaTTWSharedExps, MLMMoE and CrossStitch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import PLE, ExtractionNetwork
-from ..modules.plain import WeightOffset
+from ..modules import PLE, AdaTT, CrossStitch, ExtractionNetwork, MLMMoE
 from ..modules.unpack import Index
 from ..topology import Topology, check_task_counts
+from .adatt_common import AdaTTLibrary, core, made, offset, stacks
+from .adatt_stitch import CrossStitchConverter
 from .converter import LevelSource, register
-from .library import Library, PlainLevel, in_order, ple_wiring, tree
-from .plain_layers import PlainLayer, PlainStack
+from .library import Library, PlainLevel, ple_wiring, tree
+from .plain_layers import PlainStack
 
 
-def from_adatt(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
+def from_adatt(
+    source: nn.Module | Mapping[str, Tensor],
+    *,
+    like: PLE | MLMMoE | AdaTT | CrossStitch | None = None,
+    prefix: str = "",
+) -> PLE:
     """The fused trunk of a model of AdaTT's library, with its weights.
 
     Args:
-        source: ``PLE``, ``AdaTTSp``, ``AdaTTWSharedExps`` or ``MLMMoE`` of ``mtl_lib``, a ``CentralTaskArch`` that has
-            one as ``mtl_arch``, or the state dict of one of the four, which also needs ``like``.
+        source: ``PLE``, ``AdaTTSp``, ``AdaTTWSharedExps``, ``MLMMoE`` or ``CrossStitch`` of ``mtl_lib``, a
+            ``CentralTaskArch`` that has one as ``mtl_arch``, or the state dict of one of the five, which also needs
+            ``like``.
         like: a trunk of the configuration of the state dict; it stays as it is.
         prefix: what stands before ``experts`` in the names of the state dict (``mtl_arch.`` in a ``CentralTaskArch``).
 
     Returns:
-        A trunk whose first level has a slot per task (and one for what is shared), or one for all in ``MLMMoE``.
+        A trunk whose first level has a slot per task (and one for what is shared), or one for all in ``MLMMoE``. The
+        one of a ``CrossStitch`` keeps each weight ``a`` as ``a - 1``, which is rounded; everything else is bit for bit.
 
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
@@ -39,7 +47,7 @@ def from_adatt(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = N
     return library.to_ours(source, like, prefix)
 
 
-def to_adatt(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+def to_adatt(ple: PLE | MLMMoE | AdaTT | CrossStitch, target: nn.Module | None = None) -> nn.Module:
     """A trunk as AdaTT's library has it.
 
     Args:
@@ -52,7 +60,7 @@ def to_adatt(ple: PLE, target: nn.Module | None = None) -> nn.Module:
     """
     if target is None:
         return _of_trunk(ple).to_theirs(ple, None)
-    _of_model(target).to_theirs(ple, _core(target))
+    _of_model(target).to_theirs(ple, core(target))
     return target
 
 
@@ -79,62 +87,7 @@ def _adatt_wiring(num_tasks: int, counts: Sequence[int], mixtures: int, *, resid
     return Topology(slots, tuple(range(mixtures)), (every,) * mixtures, num_slots=len(counts))
 
 
-class _AdaTTConverter(Library):
-    """What the classes have in common: ``experts`` and gates, per level; experts are linear layers and ReLU."""
-
-    library = "AdaTT"
-    gates = "gate_weights"
-    attributes: tuple[str, ...] = ()
-    """What ``read`` needs to know beside the modules."""
-
-    def recognises(self, module: nn.Module) -> bool:
-        return all(hasattr(module, name) for name in ("experts", self.gates, *self.attributes))
-
-    def slots(self, site: Any) -> int:
-        """Rows of its input, per sample."""
-        return int(site.num_tasks)
-
-    def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
-        width = site.experts[0][0].mlp_net[0].in_features
-        return (torch.stack([draw(width) for _ in range(self.slots(site))], 1),)
-
-    def sites(self, model: nn.Module) -> Sequence[nn.Module]:
-        return [_core(model)]
-
-    def lists(self, levels: list[PlainLevel]) -> dict[str, list[Any]]:
-        """Experts and single-layer gates."""
-        experts = self.experts(levels)
-        gates = [[nn.Sequential(end, nn.Softmax(-1)) for end in self.linear_gates(level.gates)] for level in levels]
-        return {"experts": experts, "gate_weights": gates}
-
-    def experts(self, levels: list[PlainLevel]) -> list[list[nn.Module]]:
-        """Of every level."""
-        return [[self.mlp(expert) for expert in level.experts] for level in levels]
-
-    def mlp(self, layers: Sequence[PlainLayer]) -> nn.Module:
-        """An expert, or the hidden layers of a gate."""
-        for layer in layers:
-            spec = layer.spec
-            if spec.norm is not None or spec.activation.name != "relu" or spec.dropout:
-                self.cannot("its layers are linear and a ReLU, without norm and dropout")
-        return tree({"mlp_net": nn.Sequential(*in_order(layers))})
-
-    def written_counts(self, levels: list[PlainLevel]) -> list[int]:
-        """Experts per slot, the same at every level."""
-        counts = [
-            tuple(level.level.topology.expert_slot.count(s) for s in range(level.level.topology.num_slots or 0))
-            for level in levels
-        ]
-        if len(set(counts)) > 1:
-            self.cannot(f"all its levels have the same numbers of experts, got {counts}")
-        return list(counts[0])
-
-
-def _stacks(experts: Sequence[Any]) -> list[nn.Module]:
-    return [expert.mlp_net for expert in experts]
-
-
-class PLEConverter(_AdaTTConverter):
+class PLEConverter(AdaTTLibrary):
     """``mtl_lib.PLE``."""
 
     class_name = "PLE"
@@ -151,16 +104,16 @@ class PLEConverter(_AdaTTConverter):
         if not shared:
             raise ValueError("expected shared experts, got num_shared_experts=0: AdaTT's own forward fails then")
         return [
-            LevelSource(ple_wiring(own, shared, shared_gate=len(gates) > len(own)), _stacks(experts), list(gates))
+            LevelSource(ple_wiring(own, shared, shared_gate=len(gates) > len(own)), stacks(experts), list(gates))
             for experts, gates in zip(site.experts, site.gate_weights, strict=True)
         ]
 
     def write(self, levels: list[PlainLevel]) -> nn.Module:
         *own, shared = self.written_counts(levels)
-        return _made(self.lists(levels), num_tasks=len(own), num_task_experts=own, num_shared_experts=shared)
+        return made(self.lists(levels), num_tasks=len(own), num_task_experts=own, num_shared_experts=shared)
 
 
-class AdaTTSpConverter(_AdaTTConverter):
+class AdaTTSpConverter(AdaTTLibrary):
     """``mtl_lib.AdaTTSp``: scalars per level, ``(T, experts per task)``."""
 
     class_name = "AdaTTSp"
@@ -180,21 +133,20 @@ class AdaTTSpConverter(_AdaTTConverter):
         counts, residual, found = self.counts(site), site.self_exp_res_connect, []
         for i, (experts, gates) in enumerate(zip(site.experts, site.gate_weights, strict=True)):
             topology = _adatt_wiring(site.num_tasks, counts, len(gates), residual=residual)
-            stacks: list[Any] = list(gates)
+            ends: list[Any] = list(gates)
             offsets: dict[int, tuple[str, Index]] = {}
             assert topology.mixture_offset is not None
             for o, columns in enumerate(topology.mixture_offset if residual else ()):
                 weight = gates[o][0].weight
-                offset = WeightOffset(columns, device=weight.device, dtype=weight.dtype)
                 if len(site.self_exp_weights):
                     index, inside = self.place(i, o)
                     own = site.self_exp_weights[index]
-                    offset.weight = nn.Parameter(own.detach()[inside].clone(), requires_grad=own.requires_grad)
+                    scalars = offset(columns, own[inside], own.requires_grad)
                     offsets[o] = f"self_exp_weights.{index}", inside
                 else:  # one expert per unit: it is added as it is
-                    nn.init.ones_(offset.weight).requires_grad_(False)
-                stacks[o] = [gates[o], offset]
-            found.append(LevelSource(topology, _stacks(experts), stacks, offsets=offsets, constant=1.0))
+                    scalars = offset(columns, weight.new_ones(sum(columns)), False)
+                ends[o] = [gates[o], scalars]
+            found.append(LevelSource(topology, stacks(experts), ends, offsets=offsets, constant=1.0))
         found[-1].unread = [p for p in getattr(site, "self_exp_weights", ()) if not p.numel()]
         return found
 
@@ -225,7 +177,7 @@ class AdaTTSpConverter(_AdaTTConverter):
         """What ``write`` gives."""
         content: dict[str, Any] = {**self.lists(levels), "self_exp_weights": nn.ParameterList(scalars)}
         residual = any(level.level.topology.has_offsets for level in levels)
-        return _made(content, self_exp_res_connect=residual, **attributes)
+        return made(content, self_exp_res_connect=residual, **attributes)
 
 
 class AdaTTWSharedExpsConverter(AdaTTSpConverter):
@@ -253,7 +205,7 @@ class AdaTTWSharedExpsConverter(AdaTTSpConverter):
         return self.with_scalars(levels, scalars, num_tasks=len(counts) - 1, num_expert_list=counts)
 
 
-class MLMMoEConverter(_AdaTTConverter):
+class MLMMoEConverter(AdaTTLibrary):
     """``mtl_lib.MLMMoE``: levels of MMoE, whose gates all read the model's input."""
 
     class_name = "MLMMoE"
@@ -266,9 +218,9 @@ class MLMMoEConverter(_AdaTTConverter):
         tasks, last = len(site.gates[-1]), len(site.experts) - 1
         for i, (experts, gates) in enumerate(zip(site.experts, site.gates, strict=True)):
             topology = Topology.ml_mmoe(tasks, len(experts), first=i == 0, last=i == last)
-            stacks = [[gate[0].mlp_net, gate[1], gate[2]] for gate in gates]
+            ends = [[gate[0].mlp_net, gate[1], gate[2]] for gate in gates]
             found.append(
-                LevelSource(topology, _stacks(experts), stacks, gate_input="raw" if i else "previous")
+                LevelSource(topology, stacks(experts), ends, gate_input="raw" if i else "previous")
             )  # fmt: skip
         return found
 
@@ -285,28 +237,18 @@ class MLMMoEConverter(_AdaTTConverter):
         return nn.Sequential(self.mlp(gate.layers[:-1]), end, nn.Softmax(dim=-1))
 
 
-def _made(content: dict[str, Any], **attributes: Any) -> nn.Module:
-    made = tree(content)
-    vars(made).update(attributes)
-    return made
-
-
-def _core(model: nn.Module) -> nn.Module:
-    """What a ``CentralTaskArch`` has its trunk in."""
-    found = getattr(model, "mtl_arch", model)
-    return found if isinstance(found, nn.Module) else model
-
-
 def _of_model(model: nn.Module) -> Library:
-    return LIBRARIES.get(type(_core(model)).__name__, LIBRARIES["PLE"])
+    return LIBRARIES.get(type(core(model)).__name__, LIBRARIES["PLE"])
 
 
-def _of_trunk(ple: PLE) -> Library:
+def _of_trunk(ple: nn.Module) -> Library:
     """The class that computes what a trunk does, by its first and last level; PLE where there is none."""
     levels = [level for level in getattr(ple, "levels", ()) if isinstance(level, ExtractionNetwork)]
     if not levels:
         return LIBRARIES["PLE"]
     first, last = levels[0].topology, levels[-1].topology
+    if first == Topology.cross_stitch(first.num_mixtures):
+        return LIBRARIES["CrossStitch"]
     if first.num_slots == 1 and not first.has_offsets:
         return LIBRARIES["MLMMoE"]
     if all(len(experts) == first.num_experts for experts in first.mixture_experts):
@@ -316,7 +258,13 @@ def _of_trunk(ple: PLE) -> Library:
 
 LIBRARIES: dict[str, Library] = {
     library.class_name: library
-    for library in (PLEConverter(), AdaTTSpConverter(), AdaTTWSharedExpsConverter(), MLMMoEConverter())
+    for library in (
+        PLEConverter(),
+        AdaTTSpConverter(),
+        AdaTTWSharedExpsConverter(),
+        MLMMoEConverter(),
+        CrossStitchConverter(),
+    )
 }
 for library in LIBRARIES.values():
     register(library)

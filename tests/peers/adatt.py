@@ -196,6 +196,27 @@ class MLMMoE(nn.Module):
         return torch.stack(x, 1)
 
 
+class CrossStitch(nn.Module):
+    """``(B, T, D)`` to ``(B, T, H)``: an expert per task, and a matrix behind every level."""
+
+    def __init__(self, input_dim: int, expert_archs: Sequence[Sequence[int]], num_tasks: int) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.experts, self.stitchs = nn.ModuleList(), nn.ModuleList()
+        for units in expert_archs:
+            self.experts.append(nn.ModuleList(MLP(input_dim, units) for _ in range(num_tasks)))
+            self.stitchs.append(nn.Linear(num_tasks, num_tasks, bias=False))
+            input_dim = units[-1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Every task's input to the tasks' outputs."""
+        levels: Any = zip(self.experts, self.stitchs, strict=True)
+        for experts, stitch in levels:
+            outputs = [expert(input[:, t]) for t, expert in enumerate(experts)]
+            input = torch.einsum("kt,tbh->bkh", stitch.weight, torch.stack(outputs))
+        return input
+
+
 class CentralTaskArch(nn.Module):
     """A trunk with a tower per task."""
 
@@ -212,7 +233,7 @@ class CentralTaskArch(nn.Module):
 
 def _case(name: str, kind: Any, slots: int, tasks: int, dims: list[list[int]], **options: Any) -> Case:
     def make() -> nn.Module:
-        first = "expert_archs" if kind is MLMMoE else "expert_out_dims"
+        first = "expert_archs" if kind in (MLMMoE, CrossStitch) else "expert_out_dims"
         return CentralTaskArch(kind(7, **{first: dims}, num_tasks=tasks, **options), dims[-1][-1], tasks)
 
     shape = (ROWS, slots, 7) if slots else (ROWS, 7)
@@ -236,4 +257,8 @@ CASES = [
     _case("MLMMoE", MLMMoE, 0, 2, [[9, 6], [5]], gate_archs=[[], []], num_experts=3),
     _case("MLMMoE, hidden gates", MLMMoE, 0, 3, [[7], [7]], gate_archs=[[4], [4]], num_experts=2),
     _case("MMoE", MLMMoE, 0, 2, [[6, 5]], gate_archs=[[]], num_experts=4),
+]
+STITCHED = [
+    _case("CrossStitch", CrossStitch, 3, 3, [[6], [5]]),
+    _case("CrossStitch, one task, one level", CrossStitch, 1, 1, [[6, 5]]),
 ]
