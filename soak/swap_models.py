@@ -109,6 +109,19 @@ def _torcheasyrec(dice: random.Random) -> Model:
     )
 
 
+def _torcheasyrec_mmoe(dice: random.Random) -> Model:
+    norm: dict[str, Any] = dice.choice(({}, {}, {"use_bn": True}, {"use_ln": True}))
+    kind: Any = dice.choice((torcheasyrec.MMoEModel, torcheasyrec.DBMTL))
+    tasks, options = dice.randint(1, 3), {"num_expert": dice.randint(1, 4)}
+    expert = {"hidden_units": _units(dice), "activation": dice.choice(("nn.ReLU", "nn.SiLU", "Dice")), **norm}
+    gate = dice.choice((None, None, {"hidden_units": [4]}, {"hidden_units": [4], "use_ln": True}))
+    return Model(
+        f"TorchEasyRec {kind.__name__}",
+        lambda: kind(WIDTH, tasks, expert_mlp=expert, gate_mlp=gate, **options),
+        _numbers,
+    )
+
+
 def _fuxictr(dice: random.Random) -> Model:
     levels, tasks, units = dice.randint(1, 3), dice.randint(1, 3), _units(dice)
     options: dict[str, Any] = {
@@ -123,30 +136,50 @@ def _fuxictr(dice: random.Random) -> Model:
     return Model("FuxiCTR CGC_Layer", lambda: fuxictr.PLE(levels, tasks, WIDTH, units[-1], **options), _numbers, stale)
 
 
+def _fuxictr_mmoe(dice: random.Random) -> Model:
+    tasks, units = dice.randint(1, 3), _units(dice)
+    options: dict[str, Any] = {
+        "num_experts": dice.randint(1, 4),
+        "expert_hidden_units": units,
+        "gate_hidden_units": [4] * dice.randint(0, 1),
+        "hidden_activations": dice.choice(("ReLU", "ReLU", "Tanh")),
+        "net_dropout": dice.choice((0.0, 0.0, 0.3)),
+        "batch_norm": dice.random() < 0.4,
+    }
+    return Model("FuxiCTR MMoE_Layer", lambda: fuxictr.MMoE(tasks, WIDTH, units[-1], **options), _numbers)
+
+
+def _fields(rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.stack([torch.randint(0, size, (rows,)) for size in (5, 7)], 1), torch.randn(rows, 4, dtype=dtype)
+
+
 def _mtreclib(dice: random.Random) -> Model:
     units = [dice.choice((WIDTH, dice.randint(2, 7))) for _ in range(dice.randint(1, 3))]
     counts = dice.randint(1, 3), dice.randint(0, 2), dice.randint(1, 3)
-
-    def batch(rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        fields = torch.stack([torch.randint(0, size, (rows,)) for size in (5, 7)], 1)
-        return fields, torch.randn(rows, 4, dtype=dtype)
-
     stale = () if counts[1] else ("share_gates.",)
-    return Model("MTReclib PLEModel", lambda: mtreclib.PLEModel([5, 7], 4, 2, units, [4], *counts, 0.0), batch, stale)
+    return Model("MTReclib PLEModel", lambda: mtreclib.PLEModel([5, 7], 4, 2, units, [4], *counts, 0.0), _fields, stale)
+
+
+def _mtreclib_mixture(dice: random.Random) -> Model:
+    kind: Any = dice.choice((mtreclib.MMoEModel, mtreclib.OMoEModel))
+    units, counts = _units(dice), (dice.randint(1, 3), dice.randint(1, 4))
+    return Model(f"MTReclib {kind.__name__}", lambda: kind([5, 7], 4, 2, units, [4], *counts, 0.0), _fields)
 
 
 def _adatt(dice: random.Random) -> Model:
-    kind: Any = dice.choice((adatt.PLE, adatt.AdaTTSp, adatt.AdaTTWSharedExps, adatt.MLMMoE))
+    kind: Any = dice.choice((adatt.PLE, adatt.AdaTTSp, adatt.AdaTTWSharedExps, adatt.MLMMoE, adatt.CrossStitch))
     tasks, dims = dice.randint(1, 3), [_units(dice) for _ in range(dice.randint(1, 3))]
     slots: int | None = tasks + 1
     options: dict[str, Any] = {"num_task_experts": dice.randint(1, 3), "num_shared_experts": dice.randint(1, 2)}
     if kind is adatt.AdaTTSp:
         slots, options = tasks, {"num_task_experts": dice.randint(1, 3), "self_exp_res_connect": dice.random() < 0.7}
+    if kind is adatt.CrossStitch:
+        slots, options = tasks, {}
     if kind is adatt.MLMMoE:
         slots, options = None, {"num_experts": dice.randint(1, 4), "gate_archs": [[4] * dice.randint(0, 1)] * len(dims)}
 
     def make() -> nn.Module:
-        first = "expert_archs" if kind is adatt.MLMMoE else "expert_out_dims"
+        first = "expert_archs" if kind in (adatt.MLMMoE, adatt.CrossStitch) else "expert_out_dims"
         trunk = kind(WIDTH, **{first: dims}, num_tasks=tasks, **options)
         return adatt.CentralTaskArch(trunk, dims[-1][-1], tasks)
 
@@ -158,8 +191,11 @@ LIBRARIES: dict[Callable[[random.Random], Model], int] = {
     _rechub: 4,
     _deepctr: 4,
     _torcheasyrec: 2,
+    _torcheasyrec_mmoe: 2,
     _fuxictr: 2,
+    _fuxictr_mmoe: 1,
     _mtreclib: 2,
+    _mtreclib_mixture: 2,
     _adatt: 3,
 }
 
