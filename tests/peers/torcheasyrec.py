@@ -277,7 +277,7 @@ MMOES = [
             3,
             expert_mlp={"hidden_units": [6], "bias": False, "activation": "nn.SiLU"},
             num_expert=2,
-            gate_mlp={"hidden_units": [5, 4], "use_ln": True, "activation": "nn.PReLU"},
+            gate_mlp={"hidden_units": [5, 4], "use_ln": True, "activation": "nn.Tanh"},
         ),
     ),
     _made("MMoE, one task, one expert", lambda: MMoEModel(7, 1, expert_mlp={"hidden_units": [5]}, num_expert=1)),
