@@ -58,10 +58,9 @@ def test_trials_are_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("section", "trials"), [("levels", 300), ("places", 60), ("threads", 4), ("memory", 4000)]
-)  # caches fill in 2,000 steps
+@pytest.mark.parametrize(("section", "trials"), [("levels", 300), ("places", 60), ("threads", 4), ("memory", 4000)])
 def test_a_short_soak_finds_nothing(section: str, trials: int) -> None:
+    """Of memory as many steps as the whole warm-up needs: until then the caches of products fill."""
     assert failures(section, 7, trials) == []
 
 

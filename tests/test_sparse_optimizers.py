@@ -143,7 +143,7 @@ def test_the_norm_is_that_of_dense_gradients_and_both_kinds_are_scaled() -> None
         rows = net.encode(data)
         gradients(net, rows, labels)
         gradients(net, rows, labels)  # added up: not coalesced
-        if sparse:
+        if sparse:  # PyTorch's own takes none, as docs/model.md says: the day it does, ours can go
             with pytest.raises((RuntimeError, NotImplementedError)):
                 nn.utils.clip_grad_norm_(net.parameters(), 0.01)
         norm = clip_grad_norm(list(net.parameters()), 0.01)
