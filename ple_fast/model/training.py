@@ -200,7 +200,7 @@ class Trainer:
         self.epoch, self.batch, self.rows_done, self.seconds = self.epoch + 1, 0, 0, 0.0
         self.updates.run.epochs += 1
         self.sums = Sums(self.model)
-        self.order, self.drawn = generator.get_state(), self._generators()
+        self.order = generator.get_state()
         self._save()
         self.reporter.epoch(result, self.epochs, is_best)
         for call in self.callbacks.after_epoch:
