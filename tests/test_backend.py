@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ple_fast import PLE, backend, last_backend, set_backend, use_backend
+from tests.programs import IMPORT_PATH
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +66,7 @@ def test_a_block_is_of_one_thread() -> None:
 @pytest.mark.parametrize(("value", "printed"), [("torch", "torch"), ("cuda", "PLE_FAST_BACKEND")])
 def test_the_environment_sets_the_first_choice(value: str, printed: str) -> None:
     code = "import ple_fast.backend as b; print(b._process)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PLE_FAST_BACKEND": value, "PATH": ""},
-    )  # fmt: skip
+    environment = {"PLE_FAST_BACKEND": value, "PATH": "", "PYTHONPATH": IMPORT_PATH}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert printed in done.stdout + done.stderr
     assert (done.returncode == 0) == (value == "torch")

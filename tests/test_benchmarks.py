@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from benchmarks.loop import LoopPLE, baseline
 from benchmarks.peers import import_deepctr
 from benchmarks.steps import WrongResultError, check, errors, make_step
 from tests.benchmark_helpers import trunk_of
+from tests.programs import run_python
 
 TINY = TrunkConfig("tiny", 6, 5, 3, units=(7, 4), dtype="float64")
 
@@ -119,7 +118,7 @@ def test_importing_deepctr_asks_no_package_index() -> None:
         "started = [t.name for t in threading.enumerate() if t is not threading.main_thread()]\n"
         "assert not [n for n in started if 'check' in n], started\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Please check the latest version" not in done.stdout
     assert import_deepctr().__name__ == "PLE"

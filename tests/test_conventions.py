@@ -292,6 +292,20 @@ def test_factory_calls_name_their_device_and_dtype(file: Path) -> None:
     assert not unnamed, "name device and dtype:\n" + "\n".join(unnamed)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
+def test_programs_of_tests_say_where_they_import_from(file: Path) -> None:
+    """In an environment that has the library's dependencies alone only tests/programs.py finds this tree."""
+    unsaid = [
+        f"{name_of(file)}:{node.lineno}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("subprocess.")
+        and any("sys.executable" in ast.unparse(argument) for argument in node.args)
+        and "env" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not unsaid, "take run_python of tests/programs.py, or name env:\n" + "\n".join(unsaid)
+
+
 def test_the_readme_names_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make example" in readme

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ple_fast.torch_backend.product_files import read_table
 from ple_fast.torch_backend.product_table import DEFAULT, WAYS
 from ple_fast.torch_backend.table_in_use import table
 from ple_fast.tune_products import Product, Samples, fastest, rows_of_table
+from tests.programs import run_python
 
 TINY = {"in_features": 6, "num_tasks": 2, "task_experts": 1, "shared_experts": 1, "expert_units": [5, 4]}
 
@@ -175,11 +174,12 @@ def test_wrong_arguments_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_what_is_shown_without_a_bar_is_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shown_without_a_bar_is_a_line_each() -> None:
     program = (
         "import sys; sys.modules['rich'] = None; sys.modules['rich.console'] = None\n"
         "from ple_fast.tune_show import progress\n"
         "with progress() as say: say('half of it', 0.5)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = run_python("-c", program)
+    assert not done.returncode, done.stderr
     assert done.stderr == " 50 %  half of it\n"
