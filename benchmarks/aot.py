@@ -54,6 +54,7 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
             dropout=config.dropout,
             activation=config.activation,
             gate_top_k=config.gate_top_k,
+            gate_joint_k=config.gate_joint_k,
             dtype=config.torch_dtype,
         )
     assert config.num_levels == 1

@@ -60,6 +60,8 @@ class LevelPlan:
     """Every mixture is gated and weighs all experts in order: logits are dense as they are."""
     top_k: int = field(init=False)
     """Experts of the largest logits that a gate chooses from; 0 where no gated mixture has more."""
+    joint: tuple[int, ...] = field(init=False)
+    """Experts that gates choose from together: those that each of them weighs; empty where each chooses alone."""
     weighs_all: bool = field(init=False)
     """Every mixture weighs all experts, in whatever order."""
 
@@ -94,6 +96,8 @@ class LevelPlan:
         most = max((len(t.mixture_experts[o]) for o in gated), default=0)
         top_k = self.gate_spec.top_k
         put("top_k", 0 if top_k is None or top_k >= most else top_k)
+        joint = joint_experts(t) if self.top_k and self.gate_spec.joint_k else ()
+        put("joint", joint)
         put("weighs_all", len(weight_entry) == t.num_mixtures * experts)
         specs = [spec for mlp in self.mlps() for spec in mlp.layers]
         put("has_norms", self.gate_spec.logits_norm is not None or any(spec.norm is not None for spec in specs))
@@ -145,6 +149,12 @@ class LevelPlan:
         """Blocks, then gates."""
         yield from self.blocks
         yield self.gate
+
+
+def joint_experts(topology: Topology) -> tuple[int, ...]:
+    """The experts that every gated mixture weighs."""
+    rows = [set(topology.mixture_experts[o]) for o in topology.gated_mixtures]
+    return tuple(e for e in range(topology.num_experts) if rows and all(e in row for row in rows))
 
 
 def _tuples(value: Any) -> Any:

@@ -145,17 +145,25 @@ class ExtractionNetworkReference(nn.Module):
         marked = sum(map(sum, topology.mixture_offset))
         self.offset = nn.Parameter(torch.zeros(marked)) if marked else None
 
-    def _weights(self, o: int, gate_input: Tensor) -> Tensor:
-        """Weights of mixture ``o``, ``(B, |A(o)|)``, float32 or wider."""
-        assert self.topology.mixture_kind is not None and self.topology.mixture_offset is not None
-        wide = torch.promote_types(gate_input.dtype, torch.float32)
+    def _logits(self, o: int, gate_input: Tensor) -> Tensor | None:
+        """Logits of mixture ``o`` over the temperature, ``(B, |A(o)|)``, float32 or wider; None: it is static."""
+        assert self.topology.mixture_kind is not None
         if self.topology.mixture_kind[o] == "static":
-            count = len(self.topology.mixture_experts[o])
-            weights = torch.ones(gate_input.shape[0], count, dtype=wide, device=gate_input.device)
+            return None
+        logits: Tensor = self.gates[o](gate_input)
+        return logits.to(torch.promote_types(gate_input.dtype, torch.float32)) / self.gate_spec.temperature
+
+    def _weights(self, o: int, logits: Tensor | None, together: list[set[int]], like: Tensor) -> Tensor:
+        """Weights of mixture ``o``, ``(B, |A(o)|)``, float32 or wider; ``together``: what all choose, per row."""
+        assert self.topology.mixture_offset is not None
+        wide = torch.promote_types(like.dtype, torch.float32)
+        mixed = self.topology.mixture_experts[o]
+        if logits is None:
+            weights = torch.ones(like.shape[0], len(mixed), dtype=wide, device=like.device)
+        elif self.gate_spec.top_k is None:
+            weights = torch.softmax(logits, dim=1)
         else:
-            logits: Tensor = self.gates[o](gate_input)
-            logits = logits.to(wide) / self.gate_spec.temperature
-            weights = torch.softmax(logits, dim=1) if self.gate_spec.top_k is None else self._chosen(logits)
+            weights = self._chosen(logits, [[e in row for e in mixed] for row in together])
         if self.offset is None:
             return weights
         columns, position = [], sum(map(sum, self.topology.mixture_offset[:o]))
@@ -164,18 +172,35 @@ class ExtractionNetworkReference(nn.Module):
             position += marked
         return torch.stack(columns, dim=1)
 
-    def _chosen(self, logits: Tensor) -> Tensor:
-        """A softmax over the largest logits of each row, of equal ones the first; 0 for the others."""
+    def _chosen(self, logits: Tensor, before: list[list[bool]]) -> Tensor:
+        """A softmax over the largest logits of each row, of equal ones the first; 0 for the others.
+
+        ``before``: per row, which have been chosen already.
+        """
         rows = []
-        for row in logits.unbind(0):
+        for row, is_before in zip(logits.unbind(0), before, strict=True):
             values = row.tolist()
-            order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[: self.gate_spec.top_k]
+            ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+            chosen = sorted(ranked, key=is_before.__getitem__, reverse=True)[: self.gate_spec.top_k]
             rows.append(
                 torch.zeros_like(row).index_put(
-                    (torch.tensor(order, device=row.device),), torch.softmax(row[order], dim=0)
+                    (torch.tensor(chosen, device=row.device),), torch.softmax(row[chosen], dim=0)
                 )
             )
         return torch.stack(rows) if rows else torch.zeros_like(logits)
+
+    def _together(self, gates: Sequence[Tensor | None], batch: int) -> list[set[int]]:
+        """Per row the experts that all gates choose together: those of the largest sum of the gates' softmaxes."""
+        if not self.gate_spec.joint_k:
+            return [set()] * batch
+        mixed = self.topology.mixture_experts
+        gated = {o: torch.softmax(logits, dim=1).tolist() for o, logits in enumerate(gates) if logits is not None}
+        common = [e for e in range(self.topology.num_experts) if all(e in mixed[o] for o in gated)]
+        chosen = []
+        for row in range(batch):
+            sums = {e: sum(shares[row][mixed[o].index(e)] for o, shares in gated.items()) for e in common}
+            chosen.append(set(sorted(common, key=sums.__getitem__, reverse=True)[: self.gate_spec.joint_k]))
+        return chosen
 
     def forward(self, x: Input, gate_input: Input | None = None, *, return_gates: bool = False) -> Any:
         """``x``: ``(B, D)``, ``(B, S, D)`` or S tensors ``(B, D)``; ``gate_input`` likewise, default ``x``.
@@ -188,7 +213,9 @@ class ExtractionNetworkReference(nn.Module):
         slots = _slots(x, num_slots)
         gate_slots = slots if gate_input is None else _slots(gate_input, num_slots)
         hidden = [expert(slots[s]) for expert, s in zip(self.experts, self.topology.expert_slot, strict=True)]
-        gates = [self._weights(o, gate_slots[slot]) for o, slot in enumerate(self.topology.mixture_slot)]
+        logits = [self._logits(o, gate_slots[slot]) for o, slot in enumerate(self.topology.mixture_slot)]
+        together = self._together(logits, slots[0].shape[0])
+        gates = [self._weights(o, own, together, gate_slots[0]) for o, own in enumerate(logits)]
         mixtures = []
         for weights, mixed in zip(gates, self.topology.mixture_experts, strict=True):
             terms = [weights[:, i, None] * hidden[e] for i, e in enumerate(mixed)]

@@ -238,6 +238,10 @@ class GateSpec:
         top_k: the softmax is over this many of a mixture's experts, those of the row's largest logits (of equal ones
             the first), and the others weigh 0 (Shazeer et al., ICLR 2017, eq. 3-5, without noise). Gradients reach the
             chosen ones alone. None, and a mixture of no more experts: over all of them.
+        joint_k: this many of the ``top_k`` are chosen for all gates of the level together, among the experts that each
+            of them weighs: those of the largest sum over gates of the softmax over all experts (SMES, arXiv 2602.09386,
+            with equal weights of tasks). Each gate chooses the others by itself. A row then reads at most
+            ``joint_k + gates * (top_k - joint_k)`` experts. 0: every gate chooses by itself.
 
     Raises:
         TypeError, ValueError: a value is not one of the above; the message names it.
@@ -252,6 +256,7 @@ class GateSpec:
     temperature: float = 1.0
     input: Literal["previous", "raw"] = "previous"
     top_k: int | None = None
+    joint_k: int = 0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -273,6 +278,11 @@ class GateSpec:
             )
         put("temperature", temperature)
         put("top_k", None if self.top_k is None else check_count("top_k", self.top_k))
+        put("joint_k", check_count("joint_k", self.joint_k, least=0))
+        if self.joint_k > (self.top_k or 0):
+            raise ValueError(
+                f"joint_k: expected at most top_k, of which it is a part, got {self.joint_k} with top_k={self.top_k}"
+            )
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -296,6 +306,7 @@ class GateSpec:
             "temperature": self.temperature,
             "input": self.input,
             **({} if self.top_k is None else {"top_k": self.top_k}),
+            **({"joint_k": self.joint_k} if self.joint_k else {}),
         }
 
     @classmethod

@@ -25,7 +25,7 @@ UNGATED = {
     "device": None,
     "dtype": None,
 }
-GATED = {**UNGATED, "gate_units": (), "gate_bias": True, "gate_top_k": None}
+GATED = {**UNGATED, "gate_units": (), "gate_bias": True, "gate_top_k": None, "gate_joint_k": 0}
 # Every keyword of every trunk with its default, as written out one by one before they stood in one place.
 KEYWORDS: dict[str, dict[str, Any]] = {
     "PLE": {

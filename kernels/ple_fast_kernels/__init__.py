@@ -22,7 +22,7 @@ from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
 from .library import library_input_grad, library_linear_fwd, library_weight_grad, weight_grad_by_width
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
-from .top_k import keep_top_k
+from .top_k import keep_joint, keep_top_k
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "grouped_linear_fwd",
     "grouped_weight_grads",
     "has_whole_rows",
+    "keep_joint",
     "keep_top_k",
     "launches",
     "layer_end_fwd",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_dtype
 from ..functional import Input, extraction_level
-from ..plan import LevelPlan
+from ..plan import LevelPlan, joint_experts
 from ..routes import must_see_operators
 from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
@@ -90,6 +90,15 @@ def _expert_specs(topology: Topology, experts: MLPSpec | Sequence[MLPSpec]) -> t
     return specs
 
 
+def _check_joint(topology: Topology, gate: GateSpec) -> None:
+    """The gates can choose so many experts together."""
+    common = len(joint_experts(topology))
+    if gate.joint_k > common:
+        raise ValueError(
+            f"joint_k: expected at most {common}, the experts that every gate of the level weighs, got {gate.joint_k}"
+        )
+
+
 class ExtractionNetwork(CheckedModule, LevelParts):
     """One level (Tang et al., RecSys 2020, eq. 2-4): ``y_o = sum_{e in A(o)} softmax(gate_o(x_t(o)))_e MLP_e(x_s(e))``.
 
@@ -133,6 +142,7 @@ class ExtractionNetwork(CheckedModule, LevelParts):
         check_dtype("dtype", dtype)
         self.topology, self.gate_spec, self.recompute = topology, gate, check_flag("recompute", recompute)
         self.expert_specs = _expert_specs(topology, experts)
+        _check_joint(topology, gate)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         # ``_splits``: experts that must begin a block although their spec equals that of the one before (see ``pack``).
@@ -280,7 +290,7 @@ class ExtractionNetwork(CheckedModule, LevelParts):
 
         Raises:
             TypeError: somebody put another batch norm in the place of ours.
-            ValueError: a part is parametrised.
+            ValueError: a part is parametrised, or the gates choose together (``joint_k``).
         """
         return unpack(self)
 

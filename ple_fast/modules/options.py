@@ -71,6 +71,10 @@ class LevelOptions(UngatedOptions, total=False):
         int | None,
         Option(None, "experts that a gate chooses for each row, those of the largest logits; None: it weighs all."),
     ]
+    gate_joint_k: Annotated[
+        int,
+        Option(0, "of ``gate_top_k``, experts that are chosen for all gates of a level together, as in ``GateSpec``."),
+    ]
 
 
 def takes_options(kind: type) -> Callable[[Class], Class]:
@@ -174,4 +178,6 @@ def gate_spec(options: LevelOptions, **more: Any) -> GateSpec:
     several = is_sequence(activation) and not isinstance(activation, Activation)
     single = as_tuple(activation)[0] if several else activation
     units: Any = options["gate_units"]
-    return GateSpec(units, single, bias=options["gate_bias"], top_k=options["gate_top_k"], **more)
+    return GateSpec(
+        units, single, bias=options["gate_bias"], top_k=options["gate_top_k"], joint_k=options["gate_joint_k"], **more
+    )

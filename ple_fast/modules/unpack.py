@@ -92,6 +92,11 @@ def _norm_moves(role: str, layer: nn.Module, path: str, index: int | slice) -> I
 def unpack(level: LevelParts) -> tuple[list[nn.Sequential], list[nn.Sequential | None]]:
     """Ordinary modules with copies of a level's weights and buffers; see ``ExtractionNetwork.unpack``."""
     _check_ours(level)
+    if level.gate_spec.joint_k:
+        raise ValueError(
+            f"unpack: the gates choose {level.gate_spec.joint_k} experts together (joint_k), which modules of one "
+            "gate each cannot"
+        )
     experts = []
     for block in level.blocks:
         assert isinstance(block, ExpertBlock)

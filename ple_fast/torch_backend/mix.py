@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..plan import LevelPlan
 from .finite import looks_finite
-from .top_k import keep_top_k
+from .top_k import keep_joint, keep_top_k
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +79,10 @@ def gate_softmax(plan: LevelPlan, logits: Tensor, *, is_traced: bool = False) ->
         padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
         logits = padded.index_select(1, index_of(plan.dense_logit, logits.device))
     dense = logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts)
-    if plan.top_k:
+    if plan.joint:
+        every = None if len(plan.joint) == experts else index_of(plan.joint, logits.device)
+        dense = keep_joint(dense, plan.top_k, plan.gate_spec.joint_k, every, is_traced=is_traced)
+    elif plan.top_k:
         dense = keep_top_k(dense, plan.top_k, is_traced=is_traced)
     if is_traced or experts >= NARROW or dense.numel() < NARROW_ELEMENTS or not dense.is_cpu:
         return torch.softmax(dense, dim=2)

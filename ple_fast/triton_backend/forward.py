@@ -16,6 +16,7 @@ from ple_fast_kernels import (
     Tile,
     gate_combine_fwd,
     grouped_linear_fwd,
+    keep_joint,
     keep_top_k,
     layer_end_fwd,
     linear_tile,
@@ -222,12 +223,19 @@ class ForwardRun(Run):
         self.keep(at.rstd, end.spread)
         return normed.squeeze(1)
 
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """Minus infinity in the place of what gates do not choose."""
+        plan, spec = self.plan, self.plan.gate_spec
+        if plan.joint:
+            return keep_joint(logits, self.mixtures, plan.top_k, spec.joint_k, plan.joint, temperature=spec.temperature)
+        return keep_top_k(logits, self.mixtures, plan.top_k)
+
     def forward(self, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
         """``y (B, O, H)`` and, if they are wanted, the softmax weights ``(B, W)``."""
         h, found = self.experts_forward()
         logits = self.logits_forward(found)
         if logits is not None and self.plan.top_k:
-            logits = keep_top_k(logits, self.mixtures, self.plan.top_k)
+            logits = self._chosen(logits)
         return gate_combine_fwd(
             h,
             logits,
