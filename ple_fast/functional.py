@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -224,6 +225,52 @@ def extraction_level(
         return y, None
     assert listed is not None
     return y, list(listed.split([len(mixed) for mixed in topology.mixture_experts], dim=1))
+
+
+class GateShares(NamedTuple):
+    """What the gates of a level would take of each expert, for losses that balance it; of gated mixtures alone."""
+
+    shares: Tensor
+    """Each gate's softmax over all experts that it weighs, ``(B, gates, E)`` in float32 (float64), differentiable; 0 at
+    experts that it does not weigh."""
+    chosen: Tensor | None
+    """``(B, gates, E)`` bool: the experts that gates with ``top_k`` choose; None where each takes all of its own."""
+    experts: tuple[tuple[int, ...], ...]
+    """Per gate the experts that it weighs."""
+
+
+def gate_shares(
+    gate_x: Input, plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, state: LevelState
+) -> GateShares:
+    """The gates of a level once more, in differentiable operators, as they were in a forward in this state.
+
+    Args:
+        gate_x: what the gates read, in the forms of ``extraction_level``, which has checked it.
+        plan, layers, gate, state: the level.
+
+    Raises:
+        ValueError: a norm of the gates is of another class, and would move its statistics again.
+    """
+    topology = plan.topology
+    assert topology.num_slots is not None
+    if state.has_foreign_norm and (state.gate_norm is not None or plan.gate.layers):
+        raise ValueError(
+            'return_gates="shares": expected gates with norms of this library, got another class of batch norm, whose '
+            "statistics would move twice a step; convert none, or balance without norms in gates"
+        )
+    first = first_of(gate_x)
+    if gate.weight is None:
+        wide = torch.promote_types(first.dtype, torch.float32)
+        return GateShares(first.new_zeros((first.shape[0], 0, topology.num_experts), dtype=wide), None, ())
+    tensors, places = _place(gate_x, topology.num_slots)
+    autocast = autocast_dtype(layers[0].weight)
+    if autocast is not None:
+        layers, gate = _cast_layers(layers, gate, autocast, once=False)
+        tensors = tuple(t.to(autocast) for t in tensors)
+    # Where there is none there may be no such device to autocast: meta.
+    with nullcontext() if autocast is None else torch.autocast(first.device.type, enabled=False):
+        shares, chosen = differentiable.gate_shares(plan, layers, gate, state, Slots(tensors, places))
+    return GateShares(shares, chosen, tuple(topology.mixture_experts[o] for o in topology.gated_mixtures))
 
 
 def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -150,10 +150,11 @@ def test_second_derivatives_recompute_and_autocast() -> None:
 def test_it_is_exported_compiled_and_saved(tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    module = TRUNKS["ple"]().eval()
+    module: PLE = TRUNKS["ple"]().eval()
     x = torch.randn(6, 8)
     expected = module(x)
-    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},)).module()
+    rows = ({0: torch.export.Dim("rows", min=1)},)
+    exported = torch.export.export(module, (x,), dynamic_shapes=rows).module()
     torch.testing.assert_close(exported(x[:3]), expected[:3])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
@@ -182,6 +183,6 @@ def test_what_cannot_be_chosen_together_is_refused() -> None:
     with pytest.raises(ValueError, match="joint_k"):
         GateSpec(top_k=2, joint_k=-1)
     with pytest.raises(TypeError, match="gate_joint_k"):
-        SingleTask(8, 2, expert_units=(4,), gate_joint_k=1)
+        SingleTask(8, 2, expert_units=(4,), gate_joint_k=1)  # type: ignore[call-arg]  # it has no gates
     with pytest.raises(ValueError, match="choose 1 experts together"):
         PLE(8, 2, expert_units=(4,), gate_top_k=2, gate_joint_k=1).levels[0].unpack()  # type: ignore[operator]

@@ -129,6 +129,20 @@ def test_one_run_per_model_has_no_deviation() -> None:
     assert not bars.has_xerr
 
 
+def test_gates_that_choose_show_how_often() -> None:
+    topology = Topology.mmoe(1, 3)
+    weights = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    (use,) = viz.gate_use([[weights]], [topology], ["a"])
+    assert use.chosen == (0.75, 0.75, 0.0)
+    figure = viz.plot_gate_use([use])
+    assert "share of rows that choose it" in _legend(figure)
+    (axes,) = (axes for axes in figure.axes if axes.axison)
+    (diamonds,) = (line for line in axes.lines if line.get_marker() == "D")
+    assert np.asarray(diamonds.get_ydata()).tolist() == [0.75, 0.75, 0.0]
+    (plain,) = viz.gate_use([[weights.clamp(min=0.1)]], [topology], ["a"])
+    assert plain.chosen is None and "choose" not in _legend(viz.plot_gate_use([plain]))
+
+
 def test_gate_use_takes_gates_that_require_grad_and_half_precision() -> None:
     gates = [[weight.to(torch.bfloat16).requires_grad_() for weight in level] for level in _gates(PLE)]
     assert all(sum(use.mean) == pytest.approx(1, abs=2e-2) for use in viz.gate_use(gates, PLE, TASKS))

@@ -4,8 +4,9 @@ A task's *sample space* is the set of samples that it learns from: those with a 
 over the entire space is a composition: :func:`entire_space` gives the logit of pCTCVR = pCTR * pCVR, for a binary task.
 """
 
+from .balance import Balance, balance_loss
 from .esmm import entire_space
 from .joint_loss import JointLoss, JointLossResult
 from .task_loss import MISSING_CLASS, TaskLoss
 
-__all__ = ["MISSING_CLASS", "JointLoss", "JointLossResult", "TaskLoss", "entire_space"]
+__all__ = ["MISSING_CLASS", "Balance", "JointLoss", "JointLossResult", "TaskLoss", "balance_loss", "entire_space"]

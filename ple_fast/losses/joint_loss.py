@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..scalars import shown
+from ..functional import GateShares
+from ..scalars import check_number, shown
+from .balance import BALANCES, Balance, balance_loss
 from .task_loss import MISSING_CLASS, TaskLoss, TaskSum, check_tensor, task_sum
 
 
@@ -24,6 +27,9 @@ class JointLossResult(NamedTuple):
     """Size of each sample space, int64; summed over ranks where a process group is given."""
     sample_weights: dict[str, Tensor]
     """What each task's losses were divided by: the sum of the weights in its sample space, or its count."""
+    balance: Tensor | None = None
+    """How far from balanced the gates are (1: they are), differentiable, without its weight; None where none is asked
+    for."""
 
 
 class JointLoss(nn.Module):
@@ -42,15 +48,26 @@ class JointLoss(nn.Module):
     Args:
         tasks: at least one, names unique.
         process_group: the ranks that share a batch; None for one process.
+        balance: adds ``balance_weight`` times a loss that is 1 where the experts are used alike: ``"gate"`` by each
+            gate, ``"level"`` by all gates of a level together (see ``losses/balance.py``). :meth:`forward` then takes
+            ``gates``. Each rank balances its own batch.
+        balance_weight: above 0 and finite.
 
     Raises:
-        TypeError: an entry of ``tasks`` is no ``TaskLoss``.
-        ValueError: no task, or two of one name.
+        TypeError: an entry of ``tasks`` is no ``TaskLoss``, or the weight is no number.
+        ValueError: no task, or two of one name; an unknown ``balance``, or a weight that is not above 0 and finite.
     """
 
     epoch: Tensor
 
-    def __init__(self, tasks: Sequence[TaskLoss], *, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[TaskLoss],
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        balance: Balance | None = None,
+        balance_weight: float = 0.01,
+    ) -> None:
         super().__init__()
         if isinstance(tasks, TaskLoss):
             raise TypeError(f"tasks: expected a sequence of TaskLoss, got one: [{tasks!r}] is one")
@@ -64,6 +81,12 @@ class JointLoss(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: expected unique names, got {names}")
         self.process_group = process_group
+        if balance is not None and balance not in BALANCES:
+            raise ValueError(f'balance: expected "gate", "level" or None, got {shown(balance)}')
+        self.balance = balance
+        self.balance_weight = check_number("balance_weight", balance_weight)
+        if not 0 < self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight: expected a finite number above 0, got {self.balance_weight}")
         # An integer buffer: .half() leaves it alone, and a compiled loss need not be compiled anew per epoch.
         self.register_buffer("epoch", torch.zeros((), device=torch.get_default_device(), dtype=torch.int64))
 
@@ -87,6 +110,7 @@ class JointLoss(nn.Module):
         labels: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
         sample_weight: Mapping[str, Tensor] | None = None,
+        gates: Sequence[GateShares] | None = None,
     ) -> JointLossResult:
         """The joint loss of a batch.
 
@@ -100,12 +124,13 @@ class JointLoss(nn.Module):
             sample_weight: by task, floating, ``(B,)`` or ``(B, 1)``, 0 or more: L_k is then the weighted mean,
                 ``sum w l / sum w``, so a weight of 0 takes a sample out, and equal weights change nothing. Tasks may be
                 absent. With a process group either all ranks give weights, of the same tasks, or none does.
+            gates: with ``balance``, what the trunk returned with ``return_gates="shares"``; without it None.
 
         Raises:
             TypeError: not tensors by task, a prediction or weight that is not floating, a complex label, a mask that is
                 not bool.
             ValueError: a missing or unknown task, shapes or devices that do not agree, or a task whose
-                ``standardise=True`` has not been measured.
+                ``standardise=True`` has not been measured; ``gates`` without ``balance``, or the other way round.
         """
         masks = {} if masks is None else masks
         sample_weight = {} if sample_weight is None else sample_weight
@@ -141,12 +166,25 @@ class JointLoss(nn.Module):
             weight_by_task, divisors = count_by_task, count_of.clamp(min=1)
         losses = [ranks * part.total / divisor for part, divisor in zip(parts, divisors.unbind(), strict=True)]
         terms = [self._weight(task, loss.dtype) * loss for task, loss in zip(self.tasks, losses, strict=True)]
+        balance = self._balance(gates)
+        if balance is not None:
+            terms.append(self.balance_weight * balance.to(terms[0].dtype))
         return JointLossResult(
             total=torch.stack(terms).sum(),
             per_task=dict(zip(names, losses, strict=True)),
             counts=count_by_task,
             sample_weights=weight_by_task,
+            balance=balance,
         )
+
+    def _balance(self, gates: Sequence[GateShares] | None) -> Tensor | None:
+        if (gates is None) != (self.balance is None):
+            if gates is None:
+                raise ValueError(
+                    f'gates: balance={self.balance!r} needs what the trunk returns with return_gates="shares", got None'
+                )
+            raise ValueError('gates: expected None without balance; JointLoss(tasks, balance="gate") reads them')
+        return None if gates is None or self.balance is None else balance_loss(gates, self.balance)
 
     def check_labels(self, labels: Mapping[str, Tensor]) -> None:
         """Looks at the values of whole label columns, which ``forward`` does not (it would wait for the device).
@@ -194,7 +232,8 @@ class JointLoss(nn.Module):
         return found
 
     def extra_repr(self) -> str:
-        return "\n".join(map(repr, self.tasks))
+        balance = [] if self.balance is None else [f"balance={self.balance!r}, balance_weight={self.balance_weight}"]
+        return "\n".join([*map(repr, self.tasks), *balance])
 
     def _weight(self, task: TaskLoss, dtype: torch.dtype) -> Tensor | float:
         """In the dtype of the loss: two tensors of one element each are multiplied in the wider of theirs."""

@@ -83,6 +83,14 @@ SEVERAL = {"pooling": TEXT, "max_length": INT, "padding": NAME, "keep": TEXT}
 """Of a column of several values per row."""
 TASK = {"name": TEXT, "kind": TEXT, "num_classes": _or_null(INT), "weight": NUMBER, "gamma": NUMBER}
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+LATER = {
+    "derived": SOURCES,  # of a trunk of the user's own: which of its entries follow from which
+    "task_columns": NAMES,
+    "sparse_embeddings": FLAG,
+    "balance": TEXT,
+    "balance_weight": NUMBER,
+}
+"""Written only where there are any: older releases read the others."""
 LATER_OF_TASK = {"pos_weight": NUMBER, "standardise": FLAG, "mean": NUMBER, "std": NUMBER}
 """Written only where they are not the default: older releases read the others."""
 OWN_TRUNK = {"kind": TEXT, "class": TEXT}
@@ -98,9 +106,7 @@ def check(where: str | Path, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is missing, unknown, or of another type.
     """
-    # Of a trunk of the user's own: which of its entries follow from which (version 2, where there are any).
-    # Versions before there were some have no columns of tasks; sparse embeddings are named where there are some.
-    _check_fields(where, "", config, WHOLE, may={"derived": SOURCES, "task_columns": NAMES, "sparse_embeddings": FLAG})
+    _check_fields(where, "", config, WHOLE, may=LATER)
     for place, column in enumerate(config["columns"]):
         kind = column.get("kind")
         if not isinstance(kind, str) or kind not in COLUMNS:

@@ -64,7 +64,8 @@ class MultiTaskModel(TaskNetwork):
             a ValueError that names the path.
         sparse_embeddings: gradients of ``embedding.tables.*.weight`` are sparse: a step costs what its batch reads of a
             table, and not what the table has. :meth:`fit` then has an optimizer of their own for them.
-        process_group: see :class:`~ple_fast.losses.JointLoss`.
+        balance, balance_weight, process_group: see :class:`~ple_fast.losses.JointLoss`; ``balance`` needs a trunk with
+            gates.
 
     Raises:
         TypeError: an argument of another type, or an option that the trunk does not have.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ple_fast_encoder import Column, Encoder
 from ple_fast_encoder.tables import Table
 
-from ..losses import JointLoss, TaskLoss, entire_space
+from ..functional import GateShares
+from ..losses import Balance, JointLoss, TaskLoss, entire_space
 from ..scalars import check_flag
 from ..topology import Topology
 from .arguments import check_columns, check_given, has_no_names, kind_of, mapping
@@ -22,7 +23,7 @@ from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
 from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .towers import build_tower, tower_options
-from .trunks import CUSTOM, Trunk, make_trunk, plain, trunk_width
+from .trunks import CUSTOM, Trunk, check_balanced, make_trunk, plain, trunk_width
 
 
 class TaskNetwork(nn.Module):
@@ -41,11 +42,13 @@ class TaskNetwork(nn.Module):
         given: Mapping[str, str] | None = None,
         task_columns: Mapping[str, Sequence[str]] | None = None,
         sparse_embeddings: bool = False,
+        balance: Balance | None = None,
+        balance_weight: float = 0.01,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.columns = check_columns(columns)
-        self.joint_loss = JointLoss(tasks, process_group=process_group)
+        self.joint_loss = JointLoss(tasks, process_group=process_group, balance=balance, balance_weight=balance_weight)
         self._given = dict(mapping("given", given))
         check_given(self._given, self.tasks)
         names = [column.name for column in self.columns]
@@ -59,6 +62,8 @@ class TaskNetwork(nn.Module):
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         self.slot_inputs = self._slot_inputs(self.trunk) if self._task_columns else None
         hidden = trunk_width(self.trunk, width, len(self.tasks), like)
+        if balance is not None:
+            check_balanced(self.trunk, width, like)
         self.towers = nn.ModuleList(
             build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
         )
@@ -71,6 +76,7 @@ class TaskNetwork(nn.Module):
             "tower_dropout": dropout,
             "given": dict(self._given),
             **({"task_columns": dict(self._task_columns)} if self._task_columns else {}),
+            **({} if balance is None else {"balance": balance, "balance_weight": self.joint_loss.balance_weight}),
         }
 
     def _slot_inputs(self, trunk: nn.Module) -> SlotInputs:
@@ -166,9 +172,23 @@ class TaskNetwork(nn.Module):
             found = self.__dict__["_encoder"] = Encoder(self.columns)
         return found
 
-    def forward(self, batch: Table | Encoded) -> dict[str, Tensor]:
-        """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass)."""
-        return self._outputs(self.trunk(self._features(batch)))
+    @overload
+    def forward(self, batch: Table | Encoded) -> dict[str, Tensor]: ...
+    @overload
+    def forward(
+        self, batch: Table | Encoded, *, return_gates: Literal["shares"]
+    ) -> tuple[dict[str, Tensor], list[GateShares]]: ...
+    def forward(
+        self, batch: Table | Encoded, return_gates: Literal["shares"] | None = None
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], list[GateShares]]:
+        """Raw outputs by task: ``(B,)`` logits (binary) or values (regression), ``(B, C)`` logits (multiclass).
+
+        ``return_gates="shares"``: also what ``joint_loss`` takes as ``gates`` where the model has a ``balance``.
+        """
+        if return_gates is None:
+            return self._outputs(self.trunk(self._features(batch)))
+        mixtures, gates = self.trunk(self._features(batch), return_gates=return_gates)
+        return self._outputs(mixtures), gates
 
     def _features(self, batch: Table | Encoded) -> Tensor | list[Tensor]:
         """What the trunk reads: ``(B, F)``, or one for each slot where some columns are not for all tasks."""

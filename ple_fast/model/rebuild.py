@@ -22,6 +22,9 @@ Network = TypeVar("Network", bound=TaskNetwork)
 TRUNK, FIRST = "trunk.", "towers.0.0.weight"
 OPTIONS = ("tower_units", "tower_activation", "tower_dropout", "given")
 
+LATER_OPTIONS = ("sparse_embeddings", "balance", "balance_weight")
+"""In the configuration where they were given."""
+
 
 class _Hidden(nn.Module):
     """In the place of a trunk that nobody has described: ``(B, T, H)``."""
@@ -107,8 +110,7 @@ def rebuilt(
 def _built(cls: type[Network], where: str | Path, config: Mapping[str, Any], trunk: Any) -> Network:
     options = {name: config[name] for name in OPTIONS}
     options["task_columns"] = config.get("task_columns")
-    if "sparse_embeddings" in config:
-        options["sparse_embeddings"] = config["sparse_embeddings"]
+    options |= {name: config[name] for name in LATER_OPTIONS if name in config}
     if isinstance(trunk, str):
         options["trunk_options"] = config["trunk"]["options"]
     return cls(columns_of(where, config), tasks_of(where, config), trunk=trunk, **options)
@@ -118,7 +120,9 @@ def _blank(cls: type[Network], where: str | Path, config: Mapping[str, Any], sta
     """The model that ``load`` would build, without memory; without a trunk where it is the user's."""
     trunk: Any = config["trunk"]["kind"]
     if trunk == CUSTOM:
-        config = {**config, "task_columns": None}  # what is hidden depends on its wiring
+        # What is hidden depends on its wiring, and what is balanced on its gates.
+        config = {**config, "task_columns": None}
+        config.pop("balance", None)
         if FIRST not in state or state[FIRST].dim() != 2:
             raise ValueError(f"missing: {FIRST}, unexpected: none")
         trunk = _Hidden(len(config["tasks"]), state[FIRST].shape[1])

@@ -222,8 +222,12 @@ class Trainer:
     def _step(self, batch: Batch, sums: Sums) -> Tensor:
         """One batch; its joint loss, detached."""
         labels = batch.labels.to(self.device)
-        outputs = self.model(batch.data.to(self.device))
-        result = self.model.joint_loss(outputs, labels.targets, sample_weight=labels.weights)
+        joint_loss, data, gates = self.model.joint_loss, batch.data.to(self.device), None
+        if joint_loss.balance is None:
+            outputs = self.model(data)
+        else:
+            outputs, gates = self.model(data, return_gates="shares")
+        result = joint_loss(outputs, labels.targets, sample_weight=labels.weights, gates=gates)
         self.updates.step(result.total)
         torch.clear_autocast_cache()  # a region around fit would go on with the weights before the step
         return sums.add(result, len(batch.data), has_weights=bool(labels.weights))

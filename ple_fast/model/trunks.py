@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ..losses import balance_loss
 from ..modules import (
     CGC,
     PLE,
@@ -152,3 +153,20 @@ def trunk_width(trunk: nn.Module, in_features: int, num_tasks: int, like: Tensor
             f"for an input (B, {in_features}); for (2, {in_features}) got {got}"
         )
     return int(y.shape[2])
+
+
+@torch.no_grad()
+def check_balanced(trunk: nn.Module, in_features: int, like: Tensor) -> None:
+    """The trunk has gates whose use can be balanced: it takes ``return_gates="shares"``.
+
+    Raises:
+        ValueError: it does not, or has no gates.
+    """
+    try:
+        _, gates = eval_view(trunk)(like.new_zeros(2, in_features), return_gates="shares")
+        balance_loss(gates, "gate")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'balance: expected a trunk with gates, which takes return_gates="shares" as PLE does, got '
+            f"{type(trunk).__name__} ({error})"
+        ) from error

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dtype
-from ..functional import Input, extraction_level
+from ..functional import GateShares, Input, extraction_level, gate_shares
 from ..plan import LevelPlan, joint_experts
 from ..routes import must_see_operators
 from ..scalars import as_tuple, check_count, check_flag, is_sequence, shown
 from ..specs import GateSpec, MLPSpec
-from ..state import LevelState
+from ..state import NO_STATE, LevelState
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
 from .inference import for_inference
@@ -211,22 +211,29 @@ class ExtractionNetwork(CheckedModule, LevelParts):
     def forward(
         self, x: Input, gate_input: Input | None = None, *, return_gates: Literal[True]
     ) -> tuple[Tensor, list[Tensor]]: ...
+    @overload
     def forward(
-        self, x: Input, gate_input: Input | None = None, return_gates: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self, x: Input, gate_input: Input | None = None, *, return_gates: Literal["shares"]
+    ) -> tuple[Tensor, GateShares]: ...
+    def forward(
+        self, x: Input, gate_input: Input | None = None, return_gates: bool | Literal["shares"] = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, GateShares]:
         """Run the level.
 
         Args:
             x: ``(B, D)`` for all slots, ``(B, S, D)``, or a list of S tensors ``(B, D)``.
             gate_input: what the gates read, in the same forms and with its own width; default ``x``.
-            return_gates: also return the weights of every mixture, ``(B, |A(o)|)`` float32, differentiable.
+            return_gates: also return the weights of every mixture, ``(B, |A(o)|)`` float32, differentiable; or with
+                ``"shares"`` the :class:`GateShares` that ``JointLoss(balance=...)`` reads, for which gates run twice.
 
         Returns:
-            ``(B, O, H)``, and the list of weights on request.
+            ``(B, O, H)``, and the list of weights (the shares) on request.
 
         Raises:
             TypeError, ValueError: an input does not fit, or batch norm in train mode got one row.
         """
+        if isinstance(return_gates, str):
+            return self._with_shares(x, gate_input, return_gates)
         if return_gates is not False:
             return_gates = fixed("return_gates", return_gates, False)
         if is_symbolic(x) or is_symbolic(gate_input):
@@ -249,6 +256,34 @@ class ExtractionNetwork(CheckedModule, LevelParts):
         if gates is None:
             return y
         return y, gates
+
+    def _with_shares(self, x: Input, gate_input: Input | None, asked: str) -> tuple[Tensor, GateShares]:
+        """The output, and the shares that gates take in the same state."""
+        if asked != "shares":
+            raise ValueError(f'return_gates: expected True, False or "shares", got {asked!r}')
+        if is_symbolic(x) or is_symbolic(gate_input):
+            raise TypeError('return_gates="shares": expected tensors, got the stand-ins of torch.fx')
+        stacked = self._stacked_layers()
+        tensors, gate = [layer.tensors() for layer in stacked], self.gate.tensors()
+        states = [LevelState((NO_STATE,) * self._plan.num_layers, None, None)]
+
+        def state(batch: int, backend: str) -> LevelState:
+            states.append(self._state(stacked, batch, backend))
+            return states[-1]
+
+        y, _ = extraction_level(
+            x,
+            gate_input,
+            self._plan,
+            tensors,
+            gate,
+            state,
+            in_features=self.in_features,
+            gate_features=self.gate_features,
+            recompute=self.recompute,
+            backend=self._backend,
+        )
+        return y, gate_shares(x if gate_input is None else gate_input, self._plan, tensors, gate, states[-1])
 
     @torch.inference_mode(False)  # what passes gradients on to its input could not be saved
     def for_inference(self, *, plain: bool = False) -> ExtractionNetwork:

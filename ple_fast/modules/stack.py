@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
-from ..functional import Input
+from ..functional import GateShares, Input
 from ..specs import GateSpec, MLPSpec
 from ..topology import Topology
 from .layers import OffsetStart
@@ -81,29 +81,33 @@ class Stack(CheckedModule):
     def forward(self, x: Input, *, return_gates: Literal[False] = False) -> Tensor: ...
     @overload
     def forward(self, x: Input, *, return_gates: Literal[True]) -> tuple[Tensor, list[list[Tensor]]]: ...
-    def forward(self, x: Input, return_gates: bool = False) -> Tensor | tuple[Tensor, list[list[Tensor]]]:
+    @overload
+    def forward(self, x: Input, *, return_gates: Literal["shares"]) -> tuple[Tensor, list[GateShares]]: ...
+    def forward(
+        self, x: Input, return_gates: bool | Literal["shares"] = False
+    ) -> Tensor | tuple[Tensor, list[list[Tensor]]] | tuple[Tensor, list[GateShares]]:
         """Run all levels.
 
         Args:
             x: ``(B, D)``, read by every slot of the first level, ``(B, S, D)``, or a list of S tensors ``(B, D)``.
-            return_gates: also return all weights.
+            return_gates: also return all weights; or with ``"shares"`` what ``JointLoss(balance=...)`` reads.
 
         Returns:
             ``(B, T, H)`` (``(B, T + 1, H)`` with ``last_shared``); read it with ``unbind(1)``. On request also, per
-            level and per mixture, ``(B, |A(o)|)`` float32, differentiable.
+            level and per mixture, ``(B, |A(o)|)`` float32, differentiable; or per level its :class:`GateShares`.
 
         Raises:
             TypeError, ValueError: the input does not fit, or batch norm in train mode got one row.
         """
         y: Any = x
-        gates: list[list[Tensor]] = []
-        if return_gates is not False:
+        gates: list[Any] = []
+        if return_gates is not False and not isinstance(return_gates, str):
             return_gates = fixed("return_gates", return_gates, False)
         level: Any
         for level in self.levels:
             gate_input = self._raw(x) if level.gate_spec.input == "raw" else None
             if return_gates:
-                y, weights = level(y, gate_input, return_gates=True)
+                y, weights = level(y, gate_input, return_gates=return_gates)
                 gates.append(weights)
             else:
                 y = level(y, gate_input)

@@ -89,6 +89,18 @@ def _mlp(plan: MLPPlan, layers: Sequence[LayerTensors], state: LevelState, x: Sl
     return a
 
 
+def gate_shares(
+    plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, state: LevelState, gate_x: Slots
+) -> tuple[Tensor, Tensor | None]:
+    """The softmax of every gate over all experts that it weighs, dense ``(B, O_gated, E)``, and which of them it
+    chooses, bool (None: every). It repeats what a forward in this state has done: statistics stay."""
+    dense = mix.dense_logits(plan, _logits(plan, layers, gate, state, gate_x, moves_statistics=False))
+    chosen = None
+    if plan.top_k:
+        chosen = mix.chosen_logits(plan, dense.detach(), is_traced=True) != -torch.inf
+    return torch.softmax(dense, dim=2), chosen
+
+
 def _gated(
     plan: LevelPlan,
     layers: Sequence[LayerTensors],
@@ -97,6 +109,18 @@ def _gated(
     gate_x: Slots,
     moves_statistics: bool,
 ) -> Tensor:
+    return mix.gate_softmax(plan, _logits(plan, layers, gate, state, gate_x, moves_statistics), is_traced=True)
+
+
+def _logits(
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    state: LevelState,
+    gate_x: Slots,
+    moves_statistics: bool,
+) -> Tensor:
+    """Of all gates, ``(B, G)``, over the temperature."""
     topology = plan.topology
     assert gate.weight is not None
     hidden = _mlp(plan.gate, layers, state, gate_x, moves_statistics) if plan.gate.layers else None
@@ -111,7 +135,7 @@ def _gated(
         logits = _batch_norm(logits, gate.norm_weight, gate.norm_bias, state.gate_norm, moves_statistics)
     if plan.gate_spec.temperature != 1.0:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / plan.gate_spec.temperature
-    return mix.gate_softmax(plan, logits, is_traced=True)
+    return logits
 
 
 def _after_linear(

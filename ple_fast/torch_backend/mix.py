@@ -67,23 +67,33 @@ NARROW_ELEMENTS = 2048
 """Elements from which on five passes over all of them take less."""
 
 
+def dense_logits(plan: LevelPlan, logits: Tensor) -> Tensor:
+    """``(rows, G)`` to ``(rows, O_gated, E)`` in float32 (float64), minus infinity where a gate has no such expert."""
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    if not plan.is_dense:
+        padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
+        logits = padded.index_select(1, index_of(plan.dense_logit, logits.device))
+    return logits.view(logits.shape[0], len(plan.topology.gated_mixtures), plan.topology.num_experts)
+
+
+def chosen_logits(plan: LevelPlan, dense: Tensor, *, is_traced: bool = False) -> Tensor:
+    """Dense logits with minus infinity in the place of those that gates do not choose, where they choose."""
+    if plan.joint:
+        every = None if len(plan.joint) == dense.shape[2] else index_of(plan.joint, dense.device)
+        return keep_joint(dense, plan.top_k, plan.gate_spec.joint_k, every, is_traced=is_traced)
+    return keep_top_k(dense, plan.top_k, is_traced=is_traced)
+
+
 def gate_softmax(plan: LevelPlan, logits: Tensor, *, is_traced: bool = False) -> Tensor:
     """``(rows, O_gated, E)`` float32 (or float64) out of logits ``(rows, G)``; the temperature has been applied.
 
     ``is_traced``: by an operator that can be differentiated and exported.
     """
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
     experts = plan.topology.num_experts
-    if not plan.is_dense:
-        padded = torch.constant_pad_nd(logits, (0, 1), -torch.inf)
-        logits = padded.index_select(1, index_of(plan.dense_logit, logits.device))
-    dense = logits.view(logits.shape[0], len(plan.topology.gated_mixtures), experts)
-    if plan.joint:
-        every = None if len(plan.joint) == experts else index_of(plan.joint, logits.device)
-        dense = keep_joint(dense, plan.top_k, plan.gate_spec.joint_k, every, is_traced=is_traced)
-    elif plan.top_k:
-        dense = keep_top_k(dense, plan.top_k, is_traced=is_traced)
+    dense = dense_logits(plan, logits)
+    if plan.top_k:
+        dense = chosen_logits(plan, dense, is_traced=is_traced)
     if is_traced or experts >= NARROW or dense.numel() < NARROW_ELEMENTS or not dense.is_cpu:
         return torch.softmax(dense, dim=2)
     weights = (dense - dense.amax(2, keepdim=True)).exp_()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+CHOSEN: dict[str, Any] = {"marker": "D", "markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": "black"}
+
+
 @dataclass(frozen=True)
 class GateUse:
     """How one gate weighs its experts over a batch: mean and standard deviation of each weight (paper, figure 8)."""
@@ -29,6 +32,8 @@ class GateUse:
     std: tuple[float, ...]
     rows: int | None = None
     """Rows of the batch, where they are known: the picture then says how many."""
+    chosen: tuple[float, ...] | None = None
+    """Share of rows in which the expert has a weight other than 0, where gates choose (``top_k``); None: in all."""
 
 
 def gate_use(
@@ -60,6 +65,7 @@ def gate_use(
                     f"gates[{index}][{o}]: expected shape (B >= 1, {len(experts)}), got {tuple(weight.shape)}"
                 )
             values = weight.detach().to("cpu", torch.float64)
+            chosen = (values != 0).double().mean(0)
             uses.append(
                 GateUse(
                     level=level,
@@ -68,6 +74,7 @@ def gate_use(
                     mean=tuple(values.mean(0).tolist()),
                     std=tuple(values.std(0, correction=0).tolist()),
                     rows=len(values),
+                    chosen=tuple(chosen.tolist()) if bool((chosen < 1).any()) else None,
                 )
             )
     return uses
@@ -76,8 +83,8 @@ def gate_use(
 def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: str | Path | None = None) -> Figure:
     """Expert utilisation: one row per level, one panel per gate, mean weight as a bar, standard deviation as a line.
 
-    The dashed line is the weight that every expert has in a uniform gate. The legend says all this, and how many rows
-    the means are of.
+    The dashed line is the weight that every expert has in a uniform gate. Where gates choose, a diamond is the share of
+    rows in which an expert is chosen. The legend says all this, and how many rows the means are of.
 
     Raises:
         ValueError: ``uses`` is empty.
@@ -109,6 +116,8 @@ def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: st
             for place, height, name in zip(places, use.mean, use.experts, strict=True):
                 axes.bar(place, height, width=0.72, **styles[name])
             axes.errorbar(places, use.mean, use.std, fmt="none", ecolor="black", elinewidth=1.4)
+            if use.chosen is not None:
+                axes.plot(places, use.chosen, linestyle="none", **CHOSEN)
             axes.axhline(1 / len(use.mean), color="black", linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set_xticks(places, [str(1 + use.experts[:i].count(name)) for i, name in enumerate(use.experts)])
             axes.set_title(f"{use.gate} gate", fontsize=9)
@@ -122,6 +131,8 @@ def plot_gate_use(uses: Sequence[GateUse], *, title: str | None = None, path: st
     handles: list[Patch | Line2D] = [Patch(label=names[name], **styles[name]) for name in owners]
     handles.append(Line2D([], [], color="black", linewidth=1.4, label="mean ± standard deviation"))
     handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="uniform gate"))
+    if any(use.chosen is not None for use in uses):
+        handles.append(Line2D([], [], linestyle="none", label="share of rows that choose it", **CHOSEN))
     figure.legend(
         handles=handles,
         title=f"mean weight and standard deviation over {_rows(uses)}",
