@@ -50,6 +50,9 @@ class LevelPlan:
     """Entries of the dense ``(O, E)`` weights that are the constant 1."""
     offset_entry: tuple[int, ...] = field(init=False)
     """Entries of the dense ``(O, E)`` weights that a learned scalar is added to."""
+    is_stopped: tuple[bool, ...] = field(init=False)
+    """Of each entry of the dense ``(O, E)`` weights, whether the gradient stops before the expert; empty where none
+    does."""
     text: str = field(init=False)
     """The plan as JSON, for programs that outlive this process; ``from_text`` reads it."""
     has_norms: bool = field(init=False)
@@ -75,6 +78,7 @@ class LevelPlan:
         row = {o: i for i, o in enumerate(gated)}
         dense_logit = [t.num_logits] * (len(gated) * experts)
         logit_entry, weight_entry, static_entry, offset_entry = [], [], [], []
+        stopped = [False] * (t.num_mixtures * experts if t.mixture_stop is not None else 0)
         for o, mixed in enumerate(t.mixture_experts):
             for i, e in enumerate(mixed):
                 weight_entry.append(o * experts + e)
@@ -85,6 +89,8 @@ class LevelPlan:
                     static_entry.append(o * experts + e)
                 if t.mixture_offset[o][i]:
                     offset_entry.append(o * experts + e)
+                if t.mixture_stop is not None:
+                    stopped[o * experts + e] = t.mixture_stop[o][i]
         put("num_layers", sum(len(block.layers) for block in self.blocks) + len(self.gate.layers))
         put("dense_logit", tuple(dense_logit))
         put("is_absent", tuple(column == t.num_logits for column in dense_logit))
@@ -92,6 +98,7 @@ class LevelPlan:
         put("logit_entry", tuple(logit_entry))
         put("static_entry", tuple(static_entry))
         put("offset_entry", tuple(offset_entry))
+        put("is_stopped", tuple(stopped))
         put("text", self._to_text())
         most = max((len(t.mixture_experts[o]) for o in gated), default=0)
         top_k = self.gate_spec.top_k
@@ -115,9 +122,11 @@ class LevelPlan:
 
     def _to_text(self) -> str:
         t = self.topology
-        wiring = [
+        wiring: list[Any] = [
             t.expert_slot, t.mixture_slot, t.mixture_experts, t.mixture_kind, t.mixture_offset, t.num_slots
         ]  # fmt: skip
+        if t.mixture_stop is not None:  # a text without it is what it was before there was such a thing
+            wiring.append(t.mixture_stop)
         blocks = [[block.start, len(block.slots), block.layers] for block in self.blocks]
         return json.dumps([wiring, blocks, self.gate_spec.to_config(), LAYOUT], separators=(",", ":"))
 

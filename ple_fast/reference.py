@@ -217,8 +217,10 @@ class ExtractionNetworkReference(nn.Module):
         together = self._together(logits, slots[0].shape[0])
         gates = [self._weights(o, own, together, gate_slots[0]) for o, own in enumerate(logits)]
         mixtures = []
-        for weights, mixed in zip(gates, self.topology.mixture_experts, strict=True):
-            terms = [weights[:, i, None] * hidden[e] for i, e in enumerate(mixed)]
+        stops = self.topology.mixture_stop or [(False,) * len(mixed) for mixed in self.topology.mixture_experts]
+        for weights, mixed, stopped in zip(gates, self.topology.mixture_experts, stops, strict=True):
+            read = [hidden[e].detach() if stop else hidden[e] for e, stop in zip(mixed, stopped, strict=True)]
+            terms = [weights[:, i, None] * h for i, h in enumerate(read)]
             mixtures.append(torch.stack(terms).sum(0).to(hidden[0].dtype))
         y = torch.stack(mixtures, dim=1)
         return (y, gates) if return_gates else y

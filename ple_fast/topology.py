@@ -36,11 +36,16 @@ class Topology:
         mixture_offset: per mixture one bool per entry of ``mixture_experts``: True adds a learned scalar to that weight
             after the softmax (AdaTT's native-expert residual); default none.
         num_slots: number of input slots ``S``; default the highest slot used, plus one.
+        mixture_stop: per mixture one bool per entry of ``mixture_experts``: True stops the gradient of that mixture
+            before that expert (Su et al., AAAI 2024), as if its output were detached; that of the weight flows on to
+            the gate. None, the default: nothing is stopped.
 
     Raises:
-        TypeError: an argument is not a sequence, or an entry is not an int (``mixture_offset``: not a bool).
-        ValueError: an empty expert set, a mixture without experts, an expert that no mixture reads, experts not sorted
-            by slot (the message holds the permutation that sorts them), or an index out of range.
+        TypeError: an argument is not a sequence, or an entry is not an int (``mixture_offset``, ``mixture_stop``: not
+            a bool).
+        ValueError: an empty expert set, a mixture without experts, an expert that no mixture reads or that no gradient
+            could reach, experts not sorted by slot (the message holds the permutation that sorts them), or an index out
+            of range.
     """
 
     expert_slot: tuple[int, ...]
@@ -49,6 +54,7 @@ class Topology:
     mixture_kind: tuple[MixtureKind, ...] | None = None
     mixture_offset: tuple[tuple[bool, ...], ...] | None = None
     num_slots: int | None = None
+    mixture_stop: tuple[tuple[bool, ...], ...] | None = None
 
     # Derived (plain tuples, never part of equality).
     num_experts: int = field(init=False, repr=False, compare=False)
@@ -102,6 +108,7 @@ class Topology:
                 f"mixture_experts: experts {unread} are read by no mixture; remove them or add them to one"
             )
         self._check_kinds(n_mixtures)
+        self._check_stops()
         used = max(*self.expert_slot, *self.mixture_slot) + 1
         if self.num_slots is None:
             put("num_slots", used)
@@ -126,18 +133,39 @@ class Topology:
         if offsets is None:
             offsets = tuple((False,) * len(experts) for experts in self.mixture_experts)
         else:
-            rows = _tuple("mixture_offset", offsets, "tuples, one per mixture")
-            named = [_tuple(f"mixture_offset[{o}]", row, "bools") for o, row in enumerate(rows)]
-            offsets = tuple(tuple(map(own_scalar, row)) for row in named)
-            for o, row in enumerate(offsets):
-                if not all(isinstance(v, bool) for v in row):
-                    raise TypeError(f"mixture_offset[{o}]: expected bools (the scalars are learned), got {row}")
-            if tuple(map(len, offsets)) != tuple(map(len, self.mixture_experts)):
-                raise ValueError(
-                    "mixture_offset: expected one bool per entry of mixture_experts, lengths "
-                    f"{tuple(map(len, self.mixture_experts))}, got {tuple(map(len, offsets))}"
-                )
+            offsets = self._marks("mixture_offset", offsets, " (the scalars are learned)")
         object.__setattr__(self, "mixture_offset", offsets)
+
+    def _marks(self, name: str, marks: Any, why: str = "") -> tuple[tuple[bool, ...], ...]:
+        """One bool per entry of ``mixture_experts``."""
+        rows = _tuple(name, marks, "tuples, one per mixture")
+        named = [_tuple(f"{name}[{o}]", row, "bools") for o, row in enumerate(rows)]
+        found = tuple(tuple(map(own_scalar, row)) for row in named)
+        for o, row in enumerate(found):
+            if not all(isinstance(v, bool) for v in row):
+                raise TypeError(f"{name}[{o}]: expected bools{why}, got {row}")
+        if tuple(map(len, found)) != tuple(map(len, self.mixture_experts)):
+            raise ValueError(
+                f"{name}: expected one bool per entry of mixture_experts, lengths "
+                f"{tuple(map(len, self.mixture_experts))}, got {tuple(map(len, found))}"
+            )
+        return found
+
+    def _check_stops(self) -> None:
+        if self.mixture_stop is None:
+            return
+        stops = self._marks("mixture_stop", self.mixture_stop)
+        pairs = [
+            pair for row, own in zip(self.mixture_experts, stops, strict=True) for pair in zip(row, own, strict=True)
+        ]
+        closed = sorted({e for e, _ in pairs} - {e for e, is_stopped in pairs if not is_stopped})
+        if closed:
+            raise ValueError(
+                f"mixture_stop: the gradients of all mixtures stop before experts {closed}, which would never learn; "
+                "leave one entry of each False, or freeze their parameters (requires_grad_(False))"
+            )
+        # One form for nothing stopped, which plans, files and comparisons then agree on.
+        object.__setattr__(self, "mixture_stop", stops if any(map(any, stops)) else None)
 
     def _derive(self, put: Any) -> None:
         assert self.mixture_kind is not None and self.num_slots is not None

@@ -49,9 +49,24 @@ TOPOLOGIES: dict[str, Topology] = {
         mixture_kind=("static", "softmax"),
         mixture_offset=((True, False, True), (False, True)),
     ),
+    "stops": Topology(
+        (0, 0, 1, 2),
+        (0, 1, 2),
+        ((0, 1, 2, 3), (0, 1, 2, 3), (3, 0, 1, 2)),
+        mixture_stop=((False, False, True, False), (True, True, False, False), (False, False, True, True)),
+    ),
+    "ragged-stops": Topology(
+        (0, 0, 1, 1),
+        (0, 1, 0),
+        ((1, 0, 2), (3, 2), (0, 3)),
+        mixture_kind=("softmax", "softmax", "static"),
+        mixture_offset=((True, False, True), (False, True), (True, False)),
+        mixture_stop=((False, False, True), (False, False), (True, True)),
+    ),
     "unordered": Topology((0, 1, 1, 3), (3, 0, 2), ((3, 0, 1), (2, 1), (0, 2, 3, 1)), num_slots=5),
 }
-"""Every kind of wiring: families of models, uneven counts, unread slots, columns out of order, static, offsets."""
+"""Every kind of wiring: families of models, uneven counts, unread slots, columns out of order, static, with offsets or
+stops."""
 
 EXPERTS: dict[str, MLPSpec] = {
     "1-layer": MLPSpec((4,)),

@@ -173,7 +173,7 @@ def linears(
 def mixtures_of(t: Topology) -> Mixtures:
     """The kernels' tables of a topology."""
     assert t.mixture_offset is not None
-    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset)
+    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop)
 
 
 def num_offsets(t: Topology) -> int:
@@ -197,16 +197,17 @@ def mix(t: Topology, p: Tensor, offset: Tensor | None, h: Tensor) -> Tensor:
     assert t.mixture_offset is not None
     column = scalar = 0
     ys = []
-    for mixed, marked in zip(t.mixture_experts, t.mixture_offset, strict=True):
+    for o, (mixed, marked) in enumerate(zip(t.mixture_experts, t.mixture_offset, strict=True)):
         y: Tensor | float = 0.0
-        for e, is_marked in zip(mixed, marked, strict=True):
+        for i, (e, is_marked) in enumerate(zip(mixed, marked, strict=True)):
             weight = p[:, column]
             if is_marked:
                 assert offset is not None
                 weight = weight + offset[scalar].to(p.dtype)
                 scalar += 1
             column += 1
-            y = y + weight[:, None] * h[:, e].to(p.dtype)
+            stops = t.mixture_stop is not None and t.mixture_stop[o][i]
+            y = y + weight[:, None] * (h[:, e].detach() if stops else h[:, e]).to(p.dtype)
         assert isinstance(y, Tensor)
         ys.append(y)
     return torch.stack(ys, 1).to(h.dtype)

@@ -98,14 +98,16 @@ def _gate_combine_bwd_kernel(
     TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
+    ENTRY_STOP: tl.constexpr,
     PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     H_NAME: tl.constexpr, H_VALUE: tl.constexpr, H_LAYER: tl.constexpr, H_KEEPS: tl.constexpr, H_SCALE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_LISTED: tl.constexpr, SAVE_DH: tl.constexpr,
     SAVE_DP: tl.constexpr, SAVE_DL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]``, ``DP_oe = <DY[:, o], H[:, e]>``, and the softmax's
-    backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with ``dP = DP + DListed``.
+    """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]`` over entries that do not stop, ``DP_oe =
+    <DY[:, o], H[:, e]>``, and the softmax's backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with
+    ``dP = DP + DListed``.
 
     DY ``(B, O, UNITS)``, H, Kept, DH ``(B, E, UNITS)``, Mean, Spread, NormW, NormBias ``(E, UNITS)``, Seed, KeptSeed:
     one int64 each, Offset: the tables' scalars, P, DListed, DP ``(B, WEIGHTS)``, DL ``(B, LOGITS)``.
@@ -142,7 +144,7 @@ def _gate_combine_bwd_kernel(
                     else:
                         p_dy = DY + o_m[:, None] * (len(SIZES) * UNITS) + (ENTRY_MIXTURE[i] * UNITS + o_n)[None, :]
                         dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
-                    if SAVE_DH:
+                    if SAVE_DH and not ENTRY_STOP[i]:
                         weight = tl.load(P + o_m * WEIGHTS + ENTRY_WEIGHT[i], mask=m_m, other=0.0)
                         if ENTRY_OFFSET[i] >= 0:
                             weight += tl.load(Offset + ENTRY_OFFSET[i]).to(wide)
@@ -210,7 +212,7 @@ def _backward(
         KEPT_ROW=kept_row, TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first,
         LOGIT_FIRST=mixtures.logit_first, SIZES=mixtures.sizes, WIDTH=_width(mixtures),
         EXPERT_FIRST=mixtures.expert_first, ENTRY_MIXTURE=mixtures.entry_mixture,
-        ENTRY_WEIGHT=mixtures.entry_weight, ENTRY_OFFSET=mixtures.entry_offset,
+        ENTRY_WEIGHT=mixtures.entry_weight, ENTRY_OFFSET=mixtures.entry_offset, ENTRY_STOP=mixtures.entry_stop,
         PLACE=end.PLACE, EPS=end.EPS, AFFINE=end.AFFINE, IS_VARIANCE=end.IS_VARIANCE,
         H_NAME=end.NAME, H_VALUE=end.VALUE, H_LAYER=end.LAYER, H_KEEPS=end.KEEPS, H_SCALE=end.SCALE,
         NAME=activation[0], VALUE=activation[1], **dropout._asdict(), HAS_DY=has_dy, HAS_LISTED=has_listed,

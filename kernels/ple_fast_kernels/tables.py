@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Mixtures(_Table):
     entry_logit: tuple[int, ...]
     """the column of the logits (-1: static),"""
     entry_offset: tuple[int, ...]
-    """and the learned scalar that is added (-1: none)."""
+    """the learned scalar that is added (-1: none),"""
+    entry_stop: tuple[bool, ...]
+    """and whether the mixture's gradient does not reach the expert."""
     __hash__ = _Table.__hash__
 
     @classmethod
@@ -82,16 +86,22 @@ class Mixtures(_Table):
         mixture_experts: tuple[tuple[int, ...], ...],
         logit_first: tuple[int, ...],
         offsets: tuple[tuple[bool, ...], ...],
+        stops: tuple[tuple[bool, ...], ...] | None = None,
     ) -> Mixtures:
-        """Tables of mixtures ``o`` that weigh ``mixture_experts[o]`` in order; ``offsets`` marks learned scalars."""
-        rows: list[list[tuple[int, int, int, int]]] = [[] for _ in range(experts)]
+        """Tables of mixtures ``o`` that weigh ``mixture_experts[o]`` in order.
+
+        ``offsets`` marks learned scalars, ``stops`` entries whose gradient does not reach the expert.
+        """
+        rows: list[list[tuple[int, int, int, int, bool]]] = [[] for _ in range(experts)]
         column = scalar = 0
         first = []
         for o, mixed in enumerate(mixture_experts):
             first.append(column)
             for i, e in enumerate(mixed):
                 marked = offsets[o][i]
-                rows[e].append((o, column, logit_first[o] + i if logit_first[o] >= 0 else -1, scalar if marked else -1))
+                logit = logit_first[o] + i if logit_first[o] >= 0 else -1
+                stop = stops is not None and stops[o][i]
+                rows[e].append((o, column, logit, scalar if marked else -1, stop))
                 column += 1
                 scalar += marked
         entries = [entry for row in rows for entry in row]
@@ -100,7 +110,7 @@ class Mixtures(_Table):
             starts.append(starts[-1] + len(row))
         sizes = tuple(map(len, mixture_experts))
         logits = sum(n for n, at in zip(sizes, logit_first, strict=True) if at >= 0)
-        columns = (tuple(values) for values in zip(*entries, strict=True))
+        columns: Iterator[tuple[Any, ...]] = (tuple(values) for values in zip(*entries, strict=True))
         return cls(experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns)
 
     def dense(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

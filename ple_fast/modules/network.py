@@ -321,7 +321,8 @@ class ExtractionNetwork(CheckedModule, LevelParts):
         Weights and buffers are copies, bit for bit, with dtype, device, ``requires_grad`` and mode carried over; the
         gradients are not. A gate ends in its logits, in the order of ``topology.mixture_experts``; where the topology
         marks offsets it ends in the weights (softmax, then ``WeightOffset``). A static mixture has None, or its
-        ``WeightOffset``, which adds to weights of 1. ``pack`` is the way back.
+        ``WeightOffset``, which adds to weights of 1. Where the topology stops gradients, who adds up the experts has to
+        detach them. ``pack`` is the way back.
 
         Raises:
             TypeError: somebody put another batch norm in the place of ours.

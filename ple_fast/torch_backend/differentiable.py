@@ -51,6 +51,9 @@ def _mix(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     # A sum fuses with what stands around it. A product of small matrices does not, and the template that
     # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
     fuses = torch.compiler.is_compiling() and not is_exporting()
+    if plan.is_stopped and (h.requires_grad or not is_exporting()):  # a transform's gradients may not show on a tensor
+        both = torch.cat((h, h.detach()), dim=1).to(weights.dtype)
+        return mix.sum_weighted(mix.stopped_sums(plan), weights, both, multiplies=not fuses).to(h.dtype)
     if not plan.weighs_all:
         wide = h.to(weights.dtype)
         return mix.sum_weighted(mix.mixture_sums(plan), weights, wide, multiplies=not fuses).to(h.dtype)

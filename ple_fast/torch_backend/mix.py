@@ -188,11 +188,21 @@ def mixture_sums(plan: LevelPlan) -> Sums:
 
 
 @lru_cache(maxsize=1024)
-def _expert_sums(plan: LevelPlan) -> Sums:
-    """Of experts, over the mixtures that weigh each."""
+def stopped_sums(plan: LevelPlan) -> Sums:
+    """``mixture_sums`` of the experts' outputs and then the same ones detached, which stopped entries take."""
     experts = plan.topology.num_experts
-    mixed = plan.topology.mixture_experts
-    return _grouped_sums([[(o, o * experts + e) for o, row in enumerate(mixed) if e in row] for e in range(experts)])
+    rows = enumerate(plan.topology.mixture_experts)
+    entries = [[(e, o * experts + e) for e in row] for o, row in rows]
+    return _grouped_sums([[(e + experts * plan.is_stopped[at], at) for e, at in row] for row in entries])
+
+
+@lru_cache(maxsize=1024)
+def _expert_sums(plan: LevelPlan) -> Sums:
+    """Of experts, over the mixtures that weigh each and whose gradient reaches it."""
+    experts = plan.topology.num_experts
+    mixed, stopped = plan.topology.mixture_experts, plan.is_stopped
+    sums = [[(o, o * experts + e) for o, row in enumerate(mixed) if e in row] for e in range(experts)]
+    return _grouped_sums([[(o, at) for o, at in terms if not (stopped and stopped[at])] for terms in sums])
 
 
 def sum_weighted(sums: Sums, weights: Tensor, sources: Tensor, *, multiplies: bool = True) -> Tensor:
@@ -219,11 +229,13 @@ def mix(
 ) -> Tensor:
     """``weights @ sources``, or with the weights transposed, of what is weighed alone; all of one dtype.
 
-    ``out``: contiguous memory that the result may be in, or None.
+    Backward the weights of entries that are stopped are 0. ``out``: contiguous memory that the result may be in, or
+    None.
     """
-    if plan.weighs_all or weights.is_cpu:
+    takes_all = plan.weighs_all and not (backward and plan.is_stopped)
+    if takes_all or weights.is_cpu:
         dense = torch.bmm(weights.transpose(1, 2) if backward else weights, sources, out=out)
-        if plan.weighs_all or looks_finite(dense):
+        if takes_all or looks_finite(dense):
             return dense
     return sum_weighted(_expert_sums(plan) if backward else mixture_sums(plan), weights, sources)
 
@@ -257,6 +269,9 @@ def combine(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = No
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
+    if plan.is_stopped:
+        stopped = index_of(plan.is_stopped, weights.device, torch.bool)
+        weights = weights.masked_fill(stopped.view(weights.shape[1:]), 0.0)
     if dy.dtype != weights.dtype:
         shape = (weights.shape[0], weights.shape[2], dy.shape[2])
         return _widened(plan, weights, dy, torch.empty(shape, dtype=dy.dtype, device=dy.device), backward=True)

@@ -76,7 +76,7 @@ def mixtures_of(plan: LevelPlan) -> Mixtures:
     """Which experts every mixture weighs."""
     t = plan.topology
     assert t.mixture_offset is not None
-    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset)
+    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop)
 
 
 @lru_cache(maxsize=4096)
