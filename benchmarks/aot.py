@@ -38,10 +38,26 @@ FIGURES = (
 )  # fmt: skip
 
 
+class _Scaled(torch.nn.Module):
+    """Slots of an input that all of them read, and of one for each, scaled."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from ple_fast.functional import scaled
+
+        y = scaled(x, x.unsqueeze(1).repeat(1, self.slots, 1))
+        return scaled(y, y)
+
+
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
     """The trunk; with a norm of the logits its levels, one by one."""
     from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 
+    if config.scaled_slots:
+        return _Scaled(config.scaled_slots)
     if config.logits_norm is None and not config.gate_units:
         return PLE(
             config.in_features,

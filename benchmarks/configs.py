@@ -48,6 +48,8 @@ class TrunkConfig:
     logits_norm: Literal["batch"] | None = None
     gate_top_k: int | None = None
     gate_joint_k: int = 0
+    scaled_slots: int = 0
+    """In the place of the trunk its input scaled for so many slots: for the compiler."""
     autocast: str = ""
     """The dtype of the region of autocast that it is called in, with float32 parameters; empty: none."""
 
@@ -121,6 +123,8 @@ SIZES: dict[str, TrunkConfig] = {
         # Gates that choose two of eight experts.
         TrunkConfig("top_k", 16384, 512, 3, units=(128,), gate_top_k=2, num_levels=1),
         TrunkConfig("joint_k", 16384, 512, 3, units=(128,), gate_top_k=2, gate_joint_k=1, num_levels=1),
+        # Slots scaled element by element: of an input that all of them read, and of one for each.
+        TrunkConfig("scale", 16384, 512, 3, scaled_slots=8),
         # Activations whose formulas take registers; dice has statistics and parameters of its own.
         *(TrunkConfig(name, 16384, 512, 3, activation=name, num_levels=1) for name in ("silu", "gelu", "tanh", "dice")),
     )
@@ -150,7 +154,8 @@ def suite_config(name: str) -> TrunkConfig:
 
 AOT_SIZES: tuple[str, ...] = (
     "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
-    "batch_norm", "batch_norm_small", "layer_norm", "dropout", "top_k", "joint_k", "silu", "gelu", "tanh", "dice",
+    "batch_norm", "batch_norm_small", "layer_norm", "dropout", "top_k", "joint_k", "scale",
+    "silu", "gelu", "tanh", "dice",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
@@ -167,6 +172,7 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "dropout": ("bfloat16", "float32/tf32"),
     "top_k": ("bfloat16", "float64"),
     "joint_k": ("bfloat16", "float64"),
+    "scale": ("bfloat16", "float32/ieee", "float64"),
     "silu": ("bfloat16", "float32/tf32"),
     "gelu": ("bfloat16", "float32/tf32"),
     "tanh": ("bfloat16",),
@@ -185,6 +191,7 @@ AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "dropout": ("bfloat16",),
     "top_k": ("bfloat16",),
     "joint_k": ("bfloat16",),
+    "scale": ("bfloat16",),
     "silu": ("bfloat16",),
 }
 """For other architectures: every kernel, in fewer sizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,35 @@ def check_input(
                 f"beside {shape_of(x[0])}"
             )
         check_slot_tensor(f"{name}[{s}]", tensor, features, like, autocast)
+
+
+def check_scaled(x: object, scale: object, factor: float) -> None:
+    """The operands of ``functional.scaled``.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    for name, tensor in (("x", x), ("scale", scale)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"{name}: expected a dense floating tensor, got {tensor.dtype} of layout {tensor.layout}; convert it"
+            )
+    assert isinstance(x, Tensor) and isinstance(scale, Tensor)
+    if not math.isfinite(factor):
+        raise ValueError(f"factor: expected a finite number, got {factor}")
+    if x.device != scale.device:
+        raise ValueError(f"scale: expected device {x.device} like x, got {scale.device}; move one of them")
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace, to whom shapes are values
+        return
+    both, last = x.dim() == scale.dim() == 3, x.dim() in (2, 3) and scale.dim() in (2, 3)
+    fits = last and x.shape[0] == scale.shape[0] and x.shape[-1] == scale.shape[-1]
+    if not fits or (both and x.shape[1] != scale.shape[1]):
+        raise ValueError(
+            "scale: expected x and scale of shape (B, S, D), or one of them (B, D) for all slots, got "
+            f"{shape_of(x)} and {shape_of(scale)}"
+        )
 
 
 def check_more_than_one(batch: int, features: int) -> None:

@@ -14,16 +14,19 @@ from .autocast import autocast_dtype, cast_once
 from .autograd import ExtractionLevelFunction, run_differentiable, run_without_grad
 from .backend import Choice, note, resolve
 from .call import LevelCall
-from .checks import check_input, shape_of
+from .checks import check_input, check_scaled, shape_of
 from .ops import run_op
 from .plan import LevelPlan
 from .routes import Asked, must_see_operators, route_of
+from .scalars import check_number
+from .slot_scale import SlotScaleFunction
 from .slots import Place, Slots, first_of
 from .state import NO_STATE, LevelState
 from .tensors import GateTensors, LayerTensors, check_shapes, flatten
 from .torch_backend import differentiable
 from .torch_backend.few_rows import few_rows_forward
 from .torch_backend.mix import combine_dense
+from .torch_backend.scale import scaled as scaled_by_operators
 
 Input = Tensor | Sequence[Tensor]
 
@@ -314,3 +317,44 @@ def gate_combine(h: Tensor, weights: Tensor) -> Tensor:
         )
     with torch.autocast(h.device.type, enabled=False):  # it would round the weights
         return combine_dense(weights, h)
+
+
+def scaled(x: Tensor, scale: Tensor, *, factor: float = 2.0, backend: str | None = None) -> Tensor:
+    """Slots scaled element by element, ``y_j = factor x_j s_j``: with a sigmoid as scale, the gate NU of PEPNet.
+
+    Computed in float32 (float64), the sum over slots of the gradient of what all of them read included, and rounded
+    once. As PyTorch's own product, a 0 beside an infinity or a NaN is NaN.
+
+    Args:
+        x: ``(B, S, D)``, or ``(B, D)``, which every slot reads.
+        scale: ``(B, S, D)``, or ``(B, D)`` for every slot.
+        factor: a finite number.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"`` for this call; default as set by ``use_backend``.
+
+    Returns:
+        ``(B, S, D)``, or ``(B, D)`` for two ``(B, D)``; of the dtype that PyTorch promotes both to.
+
+    Raises:
+        TypeError: other than dense floating tensors, or a factor that is no number.
+        ValueError: the shapes or devices do not fit, or the factor is not finite.
+    """
+    factor = check_number("factor", factor)
+    check_scaled(x, scale, factor)
+    choice = resolve(x.device, backend)
+    if choice.name == "triton" and (
+        must_see_operators(x) or must_see_operators(scale) or x.numel() == 0 or scale.numel() == 0
+    ):
+        # A compiler fuses the operators with what stands around them.
+        choice = Choice("torch", "PyTorch's own operators: traced, transformed or empty")
+    note(choice)
+    if choice.name == "torch":
+        return scaled_by_operators(x, scale, factor)
+    if x.dim() == scale.dim() == 2:
+        x, scale = x.unsqueeze(1), scale.unsqueeze(1)
+        return _scaled_in_kernels(x, scale, factor).squeeze(1)
+    return _scaled_in_kernels(x, scale, factor)
+
+
+def _scaled_in_kernels(x: Tensor, scale: Tensor, factor: float) -> Tensor:
+    y: Tensor = SlotScaleFunction.apply(x, scale, factor)  # type: ignore[no-untyped-call]  # untyped in torch
+    return y

@@ -33,7 +33,7 @@ LAYERS = (
     ("saved",),
     ("torch_backend",),
     ("triton_backend",),
-    ("autograd", "routes"),
+    ("autograd", "routes", "slot_scale"),
     ("ops",),
     ("functional",),
     ("modules", "losses", "synthetic", "viz"),

@@ -21,6 +21,7 @@ from .input_grad import grouped_input_grad
 from .layer_end import NO_END, LayerEnd, layer_end_fwd, layer_end_grad
 from .layer_norm import layer_norm_grad
 from .library import library_input_grad, library_linear_fwd, library_weight_grad, weight_grad_by_width
+from .scale import scale_bwd, scale_fwd
 from .tables import MAX_RUN, NO_GATES, GateRuns, Mixtures, Readers
 from .top_k import keep_joint, keep_top_k
 from .weight_grad import WeightGrad, WeightGradResult, grouped_weight_grads
@@ -73,6 +74,8 @@ __all__ = [
     "recording",
     "reload_tables",
     "replayed",
+    "scale_bwd",
+    "scale_fwd",
     "set_table",
     "weight_grad_by_width",
     "wide_of",
