@@ -16,14 +16,16 @@ FORMS = ("shared x", "x per slot", "shared scale", "one slot", "neither has slot
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def operands(form: str, rows: int, slots: int, units: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def operands(
+    form: str, rows: int, slots: int, units: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """``x`` and ``scale``."""
     generator = torch.Generator().manual_seed(rows + slots + units)
     slots = 1 if form == "one slot" else slots
     x_shape = (rows, units) if form in ("shared x", "neither has slots") else (rows, slots, units)
     s_shape = (rows, units) if form in ("shared scale", "neither has slots") else (rows, slots, units)
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (x_shape, s_shape)]
-    return [t.to(device=device, dtype=dtype).requires_grad_() for t in made]
+    x, scale = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (x_shape, s_shape))
+    return x.to(device, dtype).requires_grad_(), scale.to(device, dtype).requires_grad_()
 
 
 def truth(x: Tensor, scale: Tensor, factor: float) -> Tensor:
@@ -61,7 +63,7 @@ def test_results_and_gradients_are_rounded_once(
     rows: int, slots: int, units: int, form: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     x, scale = operands(form, rows, slots, units, dtype, device)
-    wide = [t.detach().cpu().double().requires_grad_() for t in (x, scale)]
+    wide = x.detach().cpu().double().requires_grad_(), scale.detach().cpu().double().requires_grad_()
     y, expected = scaled(x, scale, factor=0.7), truth(*wide, 0.7)
     chosen = last_backend()
     assert chosen is not None and chosen.name == (backend if rows else "torch")
@@ -86,8 +88,8 @@ def test_any_layout_is_read(layout: str, backend: str, device: torch.device) -> 
     }[layout]()
     scale = torch.rand(6, 4, x.shape[2], generator=generator, dtype=torch.float64).to(device)
     for first, second in ((x, scale), (scale, x)):
-        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (first, second)]
-        views = [first.detach().requires_grad_(), second.detach().requires_grad_()]
+        leaves = first.clone().requires_grad_(), second.clone().requires_grad_()
+        views = first.detach().requires_grad_(), second.detach().requires_grad_()
         y = scaled(*views)
         torch.testing.assert_close(y, truth(*leaves, 2.0), rtol=1e-15, atol=0)
         dy = torch.randn(4, 6, x.shape[2], generator=generator, dtype=torch.float64).to(device).transpose(0, 1)
