@@ -352,3 +352,19 @@ EMBEDDING_ROWS: tuple[int, ...] = (20_000, 200_000, 2_000_000)
 EMBEDDING_BATCH = 1024
 EMBEDDING_GROWTH = 1.3
 """Of a step with sparse gradients, from the least of ``EMBEDDING_ROWS`` to the most, at most."""
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """A level whose gates choose: what skipping experts is measured on."""
+
+    batch: int
+    in_features: int
+    num_tasks: int
+    units: tuple[int, ...]
+    top_k: int
+    joint_k: int
+
+
+ROUTING = RoutingConfig(batch=4096, in_features=512, num_tasks=4, units=(256, 128), top_k=2, joint_k=1)
+ROUTING_EXPERTS: tuple[int, ...] = (8, 32, 128)

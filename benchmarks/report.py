@@ -313,6 +313,25 @@ def embeddings_table(content: Result) -> str:
     return table(["ids", "how many", *heads], rows)
 
 
+def routing_table(content: Result) -> str:
+    """A row per mode and number of experts: milliseconds of both, and what skipping would bring."""
+    rows = []
+    for entry in content["results"]:
+        times = [number(entry["contestants"][name]["median_ms"]) for name in ("dense", "routed")]
+        counts = [MODE_NAMES[entry["mode"]], str(entry["experts"]), f"{entry['read_per_row']:.1f}"]
+        rows.append([*counts, *times, f"{entry['dense_over_routed']:.2f} x"])
+    heads = ["", "experts", "read per row", "all computed, ms", "routed, ms", "gain of routing"]
+    return table(heads, rows)
+
+
+def _routing_notes(content: Result) -> str:
+    own = content["results"][0]
+    return (
+        f" {own['batch']:,} rows of {own['in_features']} features, experts of {' and '.join(map(str, own['units']))} "
+        f"units, {own['tasks']} tasks, `top_k={own['top_k']}`, `joint_k={own['joint_k']}`, weights as they are drawn."
+    )
+
+
 def suite_table(content: Result) -> str:
     """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
     cases: dict[tuple[str, str], dict[str, Result]] = {}
@@ -361,6 +380,9 @@ BLOCKS: dict[str, Block] = {
         ROOT / "docs" / "benchmarks.md", host_time_table, "a part is the median", threads=lambda content: "1 thread"
     ),
     "embeddings": Block(ROOT / "docs" / "model.md", embeddings_table, "growth is the median"),
+    "routing": Block(
+        ROOT / "docs" / "sparse_gates.md", routing_table, "the gain is the median", notes=_routing_notes
+    ),
 }  # fmt: skip
 
 
@@ -386,6 +408,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], str]]] = {
     "whole_model": ("Whole models", lambda machine, files: block("whole_model", machine, files["whole_model"])),
     "scaling": ("DistributedDataParallel", lambda machine, files: block("scaling", machine, files["scaling"])),
     "embeddings": ("Embeddings", lambda machine, files: block("embeddings", machine, files["embeddings"])),
+    "routing": ("Skipping experts", lambda machine, files: block("routing", machine, files["routing"])),
     "host_time": ("Host time of the kernels", lambda machine, files: block("host_time", machine, files["host_time"])),
     "serving": ("Serving", lambda machine, files: serving_block(machine, files["serving"])),
     "gpu": ("Targets", lambda machine, files: gpu_block(files["gpu"])),
