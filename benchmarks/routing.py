@@ -55,6 +55,14 @@ def weights_of(level: ExtractionNetwork, x: Tensor) -> Tensor:
     return torch.softmax(keep_joint(logits, top_k, level.gate_spec.joint_k, None), dim=2)
 
 
+@torch.no_grad()
+def without_ties(level: ExtractionNetwork, x: Tensor) -> Tensor:
+    """``x``, with its first row where rounding decides which expert a gate chooses, and the two would differ."""
+    listed = torch.stack(level(x, return_gates=True)[1], 1)
+    differ = ((listed > 0) != (weights_of(level, x) > 0)).flatten(1).any(1)
+    return torch.where(differ.unsqueeze(1), x[:1], x)
+
+
 def routed(level: ExtractionNetwork, x: Tensor) -> Tensor:
     """What the level computes, ``(B, T, H)``, from the experts alone that a row reads."""
     weights = weights_of(level, x)
@@ -78,7 +86,7 @@ def steps_of(config: RoutingConfig, experts: int) -> tuple[dict[str, Callable[[]
     """
     level = make_level(config, experts)
     generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(config.batch, config.in_features, generator=generator)
+    x = without_ties(level, torch.randn(config.batch, config.in_features, generator=generator))
     dy = torch.randn(config.batch, config.num_tasks, config.units[-1], generator=generator)
     forward: dict[str, Callable[[Tensor], Tensor]] = {"dense": level, "routed": lambda own: routed(level, own)}
     parameters = list(level.parameters())
