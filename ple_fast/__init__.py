@@ -6,6 +6,7 @@ from .explain import LevelReport, explain
 from .modules import (
     CGC,
     PLE,
+    STEM,
     AdaTT,
     AsymmetricSharing,
     CrossStitch,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CGC",
     "PLE",
+    "STEM",
     "AdaTT",
     "AsymmetricSharing",
     "CrossStitch",

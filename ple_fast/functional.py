@@ -51,6 +51,22 @@ def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]
     return tuple(tensors), tuple(places)
 
 
+def _with_shared(x: Input, slots: int, is_read: bool) -> Input:
+    """Each slot of ``x`` plus the last one, which stays as it is, or is anything where no gate reads it (``is_read``).
+
+    No tensor of ``x`` itself: compilers take none twice.
+    """
+    if slots == 1:
+        return x
+    if not isinstance(x, Tensor):
+        sums = {id(slot): slot + x[-1] for slot in x[:-1]}  # one tensor may be several slots
+        own = [sums[id(slot)] for slot in x[:-1]]
+        return [*own, x[-1].view_as(x[-1]) if is_read else own[-1]]
+    if x.dim() == 2:
+        return [x + x] * (slots - 1) + [x.view_as(x)] if is_read else x + x
+    return torch.cat((x[:, :-1] + x[:, -1:], x[:, -1:]), dim=1) if is_read else x + x[:, -1:]
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -179,6 +195,8 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
+    if plan.gate_spec.input == "with_shared" and gate_input is None and plan.gate.slots:
+        gate_input = _with_shared(x, slots, slots - 1 in plan.gate.slots)
     is_traced = must_see_operators(weight)
     choice = resolve(weight.device, backend)
     is_special = gate_input is not None or return_gates

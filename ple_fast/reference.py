@@ -212,6 +212,8 @@ class ExtractionNetworkReference(nn.Module):
         assert num_slots is not None
         slots = _slots(x, num_slots)
         gate_slots = slots if gate_input is None else _slots(gate_input, num_slots)
+        if gate_input is None and self.gate_spec.input == "with_shared":
+            gate_slots = [slot + slots[-1] for slot in slots[:-1]] + slots[-1:]
         hidden = [expert(slots[s]) for expert, s in zip(self.experts, self.topology.expert_slot, strict=True)]
         logits = [self._logits(o, gate_slots[slot]) for o, slot in enumerate(self.topology.mixture_slot)]
         together = self._together(logits, slots[0].shape[0])

@@ -234,7 +234,9 @@ class GateSpec:
         bias: of the final linear layer (hidden layers always have one).
         logits_norm: None or ``"batch"``: batch norm on the logits.
         temperature: the logits are divided by it before the softmax; positive and finite.
-        input: ``"previous"`` (the level's slots, as in the paper) or ``"raw"`` (the model's input: ``gate_input``).
+        input: ``"previous"`` (the level's slots, as in the paper), ``"with_shared"`` (each slot plus the last, shared
+            one, which stays as it is: STEM-Net) or ``"raw"`` (the model's input). ``gate_input`` of a call replaces
+            it.
         top_k: the softmax is over this many of a mixture's experts, those of the row's largest logits (of equal ones
             the first), and the others weigh 0 (Shazeer et al., ICLR 2017, eq. 3-5, without noise). Gradients reach the
             chosen ones alone. None, and a mixture of no more experts: over all of them.
@@ -254,7 +256,7 @@ class GateSpec:
     bias: bool = True
     logits_norm: Literal["batch"] | None = None
     temperature: float = 1.0
-    input: Literal["previous", "raw"] = "previous"
+    input: Literal["previous", "with_shared", "raw"] = "previous"
     top_k: int | None = None
     joint_k: int = 0
 
@@ -270,7 +272,7 @@ class GateSpec:
         put("dropout", tuple(_check_dropout("gate dropout", p) for p in _per_layer("gate dropout", self.dropout, n)))
         put("bias", check_flag("gate bias", self.bias))
         put("logits_norm", _check_choice("logits_norm", self.logits_norm, (None, "batch")))
-        put("input", _check_choice("gate input", self.input, ("previous", "raw")))
+        put("input", _check_choice("gate input", self.input, ("previous", "with_shared", "raw")))
         temperature = check_number("temperature", self.temperature)
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(

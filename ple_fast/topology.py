@@ -264,6 +264,26 @@ class Topology:
         )
 
     @classmethod
+    def stem(cls, num_tasks: int, task_experts: int | Sequence[int], shared_experts: int, *, last: bool) -> Topology:
+        """One level of STEM-Net (Su et al., AAAI 2024), as its authors' code has it.
+
+        Experts and slots are those of ``Topology.ple``, with at least one shared expert. Every mixture weighs all
+        experts, in their order: one mixture per task, whose gradient stops before the experts of other tasks, and the
+        shared one, absent when ``last``, whose gradient reaches all. Gates read a task's slot plus the shared one:
+        ``GateSpec(input="with_shared")``.
+        """
+        slots, own, shared = _groups(num_tasks, task_experts, check_count("shared_experts", shared_experts))
+        stops = [tuple(e not in experts and e not in shared for e in range(len(slots))) for experts in own]
+        stops += [] if last else [(False,) * len(slots)]
+        return cls(
+            slots,
+            tuple(range(len(stops))),
+            (tuple(range(len(slots))),) * len(stops),
+            num_slots=num_tasks + 1,
+            mixture_stop=tuple(stops),
+        )
+
+    @classmethod
     def cross_stitch(cls, num_tasks: int) -> Topology:
         """One level of a cross-stitch network (Misra et al., CVPR 2016, eq. 1): one expert and one slot per task.
 

@@ -162,7 +162,19 @@ def draw_topology(dice: random.Random, slots: int | None = None, at_least: int =
         mixed[dice.randrange(len(mixed))].append(expert)
     kinds: Any = tuple(dice.choice(("softmax", "softmax", "static")) for _ in mixed) if dice.random() < 0.4 else None
     offsets = tuple(tuple(dice.random() < 0.5 for _ in row) for row in mixed) if dice.random() < 0.3 else None
-    return Topology(tuple(expert_slot), mixture_slot, tuple(map(tuple, mixed)), kinds, offsets, num_slots=slots)
+    stops = None
+    if dice.random() < 0.3:  # each expert is open to the first mixture that weighs it
+        first = {e: next(o for o, row in enumerate(mixed) if e in row) for e in range(count)}
+        stops = tuple(tuple(dice.random() < 0.5 and first[e] != o for e in row) for o, row in enumerate(mixed))
+    return Topology(
+        tuple(expert_slot),
+        mixture_slot,
+        tuple(map(tuple, mixed)),
+        kinds,
+        offsets,
+        num_slots=slots,
+        mixture_stop=stops,
+    )
 
 
 def _activation(dice: random.Random) -> Activation | str:
@@ -201,7 +213,7 @@ def draw_expert(dice: random.Random, out_features: int) -> MLPSpec:
 def draw_gate(dice: random.Random, reads: str | None = None) -> GateSpec:
     """Any gate of up to 2 hidden layers, half of them without one."""
     n = dice.choice((0, 0, 1, 2))
-    source: Any = dice.choice(("previous", "raw")) if reads is None else reads
+    source: Any = dice.choice(("previous", "with_shared", "raw")) if reads is None else reads
     return GateSpec(
         tuple(dice.randint(1, 5) for _ in range(n)),
         activation=_per_layer(dice, n, lambda: _activation(dice)),
@@ -237,15 +249,15 @@ def _trunk(dice: random.Random) -> tuple[int, tuple[str, dict[str, Any]]]:
         "dropout": _rate(dice),
         "recompute": dice.random() < 0.25,
     }
-    if name in ("ple", "ml_mmoe", "adatt", "cross_stitch"):
+    if name in ("ple", "ml_mmoe", "adatt", "stem", "cross_stitch"):
         options["num_levels"] = dice.randint(1, 3)
-    if name in ("ple", "cgc", "adatt"):
+    if name in ("ple", "cgc", "adatt", "stem"):
         options |= {"task_experts": dice.randint(1, 3), "shared_experts": dice.randint(0 if name == "adatt" else 1, 2)}
     if name in ("ple", "cgc"):
         options["last_shared"] = dice.random() < 0.3
     if name in ("mmoe", "ml_mmoe"):
         options["experts"] = dice.randint(1, 4)
-    if name in ("ple", "cgc", "mmoe", "ml_mmoe", "adatt"):
+    if name in ("ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem"):
         options |= {"gate_units": (dice.randint(1, 5),) * dice.randint(0, 1), "gate_bias": dice.random() < 0.7}
     if name == "asymmetric_sharing":
         options["sources"] = [(k, *(t for t in range(tasks) if t != k and dice.random() < 0.5)) for k in range(tasks)]

@@ -42,6 +42,7 @@ TOPOLOGIES: dict[str, Topology] = {
     ),
     "adatt": Topology.adatt(2, 2, last=True),
     "adatt-general": Topology.adatt(2, [2, 1], 1, last=False),
+    "stem": Topology.stem(2, [2, 1], 1, last=False),
     "static-offsets": Topology(
         (0, 0, 1),
         (0, 1),
@@ -113,6 +114,8 @@ GATES: dict[str, GateSpec] = {
     "everything": GateSpec((5,), "prelu", "batch", logits_norm="batch", temperature=3.0),
     "dropout-in-eval": GateSpec((5,), dropout=0.5),
     "top-1": GateSpec(top_k=1),
+    "with-shared": GateSpec(input="with_shared"),
+    "hidden-with-shared": GateSpec((5,), input="with_shared"),
     "top-2": GateSpec((5,), logits_norm="batch", temperature=0.5, top_k=2),
 }
 """Every make-up of a gate that reads the level's own input."""

@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mmoe": {"experts": 3, "expert_units": (8, 6)},
     "ml_mmoe": {"experts": 3, "expert_units": (8, 6)},
     "adatt": {"task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
+    "stem": {"num_levels": 2, "task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
     "cross_stitch": {"expert_units": ((8,), (6,))},
     "hard_sharing": {"expert_units": (8, 6)},
     "customized_sharing": {"expert_units": (8, 3)},

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ple_fast import (
     CGC,
     PLE,
+    STEM,
     AdaTT,
     AsymmetricSharing,
     CrossStitch,
@@ -127,6 +128,26 @@ def cgc(own: int, shared: int, scope: str | None) -> Callable[[State, Slots], li
     return formula
 
 
+def stem(counts: Sequence[int], shared: int, levels: int) -> Callable[[State, Slots], list[Tensor]]:
+    """All experts forward, and of the other tasks' no gradient; gates read their slot plus the shared one."""
+    units = [*counts, shared]
+
+    def formula(p: State, x: Slots) -> list[Tensor]:
+        for number in range(levels):
+            h = [[expert(p, number, sum(units[:u]) + i, x[u]) for i in range(n)] for u, n in enumerate(units)]
+            present = T if number == levels - 1 else T + 1
+            y = []
+            for u in range(present):
+                read = [[out if v in (u, T) or u == T else out.detach() for out in row] for v, row in enumerate(h)]
+                selector = x[T] if u == T else x[u] + x[T]
+                weights = gate(p, number, u, [sum(units)] * present, selector)
+                y.append(weighted(weights, [out for row in read for out in row]))
+            x = y
+        return list(x)
+
+    return formula
+
+
 def adatt(counts: Sequence[int], shared: int) -> Callable[[State, Slots], list[Tensor]]:
     """Gates see all experts, and each unit adds a linear combination of its own: learned, or, of one expert, itself."""
     units = [*counts, shared] if shared else list(counts)
@@ -188,6 +209,8 @@ CASES: dict[str, Case] = {
     "AdaTT-general, one expert each": Case(
         _options(AdaTT, task_experts=1, shared_experts=1), adatt([1, 1, 1], 1), slots=T + 1
     ),
+    "STEM": Case(_options(STEM, task_experts=[2, 1, 3], shared_experts=2), stem([2, 1, 3], 2, 1), slots=T + 1),
+    "STEM in levels": Case(_options(STEM, num_levels=2, shared_experts=1), stem([2, 2, 2], 1, 2), slots=T + 1),
 }
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
@@ -284,7 +307,7 @@ def test_a_trunk_takes_the_options_of_all_trunks(name: str, options: dict[str, A
             form="stacked", slots=case.slots)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["customized sharing", "ML-MMoE", "AdaTT-general, one expert each"])
+@pytest.mark.parametrize("name", ["customized sharing", "ML-MMoE", "STEM in levels", "AdaTT-general, one expert each"])
 def test_a_trunk_compiles_and_exports(name: str) -> None:
     """With a view of the output, gates on the raw input, and constants among the weights."""
     module = _module(CASES[name], torch.device("cpu"))
@@ -403,6 +426,12 @@ def test_cross_stitch_starts_with_weights_that_sum_to_1(tasks: int, own: float, 
         (lambda: CrossStitch(D, T, own_weight=True), TypeError, "own_weight: expected a number, got True"),
         (lambda: AdaTT(D, T, shared_experts=[1, 0]), ValueError, "some at every level or none at any"),
         (lambda: AdaTT(D, T, num_levels=0), ValueError, "num_levels: expected 1 or more"),
+        (lambda: STEM(D, T, shared_experts=0), ValueError, "shared_experts: expected 1 or more"),
+        (
+            lambda: STEM(D, T, num_levels=2, task_experts=[[1, 1, 1]]),
+            ValueError,
+            "task_experts: expected one per level",
+        ),
         (lambda: MLMMoE(D, T, expert_units=[(4,)]), ValueError, r"expert_units: expected one per level \(2\), got 1"),
         (lambda: MLMMoE(D, T, num_levels=0), ValueError, "num_levels: expected 1 or more"),
         (lambda: CGC(D, T, shared_gate_scope="shared"), ValueError, "shared_gate_scope: only a shared mixture"),

@@ -197,7 +197,7 @@ def test_gate_weights_go_into_the_picture(trunk: str) -> None:
     net = model(trunk)
     data, _ = table(20)
     gates = net.gate_weights(data, batch_size=8)
-    assert len(gates) == (2 if trunk in ("ple", "ml_mmoe", "adatt", "cross_stitch") else 1)
+    assert len(gates) == (2 if trunk in ("ple", "ml_mmoe", "adatt", "stem", "cross_stitch") else 1)
     for level, topology in zip(gates, net.topologies, strict=True):
         assert [tuple(g.shape) for g in level] == [(20, len(experts)) for experts in topology.mixture_experts]
         for o, weights in enumerate(level):

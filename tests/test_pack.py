@@ -89,7 +89,7 @@ def _hold(
 
 def _check(topology: Topology, experts: Any, gate: GateSpec, *, train: bool) -> None:
     plain = _plain(topology, experts, gate).train(train and not has_dropout(experts, gate))
-    packed = pack(plain.experts, _gates(plain), topology)
+    packed = pack(plain.experts, _gates(plain), topology, gate_input=gate.input)
     assert packed.training == plain.training
     _hold(packed, plain)
 
@@ -137,10 +137,10 @@ def test_drawn_levels_and_their_way_back(data: st.DataObject) -> None:
         plain.gates.requires_grad_(False)
         if plain.offset is not None:
             plain.offset.requires_grad_(False)
-    packed = pack(plain.experts, _gates(plain), topology)
+    packed = pack(plain.experts, _gates(plain), topology, gate_input=gate.input)
     before = copy.deepcopy(packed)
     _hold(packed, plain)
-    again = pack(*before.unpack(), topology)
+    again = pack(*before.unpack(), topology, gate_input=gate.input)
     _assert_same(again, before)
 
 
@@ -369,6 +369,8 @@ def test_gates_that_read_another_input() -> None:
     assert raw.gate_spec.input == "raw"
     with pytest.raises(ValueError, match=r"gate_input.*raw.*3.*5"):
         pack(experts, [_linear(3, 2), _linear(3, 2)], LAST_LEVEL, gate_input="previous")
+    with pytest.raises(ValueError, match=r"gate_input.*raw.*3.*5"):
+        pack(experts, [_linear(3, 2), _linear(3, 2)], LAST_LEVEL, gate_input="with_shared")
     with pytest.raises(ValueError, match=r"gate_input.*sideways"):
         pack(experts, [_linear(5, 2), _linear(5, 2)], LAST_LEVEL, gate_input="sideways")  # type: ignore[arg-type]  # that is the test
 

@@ -32,7 +32,21 @@ def topologies(draw_: st.DrawFn) -> Topology:
         mixed[draw_(st.integers(0, len(mixed) - 1))].append(expert)
     kinds = draw_(st.none() | st.tuples(*[st.sampled_from(["softmax", "static"])] * len(mixed)))
     offsets = draw_(st.none() | st.tuples(*[st.tuples(*[st.booleans()] * len(row)) for row in mixed]))
-    return Topology(tuple(expert_slot), tuple(mixture_slot), tuple(map(tuple, mixed)), kinds, offsets, num_slots=slots)
+    stops = None
+    if draw_(st.booleans()):  # each expert is open to the first mixture that weighs it
+        closed = draw_(st.tuples(*[st.tuples(*[st.booleans()] * len(row)) for row in mixed]))
+        first = {e: next(o for o, row in enumerate(mixed) if e in row) for e in range(count)}
+        pairs = [zip(row, own, strict=True) for row, own in zip(mixed, closed, strict=True)]
+        stops = tuple(tuple(stop and first[e] != o for e, stop in row) for o, row in enumerate(pairs))
+    return Topology(
+        tuple(expert_slot),
+        tuple(mixture_slot),
+        tuple(map(tuple, mixed)),
+        kinds,
+        offsets,
+        num_slots=slots,
+        mixture_stop=stops,
+    )
 
 
 ACTIVATION = st.sampled_from(ACTIVATIONS) | st.floats(-1.0, 1.5).map(lambda slope: Activation("leaky_relu", slope))
@@ -67,7 +81,7 @@ def gates(draw_: st.DrawFn) -> GateSpec:
         bias=draw_(st.booleans()),
         logits_norm=draw_(st.sampled_from([None, None, "batch"])),
         temperature=draw_(st.sampled_from([1.0, 0.5, 2.0])),
-        input=draw_(st.sampled_from(["previous", "raw"])),
+        input=draw_(st.sampled_from(["previous", "with_shared", "raw"])),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ple_fast import (
     CGC,
     PLE,
+    STEM,
     AdaTT,
     AsymmetricSharing,
     CrossStitch,
@@ -107,6 +108,7 @@ MODULES: list[tuple[Callable[..., nn.Module], dict[str, Any]]] = [
     (MMoE, {"in_features": 5, "num_tasks": 2, "experts": 3, "expert_units": [4], "dropout": 0.5}),
     (MLMMoE, {"in_features": 5, "num_tasks": 2, "num_levels": 3, "experts": 3, "expert_units": [4]}),
     (AdaTT, {"in_features": 5, "num_tasks": 2, "num_levels": 2, "task_experts": [2, 1], "shared_experts": 1}),
+    (STEM, {"in_features": 5, "num_tasks": 2, "num_levels": 2, "task_experts": [2, 1], "shared_experts": 1}),
     (CrossStitch, {"in_features": 5, "num_tasks": 2, "num_levels": 1, "expert_units": [4], "own_weight": 0.75}),
     (HardSharing, {"in_features": 5, "num_tasks": 2, "expert_units": [4], "recompute": True}),
     (CustomizedSharing, {"in_features": 5, "num_tasks": 2, "expert_units": 4}),

@@ -125,7 +125,7 @@ def test_an_expert_that_cannot_be_is_refused(arguments: Any, error: type[Excepti
         ({"units": None}, TypeError, "gate units"),
         ({"norm": "group", "units": (4,)}, ValueError, "gate norm: expected one of None, 'batch', 'layer'"),
         ({"logits_norm": "layer"}, ValueError, "logits_norm: expected one of None, 'batch', got 'layer'"),
-        ({"input": "next"}, ValueError, "gate input: expected one of 'previous', 'raw', got 'next'"),
+        ({"input": "next"}, ValueError, "gate input: expected one of 'previous', 'with_shared', 'raw', got 'next'"),
         ({"bias": "yes"}, TypeError, "gate bias: expected a bool, got 'yes'"),
         ({"temperature": 0}, ValueError, "temperature: expected a positive finite number, got 0: .* NaN"),
         ({"temperature": float("nan")}, ValueError, "temperature"),

@@ -133,7 +133,7 @@ def test_every_trunk_hides_or_says_how_it_could_not(trunk: str) -> None:
         build(trunk, options)
     message = str(caught.value)
     assert "would do" in message
-    if trunk in ("ple", "adatt", "cross_stitch"):
+    if trunk in ("ple", "adatt", "stem", "cross_stitch"):
         assert " -> expert " in message and "must not read" in message
     else:
         assert "no slot of its own" in message
@@ -185,8 +185,8 @@ def _random_levels(dice: random.Random, tasks: int) -> list[ExtractionNetwork]:
             mixture_kind=tuple(dice.choice(["softmax", "static"]) for _ in range(mixtures)),
             num_slots=slots,
         )
-        gate = GateSpec(input=dice.choice(["previous", "raw"]))
-        fits = number == 0 or gate.input == "previous" or levels[0].topology.num_slots in (1, slots)
+        gate = GateSpec(input=dice.choice(["previous", "with_shared", "raw"]))
+        fits = number == 0 or gate.input != "raw" or levels[0].topology.num_slots in (1, slots)
         levels.append(
             ExtractionNetwork(
                 width,

@@ -77,6 +77,18 @@ def test_adatt_marks_the_native_experts_of_every_unit() -> None:
     assert without_own.mixture_offset == ((False,), (True,))
 
 
+def test_stem_stops_before_the_experts_of_other_tasks() -> None:
+    inner = Topology.stem(2, [2, 1], 1, last=False)
+    assert (inner.expert_slot, inner.mixture_slot, inner.num_slots) == ((0, 0, 1, 2), (0, 1, 2), 3)
+    assert inner.mixture_experts == ((0, 1, 2, 3),) * 3
+    assert inner.mixture_stop == ((False, False, True, False), (True, True, False, False), (False,) * 4)
+    last = Topology.stem(2, [2, 1], 1, last=True)
+    assert (last.num_slots, last.mixture_slot, last.mixture_stop) == (3, (0, 1), inner.mixture_stop[:2])
+    assert Topology.stem(1, 1, 1, last=True).mixture_stop is None
+    with pytest.raises(ValueError, match="shared_experts: expected 1 or more"):
+        Topology.stem(2, 1, 0, last=True)
+
+
 def test_cross_stitch_learns_every_weight() -> None:
     topology = Topology.cross_stitch(2)
     assert (topology.expert_slot, topology.mixture_slot, topology.num_slots) == ((0, 1), (0, 1), 2)

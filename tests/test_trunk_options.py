@@ -48,6 +48,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "MMoE": {"experts": 8, **GATED},
     "MLMMoE": {"num_levels": 2, "experts": 8, **GATED},
     "AdaTT": {"num_levels": 2, "task_experts": 2, "shared_experts": 0, **GATED},
+    "STEM": {"num_levels": 1, "task_experts": 2, "shared_experts": 2, **GATED},
     "CrossStitch": {"num_levels": 2, "own_weight": 0.9, **UNGATED},
     "HardSharing": UNGATED,
     "CustomizedSharing": UNGATED,

@@ -24,7 +24,7 @@ class LevelSource:
     """One stack per expert: modules, in any nesting of lists."""
     gates: Sequence[Any]
     """One stack per mixture, None for a static one."""
-    gate_input: Literal["previous", "raw"] | None = None
+    gate_input: Literal["previous", "with_shared", "raw"] | None = None
     unread: Sequence[nn.Module | Tensor] = ()
     """Tensors, and modules with tensors, that the library keeps beside the level and never reads."""
     offsets: Mapping[int, tuple[str, Index]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ def pack(
     gates: Sequence[Any] | nn.ModuleList,
     topology: Topology,
     *,
-    gate_input: Literal["previous", "raw"] | None = None,
+    gate_input: Literal["previous", "with_shared", "raw"] | None = None,
 ) -> ExtractionNetwork:
     """The fused level that computes what ordinary modules compute (paper eq. 2-4), in train and in eval mode.
 
@@ -36,8 +36,9 @@ def pack(
         gates: one stack per mixture, ending in its logits in the order of ``topology.mixture_experts``, or in a
             Softmax over them; None for static mixtures. All gates have the same hidden layers.
         topology: the wiring.
-        gate_input: what the gates read at every level of a trunk: ``"previous"`` (the level's slots) or ``"raw"`` (the
-            model's input); default previous, and raw where their width is not that of the experts' input.
+        gate_input: what the gates read at every level of a trunk: ``"previous"`` (the level's slots), ``"with_shared"``
+            (each slot plus the last one) or ``"raw"`` (the model's input); default previous, and raw where their width
+            is not that of the experts' input.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -77,13 +78,13 @@ def packed(
     gates: Sequence[Any] | nn.ModuleList,
     topology: Topology,
     *,
-    gate_input: Literal["previous", "raw"] | None = None,
+    gate_input: Literal["previous", "with_shared", "raw"] | None = None,
 ) -> Packed:
     """``pack``, with what it read of the modules."""
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {shown(topology)} ({kind(topology)})")
-    if gate_input not in (None, "previous", "raw"):
-        raise ValueError(f'gate_input: expected "previous", "raw" or None, got {shown(gate_input)}')
+    if gate_input not in (None, "previous", "with_shared", "raw"):
+        raise ValueError(f'gate_input: expected "previous", "with_shared", "raw" or None, got {shown(gate_input)}')
     expert_modules = _listed("experts", experts, topology.num_experts)
     gate_modules = _listed("gates", gates, topology.num_mixtures)
     expert_stacks = [parse(f"experts[{e}]", module) for e, module in enumerate(expert_modules)]
@@ -93,7 +94,7 @@ def packed(
     gated = [gate_stacks[o] for o in topology.gated_mixtures]
     in_features = expert_stacks[0].layers[0].linear.in_features
     gate_features = gated[0].layers[0].linear.in_features if gated else in_features
-    if gate_features != in_features and gate_input == "previous":
+    if gate_features != in_features and gate_input in ("previous", "with_shared"):
         raise ValueError(
             f'gate_input: expected "raw", because the gates read {gate_features} features and the experts {in_features}'
         )
@@ -242,7 +243,7 @@ def _mlp_spec(layers: list[PlainLayer]) -> MLPSpec:
     return MLPSpec(units, activation, norm=norm, norm_position=position, bias=bias, dropout=dropout)
 
 
-def _gate_spec(gates: list[PlainStack], gate_input: Literal["previous", "raw"]) -> GateSpec:
+def _gate_spec(gates: list[PlainStack], gate_input: Literal["previous", "with_shared", "raw"]) -> GateSpec:
     """The one make-up of all gates of a level."""
     if not gates:
         return GateSpec(input=gate_input)

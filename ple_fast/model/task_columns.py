@@ -175,12 +175,15 @@ def _edges(level: ExtractionNetwork, is_first: bool, slot: int, is_raw: bool) ->
     topology = level.topology
     gated = [o in topology.gated_mixtures for o in range(topology.num_mixtures)]
     reads_raw = level.gate_spec.input == "raw" and not is_first
+    reads, added = topology.mixture_slot, None
+    if level.gate_spec.input == "with_shared":
+        added = (topology.num_slots or 0) - 1
     for mixture, experts in enumerate(topology.mixture_experts):
         found = [e for e in experts if topology.expert_slot[e] == slot]
         if found and not is_raw:
             yield mixture, f"expert {found[0]}"
         # A gate that has one expert to choose gives it weight 1, whatever it reads.
-        elif topology.mixture_slot[mixture] == slot and gated[mixture] and len(experts) > 1 and reads_raw == is_raw:
+        elif gated[mixture] and len(experts) > 1 and reads_raw == is_raw and slot in (reads[mixture], added):
             yield mixture, "gate"
 
 

@@ -15,6 +15,7 @@ from ..losses import balance_loss
 from ..modules import (
     CGC,
     PLE,
+    STEM,
     AdaTT,
     AsymmetricSharing,
     CrossStitch,
@@ -36,6 +37,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
     "mmoe": MMoE,
     "ml_mmoe": MLMMoE,
     "adatt": AdaTT,
+    "stem": STEM,
     "cross_stitch": CrossStitch,
     "hard_sharing": HardSharing,
     "customized_sharing": CustomizedSharing,

@@ -2,11 +2,13 @@
 
 from .gated import CGC, PLE, AdaTT, MLMMoE, MMoE
 from .network import ExtractionNetwork
+from .stem import STEM
 from .ungated import AsymmetricSharing, CrossStitch, CustomizedSharing, HardSharing, SingleTask
 
 __all__ = [
     "CGC",
     "PLE",
+    "STEM",
     "AdaTT",
     "AsymmetricSharing",
     "CrossStitch",
