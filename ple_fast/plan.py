@@ -66,7 +66,11 @@ class LevelPlan:
     joint: tuple[int, ...] = field(init=False)
     """Experts that gates choose from together: those that each of them weighs; empty where each chooses alone."""
     weighs_all: bool = field(init=False)
-    """Every mixture weighs all experts, in whatever order."""
+    """Every output weighs all experts, in whatever order."""
+    sigmoid_rows: tuple[int, ...] = field(init=False)
+    """Numbers of the sigmoid mixtures among the gated ones."""
+    outputs: tuple[int, ...] = field(init=False)
+    """Per mixture the output that it is added to; empty where each is an output of its own."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -82,7 +86,7 @@ class LevelPlan:
         for o, mixed in enumerate(t.mixture_experts):
             for i, e in enumerate(mixed):
                 weight_entry.append(o * experts + e)
-                if t.mixture_kind[o] == "softmax":
+                if t.mixture_kind[o] != "static":
                     dense_logit[row[o] * experts + e] = t.logit_offset[o] + i
                     logit_entry.append(row[o] * experts + e)
                 else:
@@ -105,7 +109,9 @@ class LevelPlan:
         put("top_k", 0 if top_k is None or top_k >= most else top_k)
         joint = joint_experts(t) if self.top_k and self.gate_spec.joint_k else ()
         put("joint", joint)
-        put("weighs_all", len(weight_entry) == t.num_mixtures * experts)
+        put("weighs_all", sum(map(len, t.output_experts)) == t.num_outputs * experts)
+        put("sigmoid_rows", tuple(i for i, o in enumerate(gated) if t.mixture_kind[o] == "sigmoid"))
+        put("outputs", t.mixture_output or ())
         specs = [spec for mlp in self.mlps() for spec in mlp.layers]
         put("has_norms", self.gate_spec.logits_norm is not None or any(spec.norm is not None for spec in specs))
         put("has_state", self.has_norms or any(spec.dropout or spec.activation.name == "dice" for spec in specs))
@@ -125,8 +131,10 @@ class LevelPlan:
         wiring: list[Any] = [
             t.expert_slot, t.mixture_slot, t.mixture_experts, t.mixture_kind, t.mixture_offset, t.num_slots
         ]  # fmt: skip
-        if t.mixture_stop is not None:  # a text without it is what it was before there was such a thing
+        if t.mixture_stop is not None or t.mixture_output is not None:  # a text without them is what it was before
             wiring.append(t.mixture_stop)
+        if t.mixture_output is not None:
+            wiring.append(t.mixture_output)
         blocks = [[block.start, len(block.slots), block.layers] for block in self.blocks]
         return json.dumps([wiring, blocks, self.gate_spec.to_config(), LAYOUT], separators=(",", ":"))
 

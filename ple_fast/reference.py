@@ -161,9 +161,9 @@ class ExtractionNetworkReference(nn.Module):
         if logits is None:
             weights = torch.ones(like.shape[0], len(mixed), dtype=wide, device=like.device)
         elif self.gate_spec.top_k is None:
-            weights = torch.softmax(logits, dim=1)
+            weights = self._squashed(o, logits)
         else:
-            weights = self._chosen(logits, [[e in row for e in mixed] for row in together])
+            weights = self._chosen(o, logits, [[e in row for e in mixed] for row in together])
         if self.offset is None:
             return weights
         columns, position = [], sum(map(sum, self.topology.mixture_offset[:o]))
@@ -172,8 +172,13 @@ class ExtractionNetworkReference(nn.Module):
             position += marked
         return torch.stack(columns, dim=1)
 
-    def _chosen(self, logits: Tensor, before: list[list[bool]]) -> Tensor:
-        """A softmax over the largest logits of each row, of equal ones the first; 0 for the others.
+    def _squashed(self, o: int, logits: Tensor) -> Tensor:
+        """Weights out of the logits of mixture ``o``, along their last axis."""
+        assert self.topology.mixture_kind is not None
+        return torch.sigmoid(logits) if self.topology.mixture_kind[o] == "sigmoid" else torch.softmax(logits, dim=-1)
+
+    def _chosen(self, o: int, logits: Tensor, before: list[list[bool]]) -> Tensor:
+        """Weights out of the largest logits of each row, of equal ones the first; 0 for the others.
 
         ``before``: per row, which have been chosen already.
         """
@@ -182,11 +187,8 @@ class ExtractionNetworkReference(nn.Module):
             values = row.tolist()
             ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)
             chosen = sorted(ranked, key=is_before.__getitem__, reverse=True)[: self.gate_spec.top_k]
-            rows.append(
-                torch.zeros_like(row).index_put(
-                    (torch.tensor(chosen, device=row.device),), torch.softmax(row[chosen], dim=0)
-                )
-            )
+            places = (torch.tensor(chosen, device=row.device),)
+            rows.append(torch.zeros_like(row).index_put(places, self._squashed(o, row[chosen])))
         return torch.stack(rows) if rows else torch.zeros_like(logits)
 
     def _together(self, gates: Sequence[Tensor | None], batch: int) -> list[set[int]]:
@@ -224,7 +226,12 @@ class ExtractionNetworkReference(nn.Module):
             read = [hidden[e].detach() if stop else hidden[e] for e, stop in zip(mixed, stopped, strict=True)]
             terms = [weights[:, i, None] * h for i, h in enumerate(read)]
             mixtures.append(torch.stack(terms).sum(0).to(hidden[0].dtype))
-        y = torch.stack(mixtures, dim=1)
+        outputs = self.topology.mixture_output or range(len(mixtures))
+        sums = [
+            [mixture for mixture, own in zip(mixtures, outputs, strict=True) if own == o]
+            for o in dict.fromkeys(outputs)
+        ]
+        y = torch.stack([torch.stack(terms).sum(0) for terms in sums], dim=1)
         return (y, gates) if return_gates else y
 
     @classmethod

@@ -60,7 +60,7 @@ class MixSaved(NamedTuple):
     p: int = -1
     """The softmax: dense ``(O_gated, E)``; of kernels ``(num_weights,)``, all weights."""
     weights: int = -1
-    """All weights, dense ``(O, E)``."""
+    """Weights of all outputs, dense ``(O, E)``."""
     h: int = -1
     """Outputs of all experts ``(E, H)``."""
 
@@ -197,8 +197,8 @@ def _mix_by_rows(
     mean, rstd = found.statistics(kind.gate_norm if wants.logits else None, 1, t.num_logits, -1)
     p = found.keep(wants.logits, len(t.gated_mixtures), t.num_experts, wide=True)
     weights = p
-    if plan.static_entry or plan.offset_entry or not wants.experts or p < 0:
-        weights = found.keep(wants.experts, t.num_mixtures, t.num_experts, wide=True)
+    if plan.static_entry or plan.offset_entry or plan.outputs or not wants.experts or p < 0:
+        weights = found.keep(wants.experts, t.num_outputs, t.num_experts, wide=True)
     h = layers[lasts[0]].h
     if len(lasts) > 1:
         h = found.keep(wants.weights and not replays, t.num_experts, units)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .scalars import as_tuple, check_count, check_counts, is_sequence, own_scalar, shown
+from .home_wiring import home_wiring
+from .outputs import check_outputs, experts_of_outputs
+from .scalars import as_tuple, check_count, check_counts, check_flag, is_sequence, own_scalar, shown
 
-MixtureKind = Literal["softmax", "static"]
+MixtureKind = Literal["softmax", "sigmoid", "static"]
 
 
 def _tuple(name: str, values: Any, what: str) -> tuple[Any, ...]:
@@ -32,13 +34,16 @@ class Topology:
         expert_slot: slot that expert ``e`` reads; non-decreasing, so expert ``e`` is row ``e`` of every stacked tensor.
         mixture_slot: slot that the gate of mixture ``o`` reads.
         mixture_experts: for each mixture the ordered, duplicate-free, non-empty experts that it weighs.
-        mixture_kind: per mixture ``"softmax"`` (a gate) or ``"static"`` (constant weights 1, no gate); default softmax.
+        mixture_kind: per mixture ``"softmax"`` (a gate), ``"sigmoid"`` (a gate whose weights are each the sigmoid of
+            their own logit) or ``"static"`` (constant weights 1, no gate); default softmax.
         mixture_offset: per mixture one bool per entry of ``mixture_experts``: True adds a learned scalar to that weight
             after the softmax (AdaTT's native-expert residual); default none.
         num_slots: number of input slots ``S``; default the highest slot used, plus one.
         mixture_stop: per mixture one bool per entry of ``mixture_experts``: True stops the gradient of that mixture
             before that expert (Su et al., AAAI 2024), as if its output were detached; that of the weight flows on to
             the gate. None, the default: nothing is stopped.
+        mixture_output: per mixture the output that it is added to, from 0 on, non-decreasing, none left out. None, the
+            default: each mixture is an output of its own.
 
     Raises:
         TypeError: an argument is not a sequence, or an entry is not an int (``mixture_offset``, ``mixture_stop``: not
@@ -55,20 +60,25 @@ class Topology:
     mixture_offset: tuple[tuple[bool, ...], ...] | None = None
     num_slots: int | None = None
     mixture_stop: tuple[tuple[bool, ...], ...] | None = None
+    mixture_output: tuple[int, ...] | None = None
 
     # Derived (plain tuples, never part of equality).
     num_experts: int = field(init=False, repr=False, compare=False)
     num_mixtures: int = field(init=False, repr=False, compare=False)
+    num_outputs: int = field(init=False, repr=False, compare=False)
+    """``O``: rows of the output; the mixtures, less those that are added into the output of another one."""
+    output_experts: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    """For each output the experts that its mixtures weigh, each once, in the order of the mixtures."""
     num_weights: int = field(init=False, repr=False, compare=False)
     """``sum_o |A(o)|``: weights over all mixtures, static ones included."""
     num_logits: int = field(init=False, repr=False, compare=False)
-    """``G``: gate logits, the weights of softmax mixtures only."""
+    """``G``: gate logits, the weights of gated mixtures only."""
     weight_offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """First column of mixture ``o`` in the weights ``P`` of shape ``(B, num_weights)``."""
     logit_offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """First row of mixture ``o`` in ``gate.weight``; -1 for a static mixture."""
     gated_mixtures: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    """The softmax mixtures, in order."""
+    """The mixtures that have a gate, softmax and sigmoid, in order."""
     slot_experts: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     """Per slot the half-open range of experts that read it."""
 
@@ -109,6 +119,12 @@ class Topology:
             )
         self._check_kinds(n_mixtures)
         self._check_stops()
+        put("mixture_output", check_outputs(self.mixture_output, n_mixtures))
+        if self.mixture_stop is not None and self.mixture_output is not None:
+            raise ValueError(
+                "mixture_output: expected None with mixture_stop: weights of one output are summed before they weigh "
+                "an expert, whose gradient then cannot stop for one mixture and go on for another"
+            )
         used = max(*self.expert_slot, *self.mixture_slot) + 1
         if self.num_slots is None:
             put("num_slots", used)
@@ -122,12 +138,12 @@ class Topology:
     def _check_kinds(self, n_mixtures: int) -> None:
         kinds: tuple[str, ...] = ("softmax",) * n_mixtures
         if self.mixture_kind is not None:
-            kinds = tuple(map(own_scalar, _tuple("mixture_kind", self.mixture_kind, 'kinds, "softmax" or "static"')))
+            kinds = tuple(map(own_scalar, _tuple("mixture_kind", self.mixture_kind, 'kinds, such as "softmax"')))
         if len(kinds) != n_mixtures:
             raise ValueError(f"mixture_kind: expected one per mixture ({n_mixtures}), got {len(kinds)}")
         for kind in kinds:
-            if kind not in ("softmax", "static"):
-                raise ValueError(f'mixture_kind: expected "softmax" or "static", got {kind!r}')
+            if kind not in ("softmax", "sigmoid", "static"):
+                raise ValueError(f'mixture_kind: expected "softmax", "sigmoid" or "static", got {kind!r}')
         object.__setattr__(self, "mixture_kind", kinds)
         offsets = self.mixture_offset
         if offsets is None:
@@ -176,11 +192,14 @@ class Topology:
         put("weight_offset", tuple(sum(sizes[:o]) for o in range(len(sizes))))
         logit_offset, logits = [], 0
         for size, kind in zip(sizes, self.mixture_kind, strict=True):
-            logit_offset.append(logits if kind == "softmax" else -1)
-            logits += size if kind == "softmax" else 0
+            logit_offset.append(logits if kind != "static" else -1)
+            logits += size if kind != "static" else 0
         put("num_logits", logits)
         put("logit_offset", tuple(logit_offset))
-        put("gated_mixtures", tuple(o for o, kind in enumerate(self.mixture_kind) if kind == "softmax"))
+        put("gated_mixtures", tuple(o for o, kind in enumerate(self.mixture_kind) if kind != "static"))
+        outputs = tuple(range(len(sizes))) if self.mixture_output is None else self.mixture_output
+        put("num_outputs", outputs[-1] + 1)
+        put("output_experts", experts_of_outputs(outputs, self.mixture_experts))
         ranges, start = [], 0
         for slot in range(self.num_slots):
             stop = start + self.expert_slot.count(slot)
@@ -282,6 +301,32 @@ class Topology:
             num_slots=num_tasks + 1,
             mixture_stop=tuple(stops),
         )
+
+    @classmethod
+    def home(
+        cls,
+        groups: Sequence[Sequence[int]],
+        group_experts: int | Sequence[int],
+        shared_experts: int,
+        *,
+        task_experts: int | Sequence[int] | None = None,
+        self_gates: bool = True,
+    ) -> Topology:
+        """One level of HoME (Wang et al., KDD 2025); ``groups`` holds the tasks of each group of related ones.
+
+        Slots are those of group 0, group 1, ..., then the shared one. The meta level, without ``task_experts``: experts
+        are in the order of the slots. The output of a group weighs its own experts, then the shared ones; the last
+        output, shared, weighs all.
+
+        The task level: experts are those of group 0's tasks, in the order of ``groups``, group 0's own, those of group
+        1's tasks, ..., then the shared ones. The output of a task weighs its own experts, its group's, the shared ones.
+        Experts of a task read the slot of their group.
+
+        Each output has one mixture, and with ``self_gates`` a second one that is added to it, over its own experts
+        alone: a sigmoid where there is one, a softmax over several.
+        """
+        self_gates = check_flag("self_gates", self_gates)
+        return cls(**home_wiring(groups, group_experts, shared_experts, task_experts, self_gates=self_gates))
 
     @classmethod
     def cross_stitch(cls, num_tasks: int) -> Topology:

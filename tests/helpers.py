@@ -64,6 +64,16 @@ TOPOLOGIES: dict[str, Topology] = {
         mixture_offset=((True, False, True), (False, True), (True, False)),
         mixture_stop=((False, False, True), (False, False), (True, True)),
     ),
+    "home-meta": Topology.home([[0, 2], [1]], [2, 1], 2),
+    "home-task": Topology.home([[0, 2], [1]], 1, 2, task_experts=[1, 2, 1]),
+    "sigmoids-and-sums": Topology(
+        (0, 0, 1, 2),
+        (0, 2, 1, 1),
+        ((2, 0, 3), (1, 3), (3, 2), (0, 1)),
+        mixture_kind=("sigmoid", "softmax", "sigmoid", "static"),
+        mixture_offset=((False,) * 3, (False,) * 2, (True, False), (False, True)),
+        mixture_output=(0, 0, 0, 1),
+    ),
     "unordered": Topology((0, 1, 1, 3), (3, 0, 2), ((3, 0, 1), (2, 1), (0, 2, 3, 1)), num_slots=5),
 }
 """Every kind of wiring: families of models, uneven counts, unread slots, columns out of order, static, with offsets or

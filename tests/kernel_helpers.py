@@ -173,7 +173,10 @@ def linears(
 def mixtures_of(t: Topology) -> Mixtures:
     """The kernels' tables of a topology."""
     assert t.mixture_offset is not None
-    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop)
+    sigmoid = tuple(kind == "sigmoid" for kind in t.mixture_kind or ())
+    return Mixtures.build(
+        t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop, t.mixture_output, sigmoid
+    )
 
 
 def num_offsets(t: Topology) -> int:
@@ -183,12 +186,16 @@ def num_offsets(t: Topology) -> int:
 
 
 def softmaxes(t: Topology, logits: Tensor, temperature: float) -> Tensor:
-    """Weights of all mixtures side by side, ``(B, W)``; 1 where a mixture is static."""
+    """Weights of all mixtures side by side, ``(B, W)``: softmaxes, sigmoids, 1 where a mixture is static."""
+    assert t.mixture_kind is not None
     parts = []
     for o, mixed in enumerate(t.mixture_experts):
         first = t.logit_offset[o]
         own = logits[:, first : first + len(mixed)] if first >= 0 else logits.new_zeros(logits.shape[0], len(mixed))
-        parts.append((own / temperature).softmax(1) if first >= 0 else own + 1.0)
+        if t.mixture_kind[o] == "sigmoid":
+            parts.append((own / temperature).sigmoid())
+        else:
+            parts.append((own / temperature).softmax(1) if first >= 0 else own + 1.0)
     return torch.cat(parts, 1)
 
 
@@ -210,4 +217,6 @@ def mix(t: Topology, p: Tensor, offset: Tensor | None, h: Tensor) -> Tensor:
             y = y + weight[:, None] * (h[:, e].detach() if stops else h[:, e]).to(p.dtype)
         assert isinstance(y, Tensor)
         ys.append(y)
-    return torch.stack(ys, 1).to(h.dtype)
+    outputs = t.mixture_output or range(len(ys))
+    sums = [torch.stack([y for y, own in zip(ys, outputs, strict=True) if own == o]).sum(0) for o in {*outputs}]
+    return torch.stack(sums, 1).to(h.dtype)

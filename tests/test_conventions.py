@@ -26,6 +26,7 @@ ENCODER = ROOT / "encoder"
 # The layers of ple_fast, lowest first. A module imports only from rows below its own; a sub-package is one module here.
 LAYERS = (
     ("scalars", "references"),
+    ("outputs", "home_wiring"),
     ("topology", "specs"),
     ("reference", "checks", "backend", "autocast", "plan", "grads", "slots", "state"),
     ("tensors",),
@@ -47,7 +48,7 @@ LAYERS = (
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 # What modules may import besides the standard library; what is optional is imported by the function that needs it.
 RUN_TIME = {"torch", "numpy", "ple_fast_encoder"}
-WITHOUT_TENSORS = ("scalars", "references", "topology", "specs")
+WITHOUT_TENSORS = ("scalars", "references", "outputs", "home_wiring", "topology", "specs")
 KERNEL_DEPENDENCIES = {"torch", "triton"}
 ENCODER_DEPENDENCIES = {"numpy"}
 

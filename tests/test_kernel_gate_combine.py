@@ -76,7 +76,7 @@ def case(
         values(rows, t.num_experts, units, dtype=dtype, device=device),
         values(rows, t.num_logits, dtype=wide, device=device, seed=1),
         values(count, dtype=dtype, device=device, seed=2) if count else None,
-        values(rows, t.num_mixtures, units, dtype=dtype, device=device, seed=3),
+        values(rows, t.num_outputs, units, dtype=dtype, device=device, seed=3),
         values(rows, t.num_weights, dtype=wide, device=device, seed=4),
         activation,
         temperature,
@@ -117,8 +117,9 @@ def test_forward_of_wirings(name: str, temperature: float, device: torch.device)
 @pytest.mark.usefixtures("alignment")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "units"), [(1, 1), (1, 33), (37, 33), (32, 32), (17, 5)])
-def test_sizes(rows: int, units: int, tile: Tile | None, device: torch.device) -> None:
-    c = case("static-offsets", rows, units, device, activation=("silu", 0.0), temperature=0.3)
+@pytest.mark.parametrize("name", ["static-offsets", "sigmoids-and-sums"])
+def test_sizes(name: str, rows: int, units: int, tile: Tile | None, device: torch.device) -> None:
+    c = case(name, rows, units, device, activation=("silu", 0.0), temperature=0.3)
     h = apply(c.z, c.activation)
     mixtures = mixtures_of(c.topology)
     y, p = gate_combine_fwd(
@@ -147,6 +148,8 @@ def test_backward_of_wirings(name: str, device: torch.device) -> None:
     expected = gradients(c.z, c.logits, c.offset, c.dy, c.dlisted, c)
     hold("dz", dz, lambda: expected[0])
     hold("dp", dp, lambda: expected[1])
+    if c.topology.num_logits:
+        hold("dl", dl, lambda: expected[2])
     assert (dl is None) == (c.topology.num_logits == 0)
     if dl is not None:
         hold("dl", dl, lambda: expected[2])
@@ -225,18 +228,32 @@ def test_extreme_logits(device: torch.device) -> None:
     hold("y", y, output, c.z, c, c.logits, None)
 
 
-def test_an_expert_that_overflows_reaches_only_mixtures_that_weigh_it(device: torch.device) -> None:
-    c = case("ple", 5, 6, device)
+def test_sigmoids_of_extreme_logits(device: torch.device) -> None:
+    c = case("sigmoids-and-sums", 4, 6, device)
+    first = c.topology.logit_offset[2]
+    c.logits[:, first] = torch.tensor([1e6, -1e6, float("inf"), float("-inf")], dtype=torch.float64, device=device)
+    y, p = c.forward()
+    assert p is not None
+    assert p[:, c.topology.weight_offset[2]].tolist() == [1.0, 0.0, 1.0, 0.0]
+    hold("y", y, output, c.z, c, c.logits, c.offset)
+    _, _, dl = gate_combine_bwd(c.dy, None, c.z, p, mixtures_of(c.topology), 6, torch.float64, offset=c.offset)
+    assert dl is not None and bool(dl.isfinite().all())
+    assert not dl[:, first].any(), "a sigmoid is flat at its ends"
+
+
+@pytest.mark.parametrize("name", ["ple", "home-meta", "home-task"])
+def test_an_expert_that_overflows_reaches_only_mixtures_that_weigh_it(name: str, device: torch.device) -> None:
+    c = case(name, 5, 6, device)
     t, bad = c.topology, 0
     c.z[1, bad, 2] = float("inf")
     c.z[3, bad, 4] = float("nan")
     y, p = c.forward()
     assert p is not None
-    touched = torch.tensor([bad in mixed for mixed in t.mixture_experts], device=device)
+    touched = torch.tensor([bad in mixed for mixed in t.output_experts], device=device)
     expected = torch.zeros(y.shape, dtype=torch.bool, device=device)
     expected[1, touched, 2] = True
     expected[3, touched, 4] = True
-    assert 0 < int(touched.sum()) < t.num_mixtures
+    assert 0 < int(touched.sum()) < t.num_outputs
     assert torch.equal(~y.isfinite(), expected)
     dz, dp, dl = gate_combine_bwd(c.dy, None, c.z, p, mixtures_of(t), 6, torch.float64)
     assert dz is not None and dp is not None and dl is not None

@@ -59,7 +59,8 @@ def _gates(plain: ExtractionNetworkReference) -> list[nn.Module | None]:
             modules.append(TopK(plain.gate_spec.top_k))
         if any(marks):
             if modules:
-                modules.append(nn.Softmax(dim=-1))
+                assert topology.mixture_kind is not None
+                modules.append(nn.Sigmoid() if topology.mixture_kind[o] == "sigmoid" else nn.Softmax(dim=-1))
             assert plain.offset is not None
             offset = WeightOffset(marks, dtype=torch.float64)
             offset.weight.data.copy_(plain.offset[start : start + sum(marks)])

@@ -89,6 +89,53 @@ def test_stem_stops_before_the_experts_of_other_tasks() -> None:
         Topology.stem(2, 1, 0, last=True)
 
 
+def test_home_groups_tasks_and_adds_self_gates() -> None:
+    meta = Topology.home([[0, 2], [1]], [2, 1], 1)
+    assert (meta.expert_slot, meta.num_slots, meta.num_outputs) == ((0, 0, 1, 2), 3, 3)
+    assert meta.mixture_experts == ((0, 1, 3), (0, 1), (2, 3), (2,), (0, 1, 2, 3), (3,))
+    assert meta.mixture_kind == ("softmax", "softmax", "softmax", "sigmoid", "softmax", "sigmoid")
+    assert (meta.mixture_slot, meta.mixture_output) == ((0, 0, 1, 1, 2, 2),) * 2
+    task = Topology.home([[0, 2], [1]], 1, 2, task_experts=[1, 2, 1])
+    # Of task 0, task 2, group 0; of task 1, group 1; shared.
+    assert task.expert_slot == (0, 0, 0, 1, 1, 1, 2, 2)
+    assert task.mixture_experts == ((0, 2, 6, 7), (0,), (3, 4, 5, 6, 7), (3, 4), (1, 2, 6, 7), (1,))
+    assert task.mixture_kind == ("softmax", "sigmoid", "softmax", "softmax", "softmax", "sigmoid")
+    assert (task.mixture_slot, task.mixture_output) == ((0, 0, 1, 1, 0, 0), (0, 0, 1, 1, 2, 2))
+    assert task.output_experts == task.mixture_experts[::2]
+    plain = Topology.home([[0, 2], [1]], 1, 2, task_experts=[1, 2, 1], self_gates=False)
+    assert plain.mixture_experts == task.mixture_experts[::2] and plain.mixture_output is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0, 1], 1, 1), TypeError, r"groups: expected a sequence of groups, each a sequence of tasks.*got \[0, 1\]"),
+        (([], 1, 1), ValueError, "groups: expected at least one group"),
+        (([[0], []], 1, 1), ValueError, "a task in each"),
+        (
+            ([[0], [0]], 1, 1),
+            ValueError,
+            r"groups: expected the tasks 0 to 1, each in one group, got \(\(0,\), \(0,\)\)",
+        ),
+        (([[0], [2]], 1, 1), ValueError, "expected the tasks 0 to 1"),
+        (([[0], ["a"]], 1, 1), TypeError, r"groups\[1\]\[0\]: expected an int"),
+        (([[0], [1]], [1], 1), ValueError, r"group_experts: expected one count per group \(2\), got 1"),
+        (([[0], [1]], 0, 1), ValueError, "group_experts: expected 1 or more"),
+        (([[0], [1]], 1, 0), ValueError, "shared_experts: expected 1 or more"),
+    ],
+)
+def test_a_home_level_that_cannot_be_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Topology.home(*arguments)
+
+
+def test_experts_of_tasks_of_home_fit_the_tasks() -> None:
+    with pytest.raises(ValueError, match=r"task_experts: expected one count per task \(3\), got 2"):
+        Topology.home([[0, 2], [1]], 1, 1, task_experts=[1, 1])
+    with pytest.raises(TypeError, match="self_gates"):
+        Topology.home([[0], [1]], 1, 1, self_gates=1)  # type: ignore[arg-type]  # that is the test
+
+
 def test_cross_stitch_learns_every_weight() -> None:
     topology = Topology.cross_stitch(2)
     assert (topology.expert_slot, topology.mixture_slot, topology.num_slots) == ((0, 1), (0, 1), 2)

@@ -1,4 +1,6 @@
-"""Gates and mixtures: softmax over each mixture's own experts, weighted sums for all mixtures, and both backward."""
+"""Gates and mixtures: softmax over each mixture's own experts, or sigmoids, weighted sums for all outputs, and both
+backward.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._activations import derive
+from ._activations import activate, derive
 from ._dropout import Dropout, DropoutConstants, drop, dropout_constants, undropped
 from ._launch import CACHED, Prepared, cdiv, next_power, prepare, wide_of
 from ._level_tiles import combine_tile
@@ -21,12 +23,16 @@ from .tables import Mixtures
 
 @triton.jit
 def _weight(Logits, Offset, top, total, o_m, m_m, LOGITS: tl.constexpr, LOGIT: tl.constexpr, OFFSET: tl.constexpr,
-            TEMPERATURE: tl.constexpr):  # fmt: skip
-    """One column of weights ``[M]``: ``exp(l / T - top) / total`` or 1, and a learned scalar."""
+            SIGMOID: tl.constexpr, TEMPERATURE: tl.constexpr):  # fmt: skip
+    """One column of weights ``[M]``: ``exp(l / T - top) / total``, the sigmoid of ``l / T`` or 1, and a learned
+    scalar."""
     weight = tl.full(top.shape, 1.0, top.dtype)
     if LOGIT >= 0:
         logit = tl.load(Logits + o_m * LOGITS + LOGIT, mask=m_m, other=0.0)
-        weight = tl.exp(logit / TEMPERATURE - top) / total
+        if SIGMOID:
+            weight = activate(logit / TEMPERATURE, "sigmoid", 0.0)
+        else:
+            weight = tl.exp(logit / TEMPERATURE - top) / total
     if OFFSET >= 0:
         weight += tl.load(Offset + OFFSET).to(weight.dtype)
     return weight
@@ -38,11 +44,14 @@ def _gate_combine_fwd_kernel(
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_LOGIT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
+    ENTRY_OUTPUT: tl.constexpr, OUTPUTS: tl.constexpr, SIGMOID: tl.constexpr,
     SAVE_P: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``P[:, o] = softmax(Logits[:, o] / T)``, ``Y[:, o] = sum_e (P_oe + Offset_oe) H[:, e]``; H is read once.
+
+    P of mixtures marked in SIGMOID is that of each logit. Y has the sums of mixtures with the same output.
 
     Logits ``(B, LOGITS)``, H ``(B, E, UNITS)``, Mean, Spread, NormW, NormBias ``(E, UNITS)``, Seed: one int64, Offset:
     the tables' scalars, P ``(B, WEIGHTS)``, Y ``(B, O, UNITS)``.
@@ -66,6 +75,8 @@ def _gate_combine_fwd_kernel(
             weight = tl.exp(logit - top[:, None])
             total = tl.sum(weight, 1)
             weight = weight / total[:, None]
+            if SIGMOID[o]:
+                weight = activate(logit, "sigmoid", 0.0)
         else:
             top = tl.zeros((BLOCK_M,), wide)
             total = tl.zeros((BLOCK_M,), wide)
@@ -76,6 +87,7 @@ def _gate_combine_fwd_kernel(
                 tl.store(p_p, weight, mask=m_m[:, None] & m_g)
         tops = tops + (top,)
         totals = totals + (total,)
+    for _ in tl.static_range(OUTPUTS):
         ys = ys + (tl.zeros((BLOCK_M, BLOCK_N), wide),)
     for e in tl.static_range(len(EXPERT_FIRST) - 1):
         h = tl.load(H + o_m[:, None] * H_ROW + (e * UNITS + o_n)[None, :], mask=m_mn, other=0.0).to(wide)
@@ -84,10 +96,10 @@ def _gate_combine_fwd_kernel(
                    SCALE)  # fmt: skip
         for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
             weight = _weight(Logits, Offset, tops[ENTRY_MIXTURE[i]], totals[ENTRY_MIXTURE[i]], o_m, m_m, LOGITS,
-                             ENTRY_LOGIT[i], ENTRY_OFFSET[i], TEMPERATURE)  # fmt: skip
-            ys = add_at(ys, ENTRY_MIXTURE[i], weight[:, None] * h)
-    for o in tl.static_range(len(SIZES)):
-        p_y = Y + o_m[:, None] * (len(SIZES) * UNITS) + (o * UNITS + o_n)[None, :]
+                             ENTRY_LOGIT[i], ENTRY_OFFSET[i], SIGMOID[ENTRY_MIXTURE[i]], TEMPERATURE)  # fmt: skip
+            ys = add_at(ys, ENTRY_OUTPUT[i], weight[:, None] * h)
+    for o in tl.static_range(OUTPUTS):
+        p_y = Y + o_m[:, None] * (OUTPUTS * UNITS) + (o * UNITS + o_n)[None, :]
         tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
 
 
@@ -97,8 +109,8 @@ def _gate_combine_bwd_kernel(
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, KEPT_ROW: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
-    EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    ENTRY_STOP: tl.constexpr,
+    EXPERT_FIRST: tl.constexpr, ENTRY_OUTPUT: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
+    ENTRY_STOP: tl.constexpr, OUTPUTS: tl.constexpr, SIGMOID: tl.constexpr,
     PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     H_NAME: tl.constexpr, H_VALUE: tl.constexpr, H_LAYER: tl.constexpr, H_KEEPS: tl.constexpr, H_SCALE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
@@ -107,7 +119,8 @@ def _gate_combine_bwd_kernel(
 ):  # fmt: skip
     """``DH[:, e] = f'(Kept) sum_o (P_oe + Offset_oe) DY[:, o]`` over entries that do not stop, ``DP_oe =
     <DY[:, o], H[:, e]>``, and the softmax's backward ``DL_oe = P_oe (dP_oe - sum_j P_oj dP_oj) / T`` with
-    ``dP = DP + DListed``.
+    ``dP = DP + DListed``; that of a sigmoid is ``DL_oe = P_oe (1 - P_oe) dP_oe / T``. DY is that of the output of each
+    mixture.
 
     DY ``(B, O, UNITS)``, H, Kept, DH ``(B, E, UNITS)``, Mean, Spread, NormW, NormBias ``(E, UNITS)``, Seed, KeptSeed:
     one int64 each, Offset: the tables' scalars, P, DListed, DP ``(B, WEIGHTS)``, DL ``(B, LOGITS)``.
@@ -121,8 +134,8 @@ def _gate_combine_bwd_kernel(
         if CHUNKS == 1:  # every row of DY is read once, and stays in registers
             o_n = tl.arange(0, BLOCK_N)
             m_mn = m_m[:, None] & (o_n < UNITS)[None, :]
-            for o in tl.static_range(len(SIZES)):
-                p_dy = DY + o_m[:, None] * (len(SIZES) * UNITS) + (o * UNITS + o_n)[None, :]
+            for o in tl.static_range(OUTPUTS):
+                p_dy = DY + o_m[:, None] * (OUTPUTS * UNITS) + (o * UNITS + o_n)[None, :]
                 dys = dys + (tl.load(p_dy, mask=m_mn, other=0.0),)
         for e in tl.static_range(len(EXPERT_FIRST) - 1):
             dps = ()
@@ -140,9 +153,9 @@ def _gate_combine_bwd_kernel(
                 d = tl.zeros((BLOCK_M, BLOCK_N), wide)
                 for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
                     if CHUNKS == 1:
-                        dy = dys[ENTRY_MIXTURE[i]].to(wide)
+                        dy = dys[ENTRY_OUTPUT[i]].to(wide)
                     else:
-                        p_dy = DY + o_m[:, None] * (len(SIZES) * UNITS) + (ENTRY_MIXTURE[i] * UNITS + o_n)[None, :]
+                        p_dy = DY + o_m[:, None] * (OUTPUTS * UNITS) + (ENTRY_OUTPUT[i] * UNITS + o_n)[None, :]
                         dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
                     if SAVE_DH and not ENTRY_STOP[i]:
                         weight = tl.load(P + o_m * WEIGHTS + ENTRY_WEIGHT[i], mask=m_m, other=0.0)
@@ -179,7 +192,10 @@ def _gate_combine_bwd_kernel(
                     dp += tl.load(DP + o_p, mask=m_mg, other=0.0)
                 if HAS_LISTED:
                     dp += tl.load(DListed + o_p, mask=m_mg, other=0.0)
-                dl = p * (dp - tl.sum(p * dp, 1)[:, None]) / TEMPERATURE
+                if SIGMOID[o]:
+                    dl = p * (1.0 - p) * dp / TEMPERATURE
+                else:
+                    dl = p * (dp - tl.sum(p * dp, 1)[:, None]) / TEMPERATURE
                 p_dl = DL + o_m[:, None] * LOGITS + (LOGIT_FIRST[o] + o_g)[None, :]
                 tl.store(p_dl, dl.to(DL.dtype.element_ty), mask=m_mg)
 
@@ -197,6 +213,7 @@ def _forward(
         TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first, LOGIT_FIRST=mixtures.logit_first,
         SIZES=mixtures.sizes, WIDTH=_width(mixtures), EXPERT_FIRST=mixtures.expert_first,
         ENTRY_MIXTURE=mixtures.entry_mixture, ENTRY_LOGIT=mixtures.entry_logit, ENTRY_OFFSET=mixtures.entry_offset,
+        ENTRY_OUTPUT=mixtures.entry_output, OUTPUTS=mixtures.outputs, SIGMOID=mixtures.sigmoid,
         SAVE_P=save_p, **end._asdict(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
     )  # fmt: skip
 
@@ -211,8 +228,9 @@ def _backward(
         _gate_combine_bwd_kernel, tile, UNITS=units, LOGITS=mixtures.logits, WEIGHTS=mixtures.weights, H_ROW=h_row,
         KEPT_ROW=kept_row, TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first,
         LOGIT_FIRST=mixtures.logit_first, SIZES=mixtures.sizes, WIDTH=_width(mixtures),
-        EXPERT_FIRST=mixtures.expert_first, ENTRY_MIXTURE=mixtures.entry_mixture,
+        EXPERT_FIRST=mixtures.expert_first, ENTRY_OUTPUT=mixtures.entry_output,
         ENTRY_WEIGHT=mixtures.entry_weight, ENTRY_OFFSET=mixtures.entry_offset, ENTRY_STOP=mixtures.entry_stop,
+        OUTPUTS=mixtures.outputs, SIGMOID=mixtures.sigmoid,
         PLACE=end.PLACE, EPS=end.EPS, AFFINE=end.AFFINE, IS_VARIANCE=end.IS_VARIANCE,
         H_NAME=end.NAME, H_VALUE=end.VALUE, H_LAYER=end.LAYER, H_KEEPS=end.KEEPS, H_SCALE=end.SCALE,
         NAME=activation[0], VALUE=activation[1], **dropout._asdict(), HAS_DY=has_dy, HAS_LISTED=has_listed,
@@ -231,7 +249,7 @@ def gate_combine_fwd(
     keep_weights: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y_o = sum_e (softmax(logits_o / T) + offset)_e h_e`` for all mixtures (paper eq. 2).
+    """``y_o = sum_e (softmax(logits_o / T) + offset)_e h_e`` for all mixtures (paper eq. 2), sums of some of them.
 
     Args:
         h: ``(B, E, H)``, its last two axes contiguous. B at least 1.
@@ -245,9 +263,9 @@ def gate_combine_fwd(
         ``(B, O, H)`` like ``h``; softmax weights ``(B, W)`` without the learned scalars, or None.
     """
     rows, _, units = h.shape
-    y = torch.empty((rows, len(mixtures.sizes), units), dtype=h.dtype, device=h.device)
+    y = torch.empty((rows, mixtures.outputs, units), dtype=h.dtype, device=h.device)
     p = torch.empty((rows, mixtures.weights), dtype=wide_of(h.dtype), device=h.device) if keep_weights else None
-    tile = combine_tile(h, rows, units, len(mixtures.sizes)) if tile is None else tile
+    tile = combine_tile(h, rows, units, mixtures.outputs) if tile is None else tile
     _forward(tile, units, h.stride(0), temperature, mixtures, keep_weights, end.constants)(
         (cdiv(rows, tile.rows), cdiv(units, tile.columns)), h.device,
         Logits=logits, H=h, Mean=end.mean, Spread=end.spread, NormW=end.weight, NormBias=end.bias, Seed=end.seed,
@@ -301,7 +319,7 @@ def gate_combine_bwd(
         dp = torch.empty((rows, mixtures.weights), dtype=wide, device=p.device)
     if logits_grad and mixtures.logits:
         dl = torch.empty((rows, mixtures.logits), dtype=dtype, device=p.device)
-    tile = combine_tile(p, rows, units, len(mixtures.sizes), backward=True) if tile is None else tile
+    tile = combine_tile(p, rows, units, mixtures.outputs, backward=True) if tile is None else tile
     run = _backward(
         tile, units, 0 if h is None else h.stride(0), 0 if kept is None else kept.stride(0), temperature, mixtures,
         end.constants, activation, dropout_constants(dropout), dy is not None, dlisted is not None, dh is not None,

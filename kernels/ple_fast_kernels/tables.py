@@ -77,6 +77,11 @@ class Mixtures(_Table):
     """the learned scalar that is added (-1: none),"""
     entry_stop: tuple[bool, ...]
     """and whether the mixture's gradient does not reach the expert."""
+    entry_output: tuple[int, ...]
+    """Of the same entries the output that its mixture is added to."""
+    outputs: int
+    sigmoid: tuple[bool, ...]
+    """Per mixture whether its weights are sigmoids of its logits."""
     __hash__ = _Table.__hash__
 
     @classmethod
@@ -87,10 +92,13 @@ class Mixtures(_Table):
         logit_first: tuple[int, ...],
         offsets: tuple[tuple[bool, ...], ...],
         stops: tuple[tuple[bool, ...], ...] | None = None,
+        outputs: tuple[int, ...] | None = None,
+        sigmoid: tuple[bool, ...] | None = None,
     ) -> Mixtures:
         """Tables of mixtures ``o`` that weigh ``mixture_experts[o]`` in order.
 
-        ``offsets`` marks learned scalars, ``stops`` entries whose gradient does not reach the expert.
+        ``offsets`` marks learned scalars, ``stops`` entries whose gradient does not reach the expert. ``outputs``: per
+        mixture the one that it is added to; None: its own. ``sigmoid``: of each whether it is one.
         """
         rows: list[list[tuple[int, int, int, int, bool]]] = [[] for _ in range(experts)]
         column = scalar = 0
@@ -111,7 +119,12 @@ class Mixtures(_Table):
         sizes = tuple(map(len, mixture_experts))
         logits = sum(n for n, at in zip(sizes, logit_first, strict=True) if at >= 0)
         columns: Iterator[tuple[Any, ...]] = (tuple(values) for values in zip(*entries, strict=True))
-        return cls(experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns)
+        outputs = tuple(range(len(sizes))) if outputs is None else outputs
+        return cls(
+            experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns,
+            tuple(outputs[entry[0]] for entry in entries), outputs[-1] + 1,
+            (False,) * len(sizes) if sigmoid is None else sigmoid,
+        )  # fmt: skip
 
     def dense(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Per mixture and expert, ``(O * E,)``: column of P, of the logits, learned scalar; -1 where there is none."""

@@ -137,7 +137,7 @@ def _listed(name: str, modules: Any, count: int) -> list[Any]:
 
 def _parse_gate(path: str, module: Any, topology: Topology, o: int) -> PlainStack:
     """The gate of mixture ``o``; of a static mixture an empty one, or its offsets."""
-    assert topology.mixture_offset is not None
+    assert topology.mixture_kind is not None and topology.mixture_offset is not None
     stack = PlainStack(path) if module is None else parse(path, module, gate=True)
     gated = o in topology.gated_mixtures
     if stack.offset is not None and stack.offset.columns != topology.mixture_offset[o]:
@@ -150,7 +150,20 @@ def _parse_gate(path: str, module: Any, topology: Topology, o: int) -> PlainStac
     if not gated:
         return stack
     if not stack.layers:
-        raise ValueError(f"{path}: expected a gate with a Linear, because mixture {o} is a softmax, got {kind(module)}")
+        raise ValueError(
+            f"{path}: expected a gate with a Linear, because mixture {o} is a {topology.mixture_kind[o]}, got "
+            f"{kind(module)}"
+        )
+    if topology.mixture_kind[o] == "sigmoid":
+        if stack.softmax:
+            raise ValueError(
+                f"{path}: expected a gate that ends in its logits or their Sigmoid, because mixture {o} is one, got a "
+                "Softmax"
+            )
+        last = stack.layers[-1]
+        if type(last.activation) is nn.Sigmoid:
+            last.activation = None
+            last.paths = {role: own for role, own in last.paths.items() if role not in ("activation", "dice_norm")}
     _check_gate_layers(stack, len(topology.mixture_experts[o]))
     return stack
 

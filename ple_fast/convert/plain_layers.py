@@ -259,6 +259,8 @@ class _Reader:
         layer.dropout, layer.paths["dropout"] = dropout, path
 
     def _end(self, stack: PlainStack, path: str, module: nn.Module) -> None:
+        if type(stack.layers[-1].activation) is nn.Sigmoid:
+            refuse(path, module, "stands after the Sigmoid of the gate, where only WeightOffset can")
         if isinstance(module, Temperature):
             stack.temperature *= module.value
         elif isinstance(module, TopK):
@@ -272,7 +274,8 @@ class _Reader:
             stack.softmax = True
 
     def _offset(self, stack: PlainStack, path: str, offset: WeightOffset) -> None:
-        if not self.gate or stack.offset is not None or (stack.layers and not stack.softmax):
+        ended = not stack.layers or stack.softmax or type(stack.layers[-1].activation) is nn.Sigmoid
+        if not self.gate or stack.offset is not None or not ended:
             refuse(path, offset, "expected once, at the end of a gate, after its Softmax")
         stack.offset = offset
 

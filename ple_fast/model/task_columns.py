@@ -173,7 +173,9 @@ def _edges(level: ExtractionNetwork, is_first: bool, slot: int, is_raw: bool) ->
     """The mixtures that read a slot, each with what reads it. ``is_raw``: a slot of the first level, not of this one,
     which gates on the raw input read."""
     topology = level.topology
-    gated = [o in topology.gated_mixtures for o in range(topology.num_mixtures)]
+    assert topology.mixture_kind is not None
+    pairs = zip(topology.mixture_kind, topology.mixture_experts, strict=True)
+    chooses = [kind == "sigmoid" or (kind == "softmax" and len(experts) > 1) for kind, experts in pairs]
     reads_raw = level.gate_spec.input == "raw" and not is_first
     reads, added = topology.mixture_slot, None
     if level.gate_spec.input == "with_shared":
@@ -182,8 +184,8 @@ def _edges(level: ExtractionNetwork, is_first: bool, slot: int, is_raw: bool) ->
         found = [e for e in experts if topology.expert_slot[e] == slot]
         if found and not is_raw:
             yield mixture, f"expert {found[0]}"
-        # A gate that has one expert to choose gives it weight 1, whatever it reads.
-        elif gated[mixture] and len(experts) > 1 and reads_raw == is_raw and slot in (reads[mixture], added):
+        # A softmax over one expert gives it weight 1, whatever it reads.
+        elif chooses[mixture] and reads_raw == is_raw and slot in (reads[mixture], added):
             yield mixture, "gate"
 
 
@@ -201,10 +203,12 @@ def _paths(trunk: nn.Module, tasks: Sequence[str]) -> dict[tuple[int, int], Path
             sources = [(slot, path, False) for slot, path in at.items()]
             sources += [(slot, (), True) for slot in raw] if number else []
             after: dict[int, Path] = {}
+            outputs = level.topology.mixture_output
             for slot, path, is_raw in sources:
                 for mixture, what in _edges(level, number == 0, slot, is_raw):
                     steps = f"{what} of level {number}", f"mixture {mixture} of level {number}"
-                    after.setdefault(mixture, (*path, *steps))
+                    output = mixture if outputs is None else outputs[mixture]
+                    after.setdefault(output, (*path, *steps))
             at = after
         for mixture, path in at.items():
             if mixture < len(tasks) * parts:

@@ -111,7 +111,7 @@ class PLE(Stack):
         levels = list(levels)
         check_levels(levels)
         last_shared = check_flag("last_shared", last_shared)
-        mixtures = levels[-1].topology.num_mixtures
+        mixtures = levels[-1].topology.num_outputs
         tasks = mixtures - last_shared if num_tasks is None else check_count("num_tasks", num_tasks)
         if not 0 < tasks <= mixtures - last_shared:
             raise ValueError(

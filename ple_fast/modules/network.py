@@ -320,9 +320,10 @@ class ExtractionNetwork(CheckedModule, LevelParts):
 
         Weights and buffers are copies, bit for bit, with dtype, device, ``requires_grad`` and mode carried over; the
         gradients are not. A gate ends in its logits, in the order of ``topology.mixture_experts``; where the topology
-        marks offsets it ends in the weights (softmax, then ``WeightOffset``). A static mixture has None, or its
-        ``WeightOffset``, which adds to weights of 1. Where the topology stops gradients, who adds up the experts has to
-        detach them. ``pack`` is the way back.
+        marks offsets it ends in the weights (softmax or sigmoid, then ``WeightOffset``). A static mixture has None, or
+        its ``WeightOffset``, which adds to weights of 1. Which mixtures are sigmoids, and which are added into one
+        output, the topology says; where it stops gradients, who adds up the experts has to detach them. ``pack`` is the
+        way back.
 
         Raises:
             TypeError: somebody put another batch norm in the place of ours.
@@ -334,6 +335,8 @@ class ExtractionNetwork(CheckedModule, LevelParts):
         t = self.topology
         parts = [f"in_features={self.in_features}", f"slots={t.num_slots}", f"experts={t.num_experts}"]
         parts.append(f"mixtures={t.num_mixtures}")
+        if t.mixture_output is not None:
+            parts.append(f"outputs={t.num_outputs}")
         if self.gate_features != self.in_features:
             parts.append(f"gate_features={self.gate_features}")
         if self.recompute:

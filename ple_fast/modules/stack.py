@@ -113,7 +113,7 @@ class Stack(CheckedModule):
                 y = level(y, gate_input)
         out: Tensor = y
         mixtures = self.num_tasks * self.parts
-        if not self.last_shared and level.topology.num_mixtures != mixtures:
+        if not self.last_shared and level.topology.num_outputs != mixtures:
             out = out[:, :mixtures]
         if self.parts > 1:
             out = out.reshape(-1, self.num_tasks, self.out_features)
@@ -180,9 +180,9 @@ def check_levels(levels: Sequence[ExtractionNetwork]) -> None:
                 f"levels[{i}]: expected in_features={below.out_features}, the output width of the level below, "
                 f"got {level.in_features}"
             )
-        if below.topology.num_mixtures != level.topology.num_slots:
+        if below.topology.num_outputs != level.topology.num_slots:
             raise ValueError(
-                f"levels[{i}]: expected {below.topology.num_mixtures} slots, the mixtures of the level below, "
+                f"levels[{i}]: expected {below.topology.num_outputs} slots, the mixtures of the level below, "
                 f"got {level.topology.num_slots}"
             )
         if level.gate_spec.input == "raw" and level.gate_features != raw:

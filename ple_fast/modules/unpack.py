@@ -222,7 +222,8 @@ def _gate(level: LevelParts, o: int) -> nn.Sequential | None:
         if level.gate_spec.top_k is not None:
             modules.append(TopK(level.gate_spec.top_k).train(gate.training))
         if offset is not None:
-            modules.append(nn.Softmax(dim=1).train(gate.training))
+            is_sigmoid = topology.mixture_kind is not None and topology.mixture_kind[o] == "sigmoid"
+            modules.append((nn.Sigmoid() if is_sigmoid else nn.Softmax(dim=1)).train(gate.training))
     if offset is not None:
         assert gate.offset is not None
         last = WeightOffset(topology.mixture_offset[o], device="meta", dtype=gate.offset.dtype)

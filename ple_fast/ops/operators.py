@@ -131,7 +131,7 @@ def _fake_forward(*arguments: Any) -> Forward:
     call = given.call(moments=given.moving(), listed=listed)  # it does not run
     t, like, batch = call.plan.topology, given.x[0], given.batch
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    y = like.new_empty((batch, t.num_mixtures, call.plan.blocks[0].layers[-1].units))
+    y = like.new_empty((batch, t.num_outputs, call.plan.blocks[0].layers[-1].units))
     weights = like.new_empty((batch, t.num_weights), dtype=wide) if listed else like.new_empty(0)
     kept: list[Tensor] = []
     if any(needed):

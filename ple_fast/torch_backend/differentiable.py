@@ -43,7 +43,7 @@ def level(
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
     weights = mix.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
-    return _mix(plan, weights, h), mix.listed_weights(plan, weights)
+    return _mix(plan, mix.output_weights(plan, weights), h), mix.listed_weights(plan, weights)
 
 
 def _mix(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
         return False
     if plan.gate_spec.temperature != 1.0 or plan.top_k or plan.static_entry or plan.offset_entry:
         return False
+    if plan.sigmoid_rows or plan.outputs:
+        return False
     for spec in plan.blocks[0].layers:
         if spec.activation.name in ("prelu", "dice", "row_dice") or (
             trains and (spec.norm is not None or spec.dropout)

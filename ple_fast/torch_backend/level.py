@@ -72,7 +72,7 @@ def _gates_forward(level: Level, inputs: LevelInput, blocks: Sequence[RowBlock])
 def _rows_forward(
     level: Level, inputs: LevelInput, blocks: Sequence[RowBlock], out: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """``y (rows, O, H)`` and dense weights ``(rows, O, E)`` of every row block; ``y`` in ``out``, if that is given."""
+    """``y (rows, O, H)`` and the mixtures' dense weights of every row block; ``y`` in ``out``, if that is given."""
     plan, at = level.plan, level.saved.mix
     for mlp in level.experts:
         _mlp_forward(mlp, inputs, blocks)
@@ -87,9 +87,10 @@ def _rows_forward(
         block.value = None
         if at.h >= 0:
             block.kept[at.h] = h
+        summed = mix.output_weights(plan, weights)
         if at.weights >= 0:
-            block.kept[at.weights] = weights
-        done.append((mix.combine(plan, weights, h, None if out is None else out[block.rows]), weights))
+            block.kept[at.weights] = summed
+        done.append((mix.combine(plan, summed, h, None if out is None else out[block.rows]), weights))
     return done
 
 
@@ -125,7 +126,7 @@ def level_forward(
         return y, mix.listed_weights(plan, weights) if listed else None, kept
     weight, batch = inputs.layers[0].weight, inputs.x.batch
     units = plan.blocks[0].layers[-1].units
-    y = torch.empty((batch, plan.topology.num_mixtures, units), dtype=weight.dtype, device=weight.device)
+    y = torch.empty((batch, plan.topology.num_outputs, units), dtype=weight.dtype, device=weight.device)
     shown: Tensor | None = None
     if listed:
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -157,7 +158,7 @@ def _weights_backward(
     if wants.weights and dy is not None:
         h = block.kept[at.h] if at.h >= 0 else _experts_again(level, inputs, block)
         assert h is not None
-        dweights = mix.weights_grad(dy, h)
+        dweights = mix.mixture_part(plan, mix.weights_grad(dy, h))
     if wants.weights and dlisted is not None:
         listed = mix.listed_weights_backward(plan, dlisted)
         dweights = listed if dweights is None else dweights.add_(listed)

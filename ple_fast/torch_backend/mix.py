@@ -1,5 +1,7 @@
 """Gate weights out of logits, and the mixtures: ``y_o = sum_e P_oe h_e`` with dense weights ``P``, ``(rows, O, E)``.
 
+Mixtures that are added into one output are so before they weigh anything: that takes one sum of weights.
+
 An expert that a mixture does not weigh has weight 0 there: one softmax and one batched product then serve a ragged
 wiring as they serve a dense one. But 0 times infinity is NaN, and a task must not see what overflows in another one's
 expert: ``combine`` looks at its result, and where that is not finite sums over each mixture's own experts alone.
@@ -94,10 +96,32 @@ def gate_softmax(plan: LevelPlan, logits: Tensor, *, is_traced: bool = False) ->
     dense = dense_logits(plan, logits)
     if plan.top_k:
         dense = chosen_logits(plan, dense, is_traced=is_traced)
+    if plan.sigmoid_rows:
+        return _squashed(plan, dense)
     if is_traced or experts >= NARROW or dense.numel() < NARROW_ELEMENTS or not dense.is_cpu:
         return torch.softmax(dense, dim=2)
     weights = (dense - dense.amax(2, keepdim=True)).exp_()
     return weights.div_(weights.sum(2, keepdim=True))
+
+
+@lru_cache(maxsize=1024)
+def _rows_by_kind(plan: LevelPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The softmax mixtures among the gated ones; of each gated one its number where the sigmoid ones come last."""
+    sigmoid = plan.sigmoid_rows
+    softmax = tuple(i for i in range(len(plan.topology.gated_mixtures)) if i not in sigmoid)
+    found = (*softmax, *sigmoid)
+    return softmax, tuple(found.index(i) for i in range(len(found)))
+
+
+def _squashed(plan: LevelPlan, dense: Tensor) -> Tensor:
+    """The weights of gates some of which are sigmoids; of an expert that a mixture does not weigh they are 0."""
+    softmax, order = _rows_by_kind(plan)
+    # Not one of both and a choice: a logit that overflows would be NaN in the gradient of the other.
+    own = torch.sigmoid(dense.index_select(1, index_of(plan.sigmoid_rows, dense.device)))
+    if not softmax:
+        return own
+    both = torch.cat((torch.softmax(dense.index_select(1, index_of(softmax, dense.device)), dim=2), own), dim=1)
+    return both.index_select(1, index_of(order, dense.device))
 
 
 def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor:
@@ -105,7 +129,12 @@ def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor
     if not plan.is_dense:
         # What overflows of an expert that is not weighed would be NaN times 0.
         d.masked_fill_(index_of(plan.is_absent, d.device, torch.bool).view(d.shape[1:]), 0.0)
-    dense = torch._softmax_backward_data(d, weights, 2, weights.dtype).flatten(1)
+    dense = torch._softmax_backward_data(d, weights, 2, weights.dtype)
+    if plan.sigmoid_rows:
+        rows = index_of(plan.sigmoid_rows, d.device)
+        own = weights.index_select(1, rows)
+        dense.index_copy_(1, rows, d.index_select(1, rows) * (own * (1.0 - own)))
+    dense = dense.flatten(1)
     if not plan.is_dense:
         dense = dense.index_select(1, index_of(plan.logit_entry, dense.device))
     return dense
@@ -130,6 +159,36 @@ def mixture_weights(plan: LevelPlan, gated: Tensor | None, offset: Tensor | None
         added = added.index_copy(0, index_of(plan.offset_entry, weights.device), offset.to(weights.dtype))
         weights = weights + added.view(1, topology.num_mixtures, topology.num_experts)
     return weights
+
+
+def output_weights(plan: LevelPlan, weights: Tensor) -> Tensor:
+    """Weights of outputs ``(rows, O, E)`` out of those of mixtures, several of which may be added into one output."""
+    if not plan.outputs:
+        return weights
+    mixtures, outputs = plan.topology.num_mixtures, plan.topology.num_outputs
+    several = mixtures // outputs
+    if plan.outputs == tuple(o // several for o in range(mixtures)):
+        return weights.view(weights.shape[0], outputs, several, weights.shape[2]).sum(2)
+    # A product with zeros and ones would bring what is not finite of one output into all others.
+    padded, total = torch.constant_pad_nd(weights, (0, 0, 0, 1)), None
+    for terms in _terms(plan):
+        term = padded.index_select(1, index_of(terms, weights.device))
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+@lru_cache(maxsize=1024)
+def _terms(plan: LevelPlan) -> tuple[tuple[int, ...], ...]:
+    """The first mixture of each output, the second ones, and so on; one after the last where there is none."""
+    none = plan.topology.num_mixtures
+    rows = [[o for o in range(none) if plan.outputs[o] == i] for i in range(plan.topology.num_outputs)]
+    return tuple(tuple(row[i] if i < len(row) else none for row in rows) for i in range(max(map(len, rows))))
+
+
+def mixture_part(plan: LevelPlan, d: Tensor) -> Tensor:
+    """Gradient of the mixtures' weights from that of the outputs'."""
+    return d.index_select(1, index_of(plan.outputs, d.device)) if plan.outputs else d
 
 
 def gated_part(plan: LevelPlan, d: Tensor) -> Tensor:
@@ -181,9 +240,9 @@ def _grouped_sums(sums: Sequence[Sequence[tuple[int, int]]]) -> Sums:
 
 @lru_cache(maxsize=1024)
 def mixture_sums(plan: LevelPlan) -> Sums:
-    """Of mixtures, over the experts that each weighs."""
+    """Of outputs, over the experts that each weighs."""
     experts = plan.topology.num_experts
-    mixed = plan.topology.mixture_experts
+    mixed = plan.topology.output_experts
     return _grouped_sums([[(e, o * experts + e) for e in row] for o, row in enumerate(mixed)])
 
 
@@ -198,9 +257,9 @@ def stopped_sums(plan: LevelPlan) -> Sums:
 
 @lru_cache(maxsize=1024)
 def _expert_sums(plan: LevelPlan) -> Sums:
-    """Of experts, over the mixtures that weigh each and whose gradient reaches it."""
+    """Of experts, over the outputs that weigh each and whose gradient reaches it."""
     experts = plan.topology.num_experts
-    mixed, stopped = plan.topology.mixture_experts, plan.is_stopped
+    mixed, stopped = plan.topology.output_experts, plan.is_stopped
     sums = [[(o, o * experts + e) for o, row in enumerate(mixed) if e in row] for e in range(experts)]
     return _grouped_sums([[(o, at) for o, at in terms if not (stopped and stopped[at])] for terms in sums])
 

@@ -42,7 +42,9 @@ def _folds(norm: NormState | None, *, keeps: bool) -> bool:
 def can_fuse(inputs: LevelInput, fusion: Fusion, x: Source, gates_beside_experts: bool, *, keeps: bool) -> bool:
     """Whether the kernel serves this level: one block, plain gates, no norm or dropout that does not fold away."""
     plan, state = inputs.plan, inputs.state
-    if len(plan.blocks) > 1 or plan.top_k or not _folds(state.gate_norm, keeps=keeps):
+    if len(plan.blocks) > 1 or plan.top_k or plan.sigmoid_rows or plan.outputs:
+        return False
+    if not _folds(state.gate_norm, keeps=keeps):
         return False
     if plan.gate.slots and not gates_beside_experts:
         return False

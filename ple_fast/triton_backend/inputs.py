@@ -76,7 +76,10 @@ def mixtures_of(plan: LevelPlan) -> Mixtures:
     """Which experts every mixture weighs."""
     t = plan.topology
     assert t.mixture_offset is not None
-    return Mixtures.build(t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop)
+    sigmoid = tuple(kind == "sigmoid" for kind in t.mixture_kind or ())
+    return Mixtures.build(
+        t.num_experts, t.mixture_experts, t.logit_offset, t.mixture_offset, t.mixture_stop, t.mixture_output, sigmoid
+    )
 
 
 @lru_cache(maxsize=4096)
