@@ -67,6 +67,15 @@ def _with_shared(x: Input, slots: int, is_read: bool) -> Input:
     return torch.cat((x[:, :-1] + x[:, -1:], x[:, -1:]), dim=1) if is_read else x + x[:, -1:]
 
 
+def _gate_input(x: Input, gate_input: Input | None, plan: LevelPlan) -> Input | None:
+    """What the gates read beside ``x``, where it is given or made of ``x``; None: ``x``."""
+    slots = plan.topology.num_slots
+    assert slots is not None
+    if plan.gate_spec.input == "with_shared" and gate_input is None and plan.gate.slots:
+        return _with_shared(x, slots, slots - 1 in plan.gate.slots)
+    return gate_input
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -195,8 +204,7 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    if plan.gate_spec.input == "with_shared" and gate_input is None and plan.gate.slots:
-        gate_input = _with_shared(x, slots, slots - 1 in plan.gate.slots)
+    gate_input = _gate_input(x, gate_input, plan)
     is_traced = must_see_operators(weight)
     choice = resolve(weight.device, backend)
     is_special = gate_input is not None or return_gates
@@ -249,7 +257,7 @@ def extraction_level(
 
 
 class GateShares(NamedTuple):
-    """What the gates of a level would take of each expert, for losses that balance it; of gated mixtures alone."""
+    """What the gates of a level would take of each expert, for losses that balance it; of softmax mixtures alone."""
 
     shares: Tensor
     """Each gate's softmax over all experts that it weighs, ``(B, gates, E)`` in float32 (float64), differentiable; 0 at
@@ -261,29 +269,35 @@ class GateShares(NamedTuple):
 
 
 def gate_shares(
-    gate_x: Input, plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, state: LevelState
+    x: Input,
+    gate_input: Input | None,
+    plan: LevelPlan,
+    layers: Sequence[LayerTensors],
+    gate: GateTensors,
+    state: LevelState,
 ) -> GateShares:
     """The gates of a level once more, in differentiable operators, as they were in a forward in this state.
 
     Args:
-        gate_x: what the gates read, in the forms of ``extraction_level``, which has checked it.
+        x, gate_input: as for ``extraction_level``, which has checked them.
         plan, layers, gate, state: the level.
 
     Raises:
         ValueError: a norm of the gates is of another class, and would move its statistics again.
     """
     topology = plan.topology
-    assert topology.num_slots is not None
+    assert topology.num_slots is not None and topology.mixture_kind is not None
     if state.has_foreign_norm and (state.gate_norm is not None or plan.gate.layers):
         raise ValueError(
             'return_gates="shares": expected gates with norms of this library, got another class of batch norm, whose '
             "statistics would move twice a step; convert none, or balance without norms in gates"
         )
-    first = first_of(gate_x)
-    if gate.weight is None:
+    first, gated = first_of(x), [o for o in topology.gated_mixtures if topology.mixture_kind[o] == "softmax"]
+    if gate.weight is None or not gated:
         wide = torch.promote_types(first.dtype, torch.float32)
         return GateShares(first.new_zeros((first.shape[0], 0, topology.num_experts), dtype=wide), None, ())
-    tensors, places = _place(gate_x, topology.num_slots)
+    gate_input = _gate_input(x, gate_input, plan)
+    tensors, places = _place(x if gate_input is None else gate_input, topology.num_slots)
     autocast = autocast_dtype(layers[0].weight)
     if autocast is not None:
         layers, gate = _cast_layers(layers, gate, autocast, once=False)
@@ -291,7 +305,7 @@ def gate_shares(
     # Where there is none there may be no such device to autocast: meta.
     with nullcontext() if autocast is None else torch.autocast(first.device.type, enabled=False):
         shares, chosen = differentiable.gate_shares(plan, layers, gate, state, Slots(tensors, places))
-    return GateShares(shares, chosen, tuple(topology.mixture_experts[o] for o in topology.gated_mixtures))
+    return GateShares(shares, chosen, tuple(topology.mixture_experts[o] for o in gated))
 
 
 def grouped_linear(x: Input, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -317,6 +317,9 @@ def correspondence(fused: Any, reference: ExtractionNetworkReference | PLERefere
             assert isinstance(own, ExtractionNetworkReference)
             for pair in correspondence(level, own):
                 yield pair._replace(name=f"levels.{number}.{pair.name}")
+        for number, own in enumerate(getattr(reference, "feature_gates", ())):  # of HoME
+            for pair in correspondence(fused.feature_gates[number].network, own):
+                yield pair._replace(name=f"feature_gates.{number}.network.{pair.name}")
         return
     for name, layer, row, own in _layers(fused, reference):
         yield from _layer_pairs(name, layer, row, own)

@@ -257,7 +257,19 @@ def _trunk(dice: random.Random) -> tuple[int, tuple[str, dict[str, Any]]]:
         options["last_shared"] = dice.random() < 0.3
     if name in ("mmoe", "ml_mmoe"):
         options["experts"] = dice.randint(1, 4)
-    if name in ("ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem"):
+    if name == "home":
+        first = sorted(dice.sample(range(tasks), dice.randint(1, tasks)))
+        others = [task for task in range(tasks) if task not in first]
+        options |= {
+            "groups": [first, others] if others else [first],
+            "task_experts": dice.randint(1, 2),
+            "group_experts": dice.randint(1, 2),
+            "shared_experts": dice.randint(1, 2),
+            "self_gates": dice.random() < 0.7,
+            "feature_gate_experts": dice.randint(0, 2),
+            "feature_gate_rank": dice.randint(1, 4),
+        }
+    if name in ("ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem", "home"):
         options |= {"gate_units": (dice.randint(1, 5),) * dice.randint(0, 1), "gate_bias": dice.random() < 0.7}
     if name == "asymmetric_sharing":
         options["sources"] = [(k, *(t for t in range(tasks) if t != k and dice.random() < 0.5)) for k in range(tasks)]

@@ -17,8 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
+from ple_fast import ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 from ple_fast.reference import ExtractionNetworkReference, Pair, PLEReference, correspondence
+from ple_fast.reference_home import HoMEReference
 from ple_fast.routes import ROUTES
 
 TOPOLOGIES: dict[str, Topology] = {
@@ -213,6 +214,8 @@ def draw(
 
 def reference_of(module: nn.Module) -> ExtractionNetworkReference | PLEReference:
     """The reference with the weights of ``module``."""
+    if isinstance(module, HoME):
+        return HoMEReference.like(module)
     return PLEReference.like(module) if hasattr(module, "levels") else ExtractionNetworkReference.like(module)
 
 

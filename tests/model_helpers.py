@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ml_mmoe": {"experts": 3, "expert_units": (8, 6)},
     "adatt": {"task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
     "stem": {"num_levels": 2, "task_experts": 2, "shared_experts": 1, "expert_units": (8, 6)},
+    "home": {"groups": ((0, 2), (1,)), "task_experts": 1, "expert_units": (8, 6), "feature_gate_rank": 2},
     "cross_stitch": {"expert_units": ((8,), (6,))},
     "hard_sharing": {"expert_units": (8, 6)},
     "customized_sharing": {"expert_units": (8, 3)},
@@ -57,6 +58,10 @@ def model(
 ) -> MultiTaskModel:
     torch.manual_seed(seed)
     options = SMALL.get(trunk) if isinstance(trunk, str) else None
+    if trunk == "home":
+        options = SMALL[trunk] | {
+            "groups": (tuple(range(0, len(tasks), 2)), tuple(range(1, len(tasks), 2)))[: len(tasks)]
+        }
     if trunk == "asymmetric_sharing":
         options = SMALL[trunk] | {"sources": tuple((0, k)[not k :] for k in range(len(tasks)))}
     return MultiTaskModel(columns, tasks, trunk=trunk, **{"trunk_options": options, "tower_units": (5,), **kwargs})

@@ -14,8 +14,10 @@ from ple_fast import PLE, AdaTT, GateSpec, MLPSpec, MMoE, SingleTask, use_backen
 from ple_fast.functional import GateShares
 from ple_fast.losses import JointLoss, TaskLoss, balance_loss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
+from ple_fast.model.trunks import TRUNKS
 from ple_fast_encoder import Column
 from tests.helpers import TOPOLOGIES, level
+from tests.model_helpers import SMALL
 from tests.ranks import run_ranks
 
 TASKS = [TaskLoss("a", "regression"), TaskLoss("b", "regression")]
@@ -94,6 +96,26 @@ def test_the_shares_are_the_weights_of_the_same_forward(gate: GateSpec) -> None:
     torch.testing.assert_close(found.shares.sum(2), torch.ones_like(found.shares[:, :, 0]))
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("name", ["ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem", "home"])
+def test_every_trunk_with_gates_gives_shares(name: str) -> None:
+    torch.manual_seed(0)
+    module = TRUNKS[name](8, 3, **SMALL[name])
+    x = torch.randn(12, 8)
+    _, listed = module(x, return_gates=True)
+    y, gates = module(x, return_gates="shares")
+    assert y.shape[:2] == (12, 3) and len(gates) == len(listed)
+    for own, weights, network in zip(gates, listed, module.levels, strict=True):
+        topology = network.topology
+        softmax = [o for o, kind in enumerate(topology.mixture_kind) if kind == "softmax"]
+        assert own.experts == tuple(topology.mixture_experts[o] for o in softmax)
+        for row, o in enumerate(softmax):
+            if topology.has_offsets:
+                continue  # which are in the weights
+            torch.testing.assert_close(own.shares[:, row, list(topology.mixture_experts[o])], weights[o])
+    balance_loss(gates, "gate").backward()
+    assert balance_loss(module(x, return_gates="shares")[1], "level").item() > 0
 
 
 @pytest.mark.parametrize("joint", [0, 1])

@@ -15,7 +15,10 @@ from ple_fast.losses import TaskLoss
 from ple_fast.model import Categorical, MultiTaskModel, Numeric
 from ple_fast.model.trunks import TRUNKS
 
-OPTIONS: dict[str, dict[str, Any]] = {"asymmetric_sharing": {"sources": ((0,), (1, 0))}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "asymmetric_sharing": {"sources": ((0,), (1, 0))},
+    "home": {"groups": ((1,), (0,))},
+}
 COLUMNS = (
     Categorical("a", values=(1, 2, 3), width=4),
     Categorical("b", values=(5, 6), width=4),

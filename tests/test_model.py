@@ -197,11 +197,12 @@ def test_gate_weights_go_into_the_picture(trunk: str) -> None:
     net = model(trunk)
     data, _ = table(20)
     gates = net.gate_weights(data, batch_size=8)
-    assert len(gates) == (2 if trunk in ("ple", "ml_mmoe", "adatt", "stem", "cross_stitch") else 1)
+    assert len(gates) == (2 if trunk in ("ple", "ml_mmoe", "adatt", "stem", "home", "cross_stitch") else 1)
     for level, topology in zip(gates, net.topologies, strict=True):
         assert [tuple(g.shape) for g in level] == [(20, len(experts)) for experts in topology.mixture_experts]
         for o, weights in enumerate(level):
-            if o in topology.gated_mixtures and not topology.has_offsets:
+            is_softmax = topology.mixture_kind is not None and topology.mixture_kind[o] == "softmax"
+            if is_softmax and not topology.has_offsets:
                 assert torch.allclose(weights.sum(1), torch.ones(20), atol=1e-5)
     uses = viz.gate_use(gates, net.topologies, net.task_names, model=trunk)
     assert len(uses) == sum(topology.num_mixtures for topology in net.topologies)

@@ -28,12 +28,16 @@ from tests.helpers import (
 
 ROWS = (0, 1, 2)
 WIDTHS = (1, 2, 3, 4, 5)
-OPTIONS: dict[str, dict[str, Any]] = {"asymmetric_sharing": {"sources": [(0,), (0, 1)]}, "mmoe": {"experts": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "asymmetric_sharing": {"sources": [(0,), (0, 1)]},
+    "mmoe": {"experts": 3},
+    "home": {"groups": ((0,), (1,)), "task_experts": (1, 2), "norm": None},  # by default batch, which wants two rows
+}
 
 
 def trunk(name: str, width: int, **options: Any) -> nn.Module:
     """A trunk of 2 tasks whose widths are all ``width``."""
-    options |= {"expert_units": (width, width), **OPTIONS.get(name, {})}
+    options = {"expert_units": (width, width), **OPTIONS.get(name, {}), **options}
     module = TRUNKS[name](width, 2, dtype=torch.float64, **options)
     randomise(module)
     return module

@@ -49,6 +49,18 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "MLMMoE": {"num_levels": 2, "experts": 8, **GATED},
     "AdaTT": {"num_levels": 2, "task_experts": 2, "shared_experts": 0, **GATED},
     "STEM": {"num_levels": 1, "task_experts": 2, "shared_experts": 2, **GATED},
+    "HoME": {
+        "groups": REQUIRED,
+        "task_experts": 2,
+        "group_experts": 2,
+        "shared_experts": 2,
+        "self_gates": True,
+        "feature_gate_experts": 2,
+        "feature_gate_rank": 8,
+        **GATED,
+        "activation": "silu",
+        "norm": "batch",
+    },
     "CrossStitch": {"num_levels": 2, "own_weight": 0.9, **UNGATED},
     "HardSharing": UNGATED,
     "CustomizedSharing": UNGATED,
@@ -65,6 +77,11 @@ OTHER: dict[str, Any] = {
     "last_shared": True,
     "experts": 5,
     "own_weight": 0.5,
+    "groups": [[0, 1]],
+    "group_experts": 1,
+    "self_gates": False,
+    "feature_gate_experts": 1,
+    "feature_gate_rank": 3,
     "sources": [(0,), (1,)],
     "expert_units": (7, 4),
     "activation": "prelu",
@@ -94,7 +111,9 @@ def _trunk(name: str) -> Any:
 
 
 def _build(name: str, **options: Any) -> Stack:
-    needed = {"sources": [(0,), (0, 1)]} if name == "AsymmetricSharing" else {}
+    needed: dict[str, Any] = {"AsymmetricSharing": {"sources": [(0,), (0, 1)]}, "HoME": {"groups": [[0], [1]]}}.get(
+        name, {}
+    )
     trunk: Stack = _trunk(name)(5, 2, **{**needed, **options})
     return trunk
 

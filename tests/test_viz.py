@@ -60,6 +60,16 @@ def test_gate_use_names_mmoe_experts_and_topologies_with_slots_of_their_own() ->
     assert (use.level, use.gate, use.experts[3]) == ("level 1", "mixture 0", "slot 3")
 
 
+def test_gate_use_names_the_self_gates_of_home_after_what_they_are_added_to() -> None:
+    groups = [[0, 2], [1]]
+    topologies = [Topology.home(groups, 1, 1), Topology.home(groups, 1, 1, task_experts=2)]
+    gates = [[torch.rand(4, len(experts)) for experts in t.mixture_experts] for t in topologies]
+    uses = viz.gate_use(gates, topologies, ["a", "b", "c"])
+    meta, task = ([use.gate for use in uses if use.level == f"level {number}"] for number in (1, 2))
+    assert meta == ["mixture 0", "mixture 0 self", "mixture 1", "mixture 1 self", "mixture 2", "mixture 2 self"]
+    assert task == ["a", "a self", "b", "b self", "c", "c self"]
+
+
 def test_gate_use_does_not_take_the_experts_of_ml_mmoe_for_tasks() -> None:
     """As many experts as tasks: only the last level's mixtures are the tasks'."""
     levels = [Topology.ml_mmoe(2, 2, first=i == 0, last=i == 1) for i in range(2)]

@@ -48,9 +48,10 @@ class MultiTaskModel(TaskNetwork):
         columns: :class:`Categorical`, :class:`Hashed` and :class:`Numeric`; :func:`columns_from` makes them of training
             data.
         tasks: :class:`~ple_fast.losses.TaskLoss`, names unique.
-        trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"ml_mmoe"``, ``"adatt"``, ``"stem"``, ``"cross_stitch"``,
-            ``"hard_sharing"``, ``"customized_sharing"``, ``"asymmetric_sharing"`` or ``"single_task"``; a module, or a
-            function that takes ``in_features`` and returns one, from ``(B, in_features)`` to ``(B, T, H)``.
+        trunk: ``"ple"``, ``"cgc"``, ``"mmoe"``, ``"ml_mmoe"``, ``"adatt"``, ``"stem"``, ``"home"``,
+            ``"cross_stitch"``, ``"hard_sharing"``, ``"customized_sharing"``, ``"asymmetric_sharing"`` or
+            ``"single_task"``; a module, or a function that takes ``in_features`` and returns one, from
+            ``(B, in_features)`` to ``(B, T, H)``.
         trunk_options: keywords of the named trunk's class (``PLE``, ``CGC``, ...), of values that JSON can hold.
         tower_units: widths of each tower's hidden layers, in front of its output.
         tower_activation: one of relu, leaky_relu, prelu, gelu, silu, tanh, sigmoid.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import ExtractionNetwork
+from ..modules import ExtractionNetwork, HoME
 from ..modules.stack import Stack
 from ..scalars import own_scalar, shown
 from .saved_state import uncompiled
@@ -81,7 +81,7 @@ def hidden_features(
         leaked = may[tasks.index(condition)] - may[tasks.index(task)]
         product = f"the output of {condition!r}", f"given={{{task!r}: {condition!r}}}"
         _refuse(leaked, columns, task, product, "columns that both tasks may read would do")
-    paths, slots = _paths(trunk, tasks), _levels(trunk)[0].topology.num_slots
+    paths, slots = _paths(trunk, tasks), 1 if _is_home(trunk) else _levels(trunk)[0].topology.num_slots
     assert slots is not None
     owns = slots >= len(tasks)
     every = frozenset(columns).intersection(*may)
@@ -154,7 +154,7 @@ def _levels(trunk: nn.Module) -> list[ExtractionNetwork]:
     """Of a trunk that computes what its wiring says, and nothing else."""
     trunk = uncompiled(trunk)
     levels: list[Any] = list(map(uncompiled, trunk.levels)) if isinstance(trunk, Stack) else [trunk]
-    known = {Stack.forward, ExtractionNetwork.forward}
+    known = {Stack.forward, HoME.forward, ExtractionNetwork.forward}
     does_no_more = all(
         getattr(module.forward, "__func__", None) in known
         and not module._forward_hooks
@@ -167,6 +167,11 @@ def _levels(trunk: nn.Module) -> list[ExtractionNetwork]:
             f"your own, got {type(trunk).__name__}; hide the columns in it yourself"
         )
     return levels
+
+
+def _is_home(trunk: nn.Module) -> bool:
+    """HoME reads one slot, whatever its wiring says: all experts of its first level see the same, scaled or not."""
+    return isinstance(uncompiled(trunk), HoME)
 
 
 def _edges(level: ExtractionNetwork, is_first: bool, slot: int, is_raw: bool) -> Iterator[tuple[int, str]]:
@@ -192,6 +197,8 @@ def _edges(level: ExtractionNetwork, is_first: bool, slot: int, is_raw: bool) ->
 def _paths(trunk: nn.Module, tasks: Sequence[str]) -> dict[tuple[int, int], Path]:
     """By slot of the first level and number of a task that it reaches: a shortest way there, for people to read."""
     levels, parts = _levels(trunk), getattr(trunk, "parts", 1)
+    if _is_home(trunk):
+        return {(0, t): ("expert 0 of level 0", "what all groups share") for t in range(len(tasks))}
     slots = levels[0].topology.num_slots
     assert slots is not None
     found: dict[tuple[int, int], Path] = {}

@@ -1,6 +1,7 @@
 """What users hold: parameters and their initialisation. The arithmetic is one call into ``functional``."""
 
 from .gated import CGC, PLE, AdaTT, MLMMoE, MMoE
+from .home import HoME
 from .network import ExtractionNetwork
 from .stem import STEM
 from .ungated import AsymmetricSharing, CrossStitch, CustomizedSharing, HardSharing, SingleTask
@@ -15,6 +16,7 @@ __all__ = [
     "CustomizedSharing",
     "ExtractionNetwork",
     "HardSharing",
+    "HoME",
     "MLMMoE",
     "MMoE",
     "SingleTask",

@@ -237,7 +237,7 @@ class ExtractionNetwork(CheckedModule, LevelParts):
         if return_gates is not False:
             return_gates = fixed("return_gates", return_gates, False)
         if is_symbolic(x) or is_symbolic(gate_input):
-            traced: Tensor = call_module(self, x, gate_input, return_gates)
+            traced: Tensor = call_module(self, x, gate_input, **({"return_gates": True} if return_gates else {}))
             return traced
         stacked = self._stacked_layers()
         y, gates = extraction_level(
@@ -283,7 +283,7 @@ class ExtractionNetwork(CheckedModule, LevelParts):
             recompute=self.recompute,
             backend=self._backend,
         )
-        return y, gate_shares(x if gate_input is None else gate_input, self._plan, tensors, gate, states[-1])
+        return y, gate_shares(x, gate_input, self._plan, tensors, gate, states[-1])
 
     @torch.inference_mode(False)  # what passes gradients on to its input could not be saved
     def for_inference(self, *, plain: bool = False) -> ExtractionNetwork:

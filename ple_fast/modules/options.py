@@ -77,15 +77,17 @@ class LevelOptions(UngatedOptions, total=False):
     ]
 
 
-def takes_options(kind: type) -> Callable[[Class], Class]:
+def takes_options(kind: type, **own_defaults: Any) -> Callable[[Class], Class]:
     """A trunk whose ``__init__`` ends in ``**options: Unpack[kind]``: it gets all of them, defaults filled in.
+
+    ``own_defaults``: of options whose default differs in this trunk.
 
     The signature, and the docstring in the place of its line ``options: ...``, name them one by one, for ``help()``,
     ``inspect`` and editors that read them. An unknown keyword is a TypeError that says the nearest name.
     """
     types = get_type_hints(kind)
     options = {name: hint.__metadata__[0] for name, hint in get_type_hints(kind, include_extras=True).items()}
-    defaults = {name: option.default for name, option in options.items()}
+    defaults = {name: own_defaults.get(name, option.default) for name, option in options.items()}
 
     def decorate(cls: Class) -> Class:
         init = cls.__init__  # type: ignore[misc]  # that of this very class

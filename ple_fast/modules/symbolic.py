@@ -17,21 +17,20 @@ def is_symbolic(x: object) -> bool:
     return isinstance(x, Proxy) or (isinstance(x, (list, tuple)) and any(isinstance(entry, Proxy) for entry in x))
 
 
-def call_module(level: nn.Module, x: Any, gate_input: Any, return_gates: bool) -> Any:
-    """The node that calls ``level`` in the graph that is being traced.
+def call_module(module: nn.Module, *args: Any, **options: Any) -> Any:
+    """The node that calls ``module`` in the graph that is being traced.
 
     Raises:
-        ValueError: the level is what is traced, and a graph cannot call its own module.
+        ValueError: the module is what is traced, and a graph cannot call its own module.
     """
-    proxy = next(entry for entry in (x, gate_input, *_entries(x), *_entries(gate_input)) if isinstance(entry, Proxy))
-    path = proxy.tracer.path_of_module(level)  # type: ignore[attr-defined]  # a Tracer, since it calls a module
+    proxy = next(entry for arg in args for entry in (arg, *_entries(arg)) if isinstance(entry, Proxy))
+    path = proxy.tracer.path_of_module(module)  # type: ignore[attr-defined]  # a Tracer, since it calls a module
     if not path:
         raise ValueError(
             "torch.fx: expected a module that holds this level, because a level is one call of its module in a graph; "
             "trace PLE.from_levels([level]), torch.nn.Sequential(level) or your model"
         )
-    options = {"return_gates": True} if return_gates else {}
-    return proxy.tracer.create_proxy("call_module", path, (x, gate_input), options)
+    return proxy.tracer.create_proxy("call_module", path, args, options)
 
 
 def fixed(name: str, flag: Any, value: bool) -> bool:

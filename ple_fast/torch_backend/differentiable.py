@@ -95,12 +95,15 @@ def _mlp(plan: MLPPlan, layers: Sequence[LayerTensors], state: LevelState, x: Sl
 def gate_shares(
     plan: LevelPlan, layers: Sequence[LayerTensors], gate: GateTensors, state: LevelState, gate_x: Slots
 ) -> tuple[Tensor, Tensor | None]:
-    """The softmax of every gate over all experts that it weighs, dense ``(B, O_gated, E)``, and which of them it
-    chooses, bool (None: every). It repeats what a forward in this state has done: statistics stay."""
+    """The softmax of every gate over all experts that it weighs, dense ``(B, gates, E)``, and which of them it chooses,
+    bool (None: every); sigmoids are left out. It repeats what a forward in this state has done: statistics stay."""
     dense = mix.dense_logits(plan, _logits(plan, layers, gate, state, gate_x, moves_statistics=False))
     chosen = None
     if plan.top_k:
         chosen = mix.chosen_logits(plan, dense.detach(), is_traced=True) != -torch.inf
+    if plan.sigmoid_rows:
+        rows = mix.index_of(tuple(i for i in range(dense.shape[1]) if i not in plan.sigmoid_rows), dense.device)
+        dense, chosen = dense.index_select(1, rows), None if chosen is None else chosen.index_select(1, rows)
     return torch.softmax(dense, dim=2), chosen
 
 

@@ -168,8 +168,16 @@ def _slot_names(topology: Topology, task_names: Sequence[str]) -> list[str]:
 
 
 def _mixture_names(topology: Topology, above: Sequence[Topology], task_names: Sequence[str]) -> list[str]:
-    """The tasks, where the mixtures are theirs: at the last level, and where the slots of the level above are."""
-    tasks, mixtures = len(task_names), topology.num_mixtures
-    if mixtures in (tasks, tasks + 1) and all(_slots_are_tasks(level, tasks) for level in above):
-        return [*task_names, "shared"][:mixtures]
-    return [f"mixture {o}" for o in range(mixtures)]
+    """The tasks, where the mixtures are theirs: at the last level, and where the slots of the level above are.
+
+    What is added to the output of a mixture before it is a self gate.
+    """
+    tasks, count = len(task_names), topology.num_outputs
+    if count in (tasks, tasks + 1) and all(_slots_are_tasks(level, tasks) for level in above):
+        names = [*task_names, "shared"][:count]
+    else:
+        names = [f"mixture {o}" for o in range(count)]
+    if topology.mixture_output is None:
+        return names
+    outputs = topology.mixture_output
+    return [f"{names[own]} self" if own in outputs[:o] else names[own] for o, own in enumerate(outputs)]
