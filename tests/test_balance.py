@@ -101,7 +101,7 @@ def test_the_shares_are_the_weights_of_the_same_forward(gate: GateSpec) -> None:
 @pytest.mark.parametrize("name", ["ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem", "home"])
 def test_every_trunk_with_gates_gives_shares(name: str) -> None:
     torch.manual_seed(0)
-    module = TRUNKS[name](8, 3, **SMALL[name])
+    module: Any = TRUNKS[name](8, 3, **SMALL[name])
     x = torch.randn(12, 8)
     _, listed = module(x, return_gates=True)
     y, gates = module(x, return_gates="shares")
