@@ -46,6 +46,10 @@ CASES: dict[str, Callable[[], MultiTaskModel]] = {
     "standardised": lambda: model(tasks=SCALED),
     "chain": lambda: model(tasks=CHAIN, given={"cart": "click", "buy": "cart"}),
     "columns by task": lambda: model("cgc", task_columns={"click": ["age", "hour"]}),
+    "task embeddings": lambda: model("stem", task_embeddings=True, columns=POOLED),
+    "task embeddings of task columns": lambda: model(
+        "cgc", task_embeddings=True, sparse_embeddings=True, task_columns={"click": ["age", "hour"]}
+    ),
     "custom trunk": lambda: model(Bottom),
     "no tower layers": lambda: model(tower_units=()),
 }

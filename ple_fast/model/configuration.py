@@ -87,6 +87,7 @@ LATER = {
     "derived": SOURCES,  # of a trunk of the user's own: which of its entries follow from which
     "task_columns": NAMES,
     "sparse_embeddings": FLAG,
+    "task_embeddings": INT,
     "balance": TEXT,
     "balance_weight": NUMBER,
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ple_fast_encoder.columns import Column, EmbeddedColumn, owners_of
 from ple_fast_encoder.numeric import Numeric
 
-from ..scalars import check_flag
+from ..scalars import check_count, check_flag
 from .columns import Encoded
 from .look_up import look_up
 from .pooling import Bag, pooled
@@ -25,7 +25,7 @@ INITIAL_STD = 0.1
 
 
 class FeatureEmbedding(nn.Module):
-    """Codes and numbers to one row of features: ``(B, out_features)``.
+    """Codes and numbers to one row of features: ``(B, out_features)``, or one per slot of a trunk.
 
     The embeddings of all columns of one width lie in one table (``tables.{i}.weight``, widths ascending, each column's
     rows behind those of the column before), so that a batch costs one look-up per width and not one per column. A
@@ -37,15 +37,20 @@ class FeatureEmbedding(nn.Module):
         columns: at least one.
         sparse: gradients of the tables are COO tensors of the rows that a batch has, as those of
             ``nn.Embedding(sparse=True)``, which each table is.
+        slots: S, and every value and embedded number has S embeddings, side by side in its row of a table ``(rows, S
+            width)``: a batch is still one look-up per width, and the features are ``(B, S, out_features)``. None: one,
+            without an axis.
 
     Raises:
-        TypeError: ``sparse`` is no bool.
-        ValueError: no column, or one that shares the embedding of a column that is not there.
+        TypeError: ``sparse`` is no bool, or ``slots`` no int.
+        ValueError: no column, one that shares the embedding of a column that is not there, or no slot.
     """
 
-    def __init__(self, columns: Sequence[Column], *, sparse: bool = False) -> None:
+    def __init__(self, columns: Sequence[Column], *, sparse: bool = False, slots: int | None = None) -> None:
         super().__init__()
         sparse = check_flag("sparse", sparse)
+        self.slots = None if slots is None else check_count("slots", slots)
+        copies = 1 if self.slots is None else self.slots
         numeric = [column for column in columns if isinstance(column, Numeric)]
         if not columns:
             raise ValueError("columns: expected at least one Categorical, Hashed or Numeric, got none")
@@ -77,7 +82,7 @@ class FeatureEmbedding(nn.Module):
                     pick += range(begin, begin + length)
                     first += [first_of[owners[column.name].name]] * length
                     bags += [] if column.pooling is None else [Bag(length, column.pooling)]
-            self.tables.append(nn.Embedding(rows, width, sparse=sparse))
+            self.tables.append(nn.Embedding(rows, copies * width, sparse=sparse))
             self._picks.append(pick)
             self._first.append(first)
             self._bags.append(bags)
@@ -87,9 +92,9 @@ class FeatureEmbedding(nn.Module):
         self._plain = [place for place, width in enumerate(widths) if width is None]
         self._owners = [place for place, width in enumerate(widths) for _ in range(width or 0)]
         self.register_buffer("owner", torch.tensor(self._owners, **whole), persistent=False)
-        count = len(self._owners)
-        self.number_weight = nn.Parameter(torch.empty(count, **where)) if count else None
-        self.number_bias = nn.Parameter(torch.empty(count, **where)) if count else None
+        shape = [len(self._owners)] if self.slots is None else [self.slots, len(self._owners)]
+        self.number_weight = nn.Parameter(torch.empty(shape, **where)) if self._owners else None
+        self.number_bias = nn.Parameter(torch.empty(shape, **where)) if self._owners else None
         by_width = sorted(ordered, key=lambda column: widths_of[column.name])  # stable
         numbers = [column.name for column in numeric for _ in range(column.features)]
         self.feature_columns = (
@@ -118,7 +123,7 @@ class FeatureEmbedding(nn.Module):
         sizes = ("num_embeddings", "embedding_dim")
         tables = [[getattr(table, name, None) for name in sizes] for table in self.tables]
         places = (self._picks, self._first, self._bags, self._plain, self._owners)
-        return tables, self.num_codes, self.num_numbers, self.feature_columns, *places
+        return tables, self.slots, self.num_codes, self.num_numbers, self.feature_columns, *places
 
     @property
     def look_ups(self) -> list[int]:
@@ -151,7 +156,8 @@ class FeatureEmbedding(nn.Module):
         return self
 
     def forward(self, rows: Encoded) -> Tensor:
-        """``rows``: codes ``(B, C)`` and numbers ``(B, N)``, see :class:`Encoded`. Returns ``(B, out_features)``.
+        """``rows``: codes ``(B, C)`` and numbers ``(B, N)``, see :class:`Encoded`. Returns ``(B, out_features)``,
+        or ``(B, slots, out_features)``.
 
         Raises:
             ValueError: codes or numbers of another width.
@@ -170,15 +176,26 @@ class FeatureEmbedding(nn.Module):
             if bags:
                 present = picked >= 0 if sparse else None
                 vectors = look_up(table.weight, picked.clamp(min=0) + first, present, sparse=sparse)
-                parts += pooled(vectors, picked, len(pick) - sum(bag.max_length for bag in bags), bags)
+                found = pooled(vectors, picked, len(pick) - sum(bag.max_length for bag in bags), bags)
             else:
-                parts.append(look_up(table.weight, picked + first, sparse=sparse).flatten(1))
+                found = [look_up(table.weight, picked + first, sparse=sparse).flatten(1)]
+            if self.slots is not None:
+                found = [_by_slot(part, table.embedding_dim, self.slots) for part in found]
+            parts += found
         if self._plain:
-            parts.append(numbers if len(self._plain) == self.num_numbers else numbers[:, self._plain])
+            plain = numbers if len(self._plain) == self.num_numbers else numbers[:, self._plain]
+            parts.append(plain if self.slots is None else plain.unsqueeze(1).expand(-1, self.slots, -1))
         if self.number_weight is not None and self.number_bias is not None:
             chosen = numbers[:, self.get_buffer("owner")]
+            chosen = chosen if self.slots is None else chosen.unsqueeze(1)
             parts.append(torch.relu(chosen * self.number_weight + self.number_bias))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-1)
+
+
+def _by_slot(part: Tensor, row: int, slots: int) -> Tensor:
+    """Rows of a table side by side, ``(B, n row)``, whose parts are the slots': ``(B, slots, n row / slots)``."""
+    columns: Tensor = part.unflatten(1, (part.shape[1] // row, slots, row // slots))
+    return columns.transpose(1, 2).flatten(2)
 
 
 def _width(column: EmbeddedColumn) -> int:

@@ -65,13 +65,17 @@ class MultiTaskModel(TaskNetwork):
             a ValueError that names the path.
         sparse_embeddings: gradients of ``embedding.tables.*.weight`` are sparse: a step costs what its batch reads of a
             table, and not what the table has. :meth:`fit` then has an optimizer of their own for them.
+        task_embeddings: each slot of the trunk has embeddings of its own: each task, and what is shared between them.
+            The trunk has a slot for each task (``"stem"``, which is made for it, ``"ple"``, ``"cgc"``, ``"adatt"``,
+            ``"cross_stitch"``). Tables are as much wider, and a batch reads as many rows of them.
         balance, balance_weight, process_group: see :class:`~ple_fast.losses.JointLoss`; ``balance`` needs a trunk with
             gates.
 
     Raises:
         TypeError: an argument of another type, or an option that the trunk does not have.
         ValueError: a column or task twice, an unknown trunk or activation, a trunk that does not return ``(B, T, H)``,
-            or a column that is hidden from a task and would reach it.
+            or has no slot for each task that has embeddings of its own, or a column that is hidden from a task and
+            would reach it.
     """
 
     _run: Run | None = None

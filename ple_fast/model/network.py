@@ -23,7 +23,7 @@ from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
 from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .towers import build_tower, tower_options
-from .trunks import CUSTOM, Trunk, check_balanced, make_trunk, plain, trunk_width
+from .trunks import CUSTOM, Trunk, check_balanced, known_slots, make_trunk, plain, trunk_slots, trunk_width
 
 
 class TaskNetwork(nn.Module):
@@ -42,6 +42,7 @@ class TaskNetwork(nn.Module):
         given: Mapping[str, str] | None = None,
         task_columns: Mapping[str, Sequence[str]] | None = None,
         sparse_embeddings: bool = False,
+        task_embeddings: bool = False,
         balance: Balance | None = None,
         balance_weight: float = 0.01,
         process_group: dist.ProcessGroup | None = None,
@@ -54,10 +55,18 @@ class TaskNetwork(nn.Module):
         names = [column.name for column in self.columns]
         self._task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
-        self.embedding = FeatureEmbedding(self.columns, sparse=check_flag("sparse_embeddings", sparse_embeddings))
-        width = self.embedding.out_features
+        sparse, own = check_flag("sparse_embeddings", sparse_embeddings), check_flag("task_embeddings", task_embeddings)
+        if own:  # for as many slots as the trunk has, which needs to know how wide one is
+            with torch.device("meta"):
+                width = FeatureEmbedding(self.columns).out_features
+        else:
+            self.embedding = FeatureEmbedding(self.columns, sparse=sparse)
+            width = self.embedding.out_features
         options = dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options))))
         self.trunk = make_trunk(trunk, width, len(self.tasks), options)
+        if own:
+            slots = trunk_slots(self.trunk, len(self.tasks))
+            self.embedding = FeatureEmbedding(self.columns, sparse=sparse, slots=slots)
         defaults: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
         like = next(self.trunk.parameters(), torch.empty(0, **defaults))
         self.slot_inputs = self._slot_inputs(self.trunk) if self._task_columns else None
@@ -77,6 +86,7 @@ class TaskNetwork(nn.Module):
             "given": dict(self._given),
             **({"task_columns": dict(self._task_columns)} if self._task_columns else {}),
             **({} if balance is None else {"balance": balance, "balance_weight": self.joint_loss.balance_weight}),
+            **({"task_embeddings": self.embedding.slots} if own else {}),
         }
 
     def _slot_inputs(self, trunk: nn.Module) -> SlotInputs:
@@ -98,9 +108,20 @@ class TaskNetwork(nn.Module):
             value = same_features(self.columns, value)
         if name == "joint_loss" and name in self._modules:
             check_same_tasks(self.tasks, getattr(value, "tasks", None), "joint_loss: expected a JointLoss of")
+        if name == "trunk" and "embedding" in self._modules:
+            self._check_slots(value)
         if name == "trunk" and self._modules.get("slot_inputs") is not None:
             self.slot_inputs = self._slot_inputs(value)
         super().__setattr__(name, value)
+
+    def _check_slots(self, trunk: Any) -> None:
+        """Of a trunk that is assigned; one whose slots nobody knows (wrapped, say) finds out when it runs."""
+        slots, found = getattr(self.embedding, "slots", None), known_slots(trunk)
+        if slots is not None and found not in (None, slots):
+            raise ValueError(
+                f"trunk: expected one of {slots} slots, for each of which there are embeddings, got "
+                f"{type(trunk).__name__}, which has {found}; build another model"
+            )
 
     @property
     def tasks(self) -> tuple[TaskLoss, ...]:
@@ -191,13 +212,14 @@ class TaskNetwork(nn.Module):
         return self._outputs(mixtures), gates
 
     def _features(self, batch: Table | Encoded) -> Tensor | list[Tensor]:
-        """What the trunk reads: ``(B, F)``, or one for each slot where some columns are not for all tasks."""
+        """What the trunk reads: ``(B, F)``; one for each slot where some columns are not for all tasks; ``(B, S, F)``
+        where slots have embeddings of their own."""
         rows = batch if isinstance(batch, Encoded) else self.encode(batch).to(self.device)
         features: Tensor = self.embedding(rows)
         features = features.to(next(self.towers.parameters()).dtype)
         if self.slot_inputs is None:
             return features
-        inputs: list[Tensor] = self.slot_inputs(features)
+        inputs: Tensor | list[Tensor] = self.slot_inputs(features)
         return inputs
 
     def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:

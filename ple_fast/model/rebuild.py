@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..scalars import shown
+from ..topology import Topology
 from . import configuration
 from .configuration import columns_of, read_from, tasks_of
 from .embedding import FeatureEmbedding
@@ -29,9 +30,10 @@ LATER_OPTIONS = ("sparse_embeddings", "balance", "balance_weight")
 class _Hidden(nn.Module):
     """In the place of a trunk that nobody has described: ``(B, T, H)``."""
 
-    def __init__(self, num_tasks: int, width: int) -> None:
+    def __init__(self, num_tasks: int, width: int, slots: int) -> None:
         super().__init__()
         self.shape = (num_tasks, width)
+        self.topology = Topology((0,), (0,), ((0,),), num_slots=slots)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], *self.shape)
@@ -111,6 +113,8 @@ def _built(cls: type[Network], where: str | Path, config: Mapping[str, Any], tru
     options = {name: config[name] for name in OPTIONS}
     options["task_columns"] = config.get("task_columns")
     options |= {name: config[name] for name in LATER_OPTIONS if name in config}
+    if "task_embeddings" in config:
+        options["task_embeddings"] = True
     if isinstance(trunk, str):
         options["trunk_options"] = config["trunk"]["options"]
     return cls(columns_of(where, config), tasks_of(where, config), trunk=trunk, **options)
@@ -125,7 +129,7 @@ def _blank(cls: type[Network], where: str | Path, config: Mapping[str, Any], sta
         config.pop("balance", None)
         if FIRST not in state or state[FIRST].dim() != 2:
             raise ValueError(f"missing: {FIRST}, unexpected: none")
-        trunk = _Hidden(len(config["tasks"]), state[FIRST].shape[1])
+        trunk = _Hidden(len(config["tasks"]), state[FIRST].shape[1], config.get("task_embeddings", 1))
     with torch.device("meta"):
         return _built(cls, where, config, trunk)
 

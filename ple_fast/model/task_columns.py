@@ -104,7 +104,7 @@ def hidden_features(
 class SlotInputs(nn.Module):
     """Features ``(B, F)`` as each slot reads them: S tensors ``(B, F)``, 0 where they are hidden.
 
-    Slots that read the same share one tensor.
+    Slots that read the same share one tensor. Features of each slot's own, ``(B, S, F)``, stay one tensor.
     """
 
     def __init__(self, hidden: Hidden) -> None:
@@ -126,10 +126,12 @@ class SlotInputs(nn.Module):
         self._fill(self.get_buffer("masks").device)
         return self
 
-    def forward(self, features: Tensor) -> list[Tensor]:
+    def forward(self, features: Tensor) -> Tensor | list[Tensor]:
         if self.get_buffer("masks").device != features.device:  # parameters were assigned
             self._fill(features.device)
         masks = self.get_buffer("masks").unbind(0)
+        if features.dim() == 3:
+            return features.masked_fill(torch.stack([masks[row] for row in self._slots]), 0.0)
         views = [
             features.masked_fill(mask, 0.0) if hides else features
             for mask, hides in zip(masks, self._hides, strict=True)

@@ -27,7 +27,9 @@ from ..modules import (
     SingleTask,
 )
 from ..scalars import as_tuple, own_scalar, shown
+from ..topology import Topology
 from .eval_view import eval_view
+from .saved_state import uncompiled
 
 Trunk = str | nn.Module | Callable[[int], nn.Module]
 CUSTOM = "custom"
@@ -116,6 +118,36 @@ def make_trunk(trunk: Trunk, in_features: int, num_tasks: int, options: Mapping[
     if not isinstance(made, nn.Module):
         raise TypeError(f"trunk: expected the function to return a module, got {shown(made)}")
     return made
+
+
+def known_slots(trunk: Any) -> int | None:
+    """Slots of a trunk of levels with a topology."""
+    trunk = uncompiled(trunk) if isinstance(trunk, nn.Module) else trunk
+    levels: Any = getattr(trunk, "levels", None) or [trunk]
+    first = uncompiled(levels[0]) if isinstance(levels[0], nn.Module) else None
+    topology = getattr(first, "topology", None)
+    return topology.num_slots if isinstance(topology, Topology) else None
+
+
+def trunk_slots(trunk: nn.Module, num_tasks: int) -> int:
+    """Slots of a trunk that has one for each task.
+
+    Raises:
+        TypeError: a trunk of the user's own without topologies.
+        ValueError: it has fewer.
+    """
+    slots = known_slots(trunk)
+    if slots is None:
+        raise TypeError(
+            "task_embeddings: expected a trunk of levels with a topology, which says how many slots it has, got "
+            f"{type(trunk).__name__}"
+        )
+    if slots < num_tasks:
+        raise ValueError(
+            f"task_embeddings: expected a trunk with a slot for each of the {num_tasks} tasks (STEM, PLE, CGC, AdaTT, "
+            f"CrossStitch), got {type(trunk).__name__}, whose first level has {slots}"
+        )
+    return slots
 
 
 def _parts(trunk: nn.Module) -> set[int]:

@@ -20,8 +20,9 @@ class STEM(Stack):
 
     A task weighs the experts of all tasks and the shared ones, and its gradient stops before the experts of other
     tasks: it reads what they know, and they learn from their own task alone. A slot is a task's own embedding of the
-    features, or, the last one, the shared embedding. The gate of a task reads its own slot plus the shared one, as in
-    the authors' code. Between levels there is also a shared mixture; its gradient stops nowhere.
+    features, or, the last one, the shared embedding: ``MultiTaskModel(..., trunk="stem", task_embeddings=True)`` has
+    them. The gate of a task reads its own slot plus the shared one, as in the authors' code. Between levels there is
+    also a shared mixture; its gradient stops nowhere.
 
     Args:
         in_features: input width ``D``, of each slot.
