@@ -52,12 +52,34 @@ class _Scaled(torch.nn.Module):
         return scaled(y, y)
 
 
+class _Towers(torch.nn.Module):
+    """Towers of all tasks as one level."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology
+
+        self.tasks = range(config.num_tasks)
+        own = tuple((k,) for k in self.tasks)
+        wiring = Topology(tuple(self.tasks), tuple(self.tasks), own, mixture_kind=("static",) * len(own))
+        spec = MLPSpec(config.units, last_activation="identity")
+        self.level = ExtractionNetwork(
+            config.in_features, wiring, experts=spec, gate=GateSpec(), dtype=config.torch_dtype
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.level(x.unsqueeze(1).repeat(1, len(self.tasks), 1))
+        return y
+
+
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
     """The trunk; with a norm of the logits its levels, one by one."""
     from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 
     if config.scaled_slots:
         return _Scaled(config.scaled_slots)
+    if config.has_stacked_towers:
+        return _Towers(config)
     if config.logits_norm is None and not config.gate_units:
         return PLE(
             config.in_features,

@@ -50,6 +50,8 @@ class TrunkConfig:
     gate_joint_k: int = 0
     scaled_slots: int = 0
     """In the place of the trunk its input scaled for so many slots: for the compiler."""
+    has_stacked_towers: bool = False
+    """In the place of the trunk towers of ``units``, one for each task: for the compiler."""
     autocast: str = ""
     """The dtype of the region of autocast that it is called in, with float32 parameters; empty: none."""
 
@@ -125,6 +127,8 @@ SIZES: dict[str, TrunkConfig] = {
         TrunkConfig("joint_k", 16384, 512, 3, units=(128,), gate_top_k=2, gate_joint_k=1, num_levels=1),
         # Slots scaled element by element: of an input that all of them read, and of one for each.
         TrunkConfig("scale", 16384, 512, 3, scaled_slots=8),
+        # Towers of all tasks as one level, of which one output is left.
+        TrunkConfig("towers", 16384, 128, 6, units=(64, 1), has_stacked_towers=True),
         # Activations whose formulas take registers; dice has statistics and parameters of its own.
         *(TrunkConfig(name, 16384, 512, 3, activation=name, num_levels=1) for name in ("silu", "gelu", "tanh", "dice")),
     )
@@ -154,7 +158,7 @@ def suite_config(name: str) -> TrunkConfig:
 
 AOT_SIZES: tuple[str, ...] = (
     "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
-    "batch_norm", "batch_norm_small", "layer_norm", "dropout", "top_k", "joint_k", "scale",
+    "batch_norm", "batch_norm_small", "layer_norm", "dropout", "top_k", "joint_k", "scale", "towers",
     "silu", "gelu", "tanh", "dice",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
@@ -173,6 +177,7 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "top_k": ("bfloat16", "float64"),
     "joint_k": ("bfloat16", "float64"),
     "scale": ("bfloat16", "float32/ieee", "float64"),
+    "towers": ("bfloat16", "float32/tf32"),
     "silu": ("bfloat16", "float32/tf32"),
     "gelu": ("bfloat16", "float32/tf32"),
     "tanh": ("bfloat16",),
@@ -192,6 +197,7 @@ AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "top_k": ("bfloat16",),
     "joint_k": ("bfloat16",),
     "scale": ("bfloat16",),
+    "towers": ("bfloat16",),
     "silu": ("bfloat16",),
 }
 """For other architectures: every kernel, in fewer sizes."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .specs import Activation, GateSpec, LayerSpec, MLPSpec
 from .topology import Topology
 
-LAYOUT = 2
+LAYOUT = 3
 """Counts the changes of ``saved.py``. Compilers keep on disk what they made of a program, strides of saved tensors
 among it, and find it by the program's text, where the plan stands in full."""
 
@@ -71,6 +71,9 @@ class LevelPlan:
     """Numbers of the sigmoid mixtures among the gated ones."""
     outputs: tuple[int, ...] = field(init=False)
     """Per mixture the output that it is added to; empty where each is an output of its own."""
+    passes: bool = field(init=False)
+    """Mixture o is expert o as its last product leaves it, as in towers: there is nothing to mix, and no backward reads
+    the output, so that a user may write to it."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -113,6 +116,7 @@ class LevelPlan:
         put("sigmoid_rows", tuple(i for i, o in enumerate(gated) if t.mixture_kind[o] == "sigmoid"))
         put("outputs", t.mixture_output or ())
         specs = [spec for mlp in self.mlps() for spec in mlp.layers]
+        put("passes", self._passes())
         put("has_norms", self.gate_spec.logits_norm is not None or any(spec.norm is not None for spec in specs))
         put("has_state", self.has_norms or any(spec.dropout or spec.activation.name == "dice" for spec in specs))
         put("is_dense", t.num_logits == t.num_mixtures * experts and dense_logit == list(range(t.num_logits)))
@@ -161,6 +165,15 @@ class LevelPlan:
         slots = tuple(topology.mixture_slot[o] for o in topology.gated_mixtures)
         # Without a gated mixture there is no gate, hidden layers or not.
         return cls(topology, blocks, MLPPlan(gate.layers if slots else (), slots, 0, position), gate)
+
+    def _passes(self) -> bool:
+        t = self.topology
+        assert t.mixture_kind is not None
+        in_order = t.mixture_experts == tuple((e,) for e in range(t.num_experts)) and not self.offset_entry
+        last = self.blocks[0].layers[-1]
+        in_order = in_order and t.mixture_output is None and t.mixture_stop is None
+        plain = last.activation.name == "identity" and last.norm is None and not last.dropout
+        return in_order and plain and len(self.blocks) == 1 and set(t.mixture_kind) == {"static"}
 
     def mlps(self) -> Iterator[MLPPlan]:
         """Blocks, then gates."""

@@ -197,6 +197,8 @@ def _mix_by_rows(
     mean, rstd = found.statistics(kind.gate_norm if wants.logits else None, 1, t.num_logits, -1)
     p = found.keep(wants.logits, len(t.gated_mixtures), t.num_experts, wide=True)
     weights = p
+    if plan.passes:
+        return MixSaved(z, mean, rstd, p, -1, -1)
     if plan.static_entry or plan.offset_entry or plan.outputs or not wants.experts or p < 0:
         weights = found.keep(wants.experts, t.num_outputs, t.num_experts, wide=True)
     h = layers[lasts[0]].h
@@ -249,7 +251,7 @@ def saved_by_kernels(plan: LevelPlan, wants: Wants, kind: LevelKind) -> Saved:
             layers.append(LayerSaved(z, h if is_output else act, h, mean, rstd, dice_mean, dice_rstd))
     z = found.keep(wants.logits and kind.gate_norm is not None, t.num_logits)
     mean, rstd = found.statistics(kind.gate_norm if wants.logits else None, 1, t.num_logits, -1)
-    p = found.keep(wants.experts or wants.logits, t.num_weights, wide=True)
+    p = found.keep((wants.experts or wants.logits) and not plan.passes, t.num_weights, wide=True)
     h = experts if several else layers[min(lasts)].h
     mix = MixSaved(z, mean, rstd, p, -1, h if wants.weights else -1)
     return Saved(tuple(found.values), tuple(layers), mix)

@@ -48,6 +48,8 @@ def level(
 
 def _mix(plan: LevelPlan, weights: Tensor, h: Tensor) -> Tensor:
     """``mix.combine``, in the form that suits who reads the program."""
+    if plan.passes:
+        return h
     # A sum fuses with what stands around it. A product of small matrices does not, and the template that
     # max-autotune may choose for it on a CPU is wrong for any batch but the first (torch 2.13).
     fuses = torch.compiler.is_compiling() and not is_exporting()

@@ -163,7 +163,7 @@ def _weights_backward(
         listed = mix.listed_weights_backward(plan, dlisted)
         dweights = listed if dweights is None else dweights.add_(listed)
     if dy is not None and wants.experts:
-        weights = block.kept[at.weights]
+        weights = dy if plan.passes else block.kept[at.weights]  # dy: it is not read
         assert weights is not None
         block.value = mix.combine_backward(plan, weights, dy)
     if dweights is not None and wants.gate.offset:
@@ -289,7 +289,7 @@ def level_backward(
     grads = Gradients(inputs.plan.num_layers, x, gate_x)
     blocks = level.blocks(inputs)
     size = len(level.saved.values)
-    again = None if kept else inputs._replace(state=inputs.state.still())
+    again = None if kept or not size else inputs._replace(state=inputs.state.still())
     for i, block in enumerate(blocks) if again is None else ():
         block.kept = list(kept[i * size : (i + 1) * size])
     held: list[list[Tensor | None]] = []

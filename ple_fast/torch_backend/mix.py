@@ -143,6 +143,8 @@ def gate_softmax_backward(plan: LevelPlan, d: Tensor, weights: Tensor) -> Tensor
 def mixture_weights(plan: LevelPlan, gated: Tensor | None, offset: Tensor | None, rows: int, like: Tensor) -> Tensor:
     """All weights, dense ``(rows, O, E)``: the softmax, the constant ones, the learned scalars."""
     topology = plan.topology
+    if plan.passes:
+        return torch.eye(topology.num_experts, dtype=_wide(like.dtype), device=like.device).expand(rows, -1, -1)
     if gated is not None and not plan.static_entry:
         weights = gated
     else:
@@ -319,6 +321,11 @@ def _widened(plan: LevelPlan, weights: Tensor, sources: Tensor, out: Tensor, *, 
 def combine(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
     """Dense ``(rows, O, E)``, ``(rows, E, H)`` to ``(rows, O, H)`` like ``h``, summed in the dtype of the weights; into
     ``out``, contiguous, if it is given."""
+    if plan.passes:
+        if out is not None:
+            return out.copy_(h)
+        # The output of an autograd Function: a view could not be written to.
+        return h.clone(memory_format=torch.contiguous_format) if h._is_view() or not h.is_contiguous() else h
     if h.dtype != weights.dtype:
         shape = (*weights.shape[:2], h.shape[2])
         return _widened(plan, weights, h, torch.empty(shape, dtype=h.dtype, device=h.device) if out is None else out)
@@ -328,6 +335,8 @@ def combine(plan: LevelPlan, weights: Tensor, h: Tensor, out: Tensor | None = No
 
 def combine_backward(plan: LevelPlan, weights: Tensor, dy: Tensor) -> Tensor:
     """Gradient of ``h``, ``(rows, E, H)``, like ``dy``, ``(rows, O, H)``."""
+    if plan.passes:
+        return dy.contiguous()
     if plan.is_stopped:
         stopped = index_of(plan.is_stopped, weights.device, torch.bool)
         weights = weights.masked_fill(stopped.view(weights.shape[1:]), 0.0)

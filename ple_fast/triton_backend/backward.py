@@ -80,6 +80,8 @@ class BackwardRun(Run):
                 assert total is not None
                 index = index_of(offset_columns(plan), total.device)
                 grads.gate.offset = total.index_select(1, index).sum(0).to(gate.offset.dtype)
+        elif plan.passes:
+            dh = dy.contiguous() if dy is not None and wants.experts else None
         elif wants.gate.offset and gate.offset is not None:  # nothing else is asked for
             grads.gate.offset = self._offset_grad_alone(dy, dlisted)
         if dl is not None:

@@ -233,6 +233,9 @@ class ForwardRun(Run):
     def forward(self, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
         """``y (B, O, H)`` and, if they are wanted, the softmax weights ``(B, W)``."""
         h, found = self.experts_forward()
+        if self.plan.passes:
+            wide = wide_of(h.dtype)
+            return h, h.new_ones((h.shape[0], h.shape[1]), dtype=wide) if weights_wanted else None
         logits = self.logits_forward(found)
         if logits is not None and self.plan.top_k:
             logits = self._chosen(logits)

@@ -78,11 +78,12 @@ def choose_fusion(inputs: LevelInput, x: Source, gates_beside_experts: bool, *, 
     products = sum(a * b for a, b in zip([depth, *units], units, strict=False))
     flops = 2.0 * rows * experts * products
     wanted = []
-    if len(units) == 1 and (flops < SMALL_FLOPS or (not keeps and depth <= NARROW)):
+    mixes = not inputs.plan.passes  # else the last layer is one launch as it is
+    if mixes and len(units) == 1 and (flops < SMALL_FLOPS or (not keeps and depth <= NARROW)):
         wanted.append(Fusion.LEVEL)
     if len(units) == 2 and flops / rows * SERIAL_ROWS <= SERIAL_FLOPS:
         wanted.append(Fusion.TWO_LAYERS)
-    if len(units) > 1 and (flops < SMALL_FLOPS or units[-2] <= NARROW):
+    if mixes and len(units) > 1 and (flops < SMALL_FLOPS or units[-2] <= NARROW):
         wanted.append(Fusion.LAST_LAYER)
     for fusion in wanted:
         if can_fuse(inputs, fusion, x, gates_beside_experts, keeps=keeps):

@@ -36,7 +36,7 @@ def level_forward(
 
 def _forward(run: ForwardRun, *, keeps: bool, listed: bool) -> tuple[Tensor, Tensor | None]:
     """``y (B, O, H)``, and the softmax weights ``(B, W)`` if anybody reads them."""
-    weights_wanted = listed or run.wants.experts or run.wants.logits
+    weights_wanted = listed or ((run.wants.experts or run.wants.logits) and not run.plan.passes)
     fusion = choose_fusion(run.inputs, run.x, run.gates_beside_experts, keeps=keeps)
     y, p = run.forward(weights_wanted) if fusion is None else fused_forward(run, fusion, weights_wanted)
     run.keep(run.saved.mix.p, p)
@@ -47,11 +47,11 @@ def level_backward(
     inputs: LevelInput, wants: Wants, kept: Sequence[Tensor | None], dy: Tensor | None, dlisted: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of the inputs, the gate inputs and the flat tuple. Without ``kept`` the forward is run again."""
-    if not kept:
+    run = BackwardRun(inputs, wants, kept)
+    if not kept and run.saved.values:
         again = ForwardRun(inputs, wants, again=True)
         _forward(again, keeps=True, listed=False)
-        kept = again.kept
-    run = BackwardRun(inputs, wants, kept)
+        run.kept = again.kept
     dx, dgate_x, flat = run.backward(dy, dlisted)
     nothing: list[Tensor | None] = [None] * len(inputs.x.tensors)
     dxs = nothing if dx is None else source_grads(inputs.x, run.x, dx)
