@@ -22,6 +22,7 @@ from .assigned import check_same_tasks, same_features
 from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
 from .task_columns import SlotInputs, check_task_columns, hidden_features
+from .tower_stack import run_towers
 from .towers import build_tower, tower_options
 from .trunks import CUSTOM, Trunk, check_balanced, known_slots, make_trunk, plain, trunk_slots, trunk_width
 
@@ -224,9 +225,7 @@ class TaskNetwork(nn.Module):
 
     def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        # unbind, not y[:, k]: the backward of each index would fill a tensor as large as y with zeros.
-        for task, tower, mixture in zip(self.tasks, self.towers, mixtures.unbind(1), strict=True):
-            output = tower(mixture)
+        for task, output in zip(self.tasks, run_towers(self.towers, mixtures), strict=True):
             outputs[task.name] = output if task.kind == "multiclass" else output.squeeze(1)
             if task.name in self._given:
                 outputs[task.name] = entire_space(outputs[self._given[task.name]], outputs[task.name])
