@@ -74,12 +74,25 @@ class _Towers(torch.nn.Module):
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
     """The trunk; with a norm of the logits its levels, one by one."""
-    from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
+    from ple_fast import PLE, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 
     if config.scaled_slots:
         return _Scaled(config.scaled_slots)
     if config.has_stacked_towers:
         return _Towers(config)
+    if config.groups:
+        return HoME(
+            config.in_features,
+            config.num_tasks,
+            groups=[range(first, config.num_tasks, config.groups) for first in range(config.groups)],
+            task_experts=config.task_experts,
+            group_experts=config.shared_experts,
+            shared_experts=config.shared_experts,
+            expert_units=config.level_units(),
+            norm=config.norm,
+            activation=config.activation,
+            dtype=config.torch_dtype,
+        )
     if config.logits_norm is None and not config.gate_units:
         return PLE(
             config.in_features,

@@ -34,6 +34,7 @@ class HoMEReference(PLEReference):
         if not self.feature_gates:
             return [v[slot] for slot in readers]
         network = self.feature_gates[number]
+        assert isinstance(network, ExtractionNetworkReference)
         scale = network(v if network.topology.num_slots == len(v) else v[:1])
         return [2 * v[slot] * scale[:, reader] for reader, slot in enumerate(readers)]
 

@@ -21,8 +21,13 @@ INF = float("inf")
 def home(dtype: torch.dtype = torch.float64, **options: Any) -> HoME:
     """Small, with randomised weights."""
     torch.manual_seed(0)
-    given = {"task_experts": [1, 2, 1], "group_experts": [2, 1], "expert_units": (6, 4), "feature_gate_rank": 3}
-    module = HoME(7, 3, groups=GROUPS, dtype=dtype, **{**given, **options})  # type: ignore[arg-type]  # of the table
+    given: dict[str, Any] = {
+        "task_experts": [1, 2, 1],
+        "group_experts": [2, 1],
+        "expert_units": (6, 4),
+        "feature_gate_rank": 3,
+    }
+    module = HoME(7, 3, groups=GROUPS, dtype=dtype, **{**given, **options})
     randomise(module)
     return module
 
@@ -53,6 +58,8 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_make_up_agrees_with_the_reference(name: str, backend: str, device: torch.device) -> None:
+    if backend == "triton" and name not in ("as published", "one projection", "hidden gates", "gates that choose"):
+        return  # which launch nothing else
     options = dict(VARIANTS[name])
     module = home(**options) if "groups" not in options else _of_groups(**options)
     for rows in (9, 130) if backend == "torch" else (9,):
@@ -100,10 +107,10 @@ def test_the_formula_written_out(backend: str, device: torch.device) -> None:
         feature_gate_rank=2, dtype=torch.float64, device=device,
     )  # fmt: skip
     randomise(module)
-    state = dict(module.state_dict(keep_vars=True))
+    state: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
     x = torch.randn(11, 5, dtype=torch.float64, device=device)
 
-    def logits(level: int, rows: slice, v: Tensor) -> Tensor:
+    def logits(level: int, rows: slice, v: Tensor) -> Any:
         return v @ state[f"levels.{level}.gate.weight"][rows].t() + state[f"levels.{level}.gate.bias"][rows]
 
     # The meta level: experts of group 0, of group 1, shared. Logits: 2 and 1 of group 0, as many of group 1, 3 and 1.
@@ -140,19 +147,20 @@ def test_no_row_and_one(rows: int, backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision(dtype: torch.dtype, autocast: bool, backend: str, device: torch.device) -> None:
-    if autocast and dtype == torch.float32:
+    if (autocast and dtype == torch.float32) or (backend == "triton" and (autocast or dtype != torch.bfloat16)):
         return
     module = home(norm=None, activation="tanh").to(device)
     x = draw("one", 64, 1, 7)[0].to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compare_low_precision(module, [x], dtype=dtype, autocast=autocast)
+        compare_low_precision(module, [x[:20] if backend == "triton" else x], dtype=dtype, autocast=autocast)
 
 
 def test_what_overflows_in_a_tasks_expert_stays_there(backend: str, device: torch.device) -> None:
     module = home(torch.float32, norm=None).to(device)
+    task: Any = module.levels[1]
     with torch.no_grad():
-        module.levels[1].blocks[0].layers[-1].bias[0] = INF  # task 0's own expert
+        task.blocks[0].layers[-1].bias[0] = INF  # task 0's own expert
     y = module(torch.randn(6, 7, device=device))
     assert not y[:, 0].isfinite().any()
     assert y[:, 1:].isfinite().all()
@@ -176,15 +184,16 @@ def test_compiled_exported_traced_and_served(name: str) -> None:
     module = home(torch.float32, **VARIANTS[name]).eval()
     x = torch.randn(6, 7)
     expected = module(x)
-    close = {"rtol": 1e-5, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     served = module.for_inference()
     torch.testing.assert_close(served(x), expected, **close)
-    assert not any(p.requires_grad for p in served.parameters()) and module.levels[0].blocks[0].layers[0].norm
+    assert not any(p.requires_grad for p in served.parameters())
+    assert not any("norm" in key and key.startswith("levels.0") for key in served.state_dict()), "folded away"
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, **close)
     exported = torch.export.export(served, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
     torch.testing.assert_close(exported(torch.cat((x, x))), torch.cat((expected, expected)), **close)
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(module.for_inference(plain=True), (x,))
@@ -221,11 +230,12 @@ def test_launches_are_counted() -> None:
     kernels = pytest.importorskip("ple_fast_kernels")
 
     def launched(**options: Any) -> int:
-        module, x = home(torch.float32, **options).train(), torch.randn(9, 7, requires_grad=True)
+        module, x = home(torch.float32, **options).train(), torch.randn(2, 7, requires_grad=True)
         with use_backend("triton"):
-            before = kernels.launches()
+            before: int = kernels.launches()
             module(x).sum().backward()
-            return int(kernels.launches()) - before
+            after: int = kernels.launches()
+            return after - before
 
     assert launched(feature_gate_experts=0) == launched(feature_gate_experts=0, self_gates=False)
     assert launched() == launched(self_gates=False) > launched(feature_gate_experts=0)
@@ -264,7 +274,8 @@ def test_state_is_saved_loaded_and_explained(capsys: pytest.CaptureFixture[str])
 
 
 def test_experts_end_in_batch_norm_and_swish() -> None:
-    specs = HoME(4, 2, groups=[[0], [1]]).levels[1].expert_specs
+    task: Any = HoME(4, 2, groups=[[0], [1]]).levels[1]
+    specs = task.expert_specs
     assert {layer.activation.name for spec in specs for layer in spec.layers} == {"silu"}
     assert {layer.norm for spec in specs for layer in spec.layers} == {"batch"}
 
@@ -301,9 +312,13 @@ def test_one_slot_is_read_in_every_form() -> None:
 
 
 def test_the_wiring_of_levels() -> None:
-    module = home(feature_gate_experts=0)
-    assert module.levels[0].topology == Topology.home(GROUPS, [2, 1], 2)
-    assert module.levels[1].topology == Topology.home(GROUPS, [2, 1], 2, task_experts=[1, 2, 1])
-    scaled = home()
-    assert scaled.levels[1].topology.num_slots == 3 + 2 + 1
-    assert "groups=((0, 2), (1,))" in repr(scaled)
+    def wirings(**options: Any) -> list[Topology]:
+        levels: Any = home(**options).levels
+        return [level.topology for level in levels]
+
+    meta, task = Topology.home(GROUPS, [2, 1], 2), Topology.home(GROUPS, [2, 1], 2, task_experts=[1, 2, 1])
+    assert wirings(feature_gate_experts=0) == [meta, task]
+    scaled = wirings()
+    assert [t.num_slots for t in scaled] == [3, 3 + 2 + 1]
+    assert [t.mixture_experts for t in scaled] == [meta.mixture_experts, task.mixture_experts]
+    assert "groups=((0, 2), (1,))" in repr(home())

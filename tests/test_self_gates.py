@@ -58,8 +58,10 @@ def test_a_sigmoid_beside_a_softmax_written_out(backend: str, device: torch.devi
     module = ExtractionNetwork(3, topology, experts=MLPSpec((4,), "tanh"), gate=GateSpec(), device=device)
     x = torch.randn(5, 3, device=device)
     y, weights = module(x, return_gates=True)
-    layer, gate = module.blocks[0].layers[0], module.gate
+    block: Any = module.blocks[0]
+    layer, gate = block.layers[0], module.gate
     h = torch.stack([torch.tanh(x @ layer.weight[e].t() + layer.bias[e]) for e in range(2)], 1)
+    assert gate.weight is not None and gate.bias is not None
     logits = x @ gate.weight.t() + gate.bias
     p, s = logits[:, :2].softmax(1), logits[:, 2:].sigmoid()
     torch.testing.assert_close(weights[0], p)
@@ -73,8 +75,9 @@ def test_what_overflows_stays_with_the_outputs_that_weigh_it(name: str, backend:
     topology, bad = module.topology, 2 if name == "sigmoids-and-sums" else 0
     slots = topology.num_slots or 1
     x = torch.randn(6, slots, 7, device=device)
+    block: Any = module.blocks[0]
     with torch.no_grad():
-        module.blocks[0].layers[0].bias[bad] = INF
+        block.layers[0].bias[bad] = INF
     y = module(x)
     reached = [bad in experts for experts in topology.output_experts]
     assert not all(reached)
@@ -88,6 +91,7 @@ def test_a_gate_that_is_nan_stays_with_its_output(backend: str, device: torch.de
         module = level(TOPOLOGIES[name], MLPSpec((4,)), dtype=torch.float32).to(device)
         topology = module.topology
         last = topology.gated_mixtures[-1]
+        assert module.gate.bias is not None
         with torch.no_grad():
             module.gate.bias[topology.logit_offset[last]] = float("nan")
         y = module(torch.randn(6, topology.num_slots or 1, 7, device=device))
@@ -161,7 +165,7 @@ class Operators(TorchDispatchMode):
     """Names of the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,9 +201,10 @@ def test_kernels_launch_no_more_for_sigmoids_and_sums() -> None:
         module = level(topology, MLPSpec((5, 4), "silu", norm="batch"))
         x = draw("stacked", 9, topology.num_slots or 1, 7)[0].requires_grad_()
         with use_backend("triton"):
-            before = kernels.launches()
+            before: int = kernels.launches()
             module(x).sum().backward()
-            return int(kernels.launches()) - before
+            after: int = kernels.launches()
+            return after - before
 
     gates = TOPOLOGIES["home-task"]
     assert launched(gates) == launched(Topology.home([[0, 2], [1]], 1, 2, task_experts=[1, 2, 1], self_gates=False))
@@ -213,7 +218,7 @@ def test_such_levels_are_compiled_exported_and_packed(device: torch.device) -> N
         expected = module(x)
         exported = torch.export.export(module.for_inference(), (x,)).module()
         torch.testing.assert_close(exported(x), expected, rtol=1e-5, atol=1e-5)
-        file = io.BytesIO()
+        file: Any = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(module.for_inference(plain=True), (x,), file, input_names=["x"], dynamo=False)

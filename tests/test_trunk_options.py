@@ -111,9 +111,11 @@ def _trunk(name: str) -> Any:
 
 
 def _build(name: str, **options: Any) -> Stack:
-    needed: dict[str, Any] = {"AsymmetricSharing": {"sources": [(0,), (0, 1)]}, "HoME": {"groups": [[0], [1]]}}.get(
-        name, {}
-    )
+    needs: dict[str, dict[str, Any]] = {
+        "AsymmetricSharing": {"sources": [(0,), (0, 1)]},
+        "HoME": {"groups": [[0], [1]]},
+    }
+    needed = needs.get(name, {})
     trunk: Stack = _trunk(name)(5, 2, **{**needed, **options})
     return trunk
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -118,13 +117,11 @@ class Mixtures(_Table):
             starts.append(starts[-1] + len(row))
         sizes = tuple(map(len, mixture_experts))
         logits = sum(n for n, at in zip(sizes, logit_first, strict=True) if at >= 0)
-        columns: Iterator[tuple[Any, ...]] = (tuple(values) for values in zip(*entries, strict=True))
         outputs = tuple(range(len(sizes))) if outputs is None else outputs
-        return cls(
-            experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns,
-            tuple(outputs[entry[0]] for entry in entries), outputs[-1] + 1,
-            (False,) * len(sizes) if sigmoid is None else sigmoid,
-        )  # fmt: skip
+        columns: list[Any] = [tuple(values) for values in zip(*entries, strict=True)]
+        columns += [tuple(outputs[entry[0]] for entry in entries), outputs[-1] + 1]
+        columns.append((False,) * len(sizes) if sigmoid is None else sigmoid)
+        return cls(experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns)
 
     def dense(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Per mixture and expert, ``(O * E,)``: column of P, of the logits, learned scalar; -1 where there is none."""

@@ -148,9 +148,11 @@ class HoME(Stack):
                 "gate_joint_k: expected 0 with self gates, which weigh an owner's experts alone, so that no expert is "
                 f"there for all gates to choose; got {options['gate_joint_k']}; self_gates=False would do"
             )
-        where = {key: options[key] for key in ("recompute", "device", "dtype")}  # type: ignore[literal-required]  # three of them
+        where: dict[str, Any] = {
+            "recompute": options["recompute"], "device": options["device"], "dtype": options["dtype"]
+        }  # fmt: skip
         levels, gates = [], []
-        width, gate_width = in_features, in_features
+        width = gate_width = in_features
         for tasks, experts in zip((None, task_experts), experts_per_level(options, 2), strict=True):
             sets = home_sets(self.groups, group_experts, shared_experts, tasks)
             topology = Topology.home(
@@ -174,7 +176,7 @@ class HoME(Stack):
         self._set_levels(levels, num_tasks)
         self.feature_gates = nn.ModuleList(gates)
         self.gate_input = BesideShared(
-            tuple(own.slot for own in sets) if projections else tuple(range(len(groups) + 1))
+            tuple(own.slot for own in sets) if projections else tuple(range(len(self.groups) + 1))
         )
 
     def _networks(self) -> Iterator[ExtractionNetwork]:
