@@ -74,6 +74,8 @@ class LevelPlan:
     passes: bool = field(init=False)
     """Mixture o is expert o as its last product leaves it, as in towers: there is nothing to mix, and no backward reads
     the output, so that a user may write to it."""
+    is_unweighed: tuple[bool, ...] = field(init=False)
+    """Where mixtures share outputs: of each entry of their dense ``(O, E)`` weights, whether there is none."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -115,6 +117,8 @@ class LevelPlan:
         put("weighs_all", sum(map(len, t.output_experts)) == t.num_outputs * experts)
         put("sigmoid_rows", tuple(i for i, o in enumerate(gated) if t.mixture_kind[o] == "sigmoid"))
         put("outputs", t.mixture_output or ())
+        present = set(weight_entry)
+        put("is_unweighed", tuple(i not in present for i in range(t.num_mixtures * experts)) if self.outputs else ())
         specs = [spec for mlp in self.mlps() for spec in mlp.layers]
         put("passes", self._passes())
         put("has_norms", self.gate_spec.logits_norm is not None or any(spec.norm is not None for spec in specs))

@@ -220,18 +220,20 @@ class ExtractionNetworkReference(nn.Module):
         logits = [self._logits(o, gate_slots[slot]) for o, slot in enumerate(self.topology.mixture_slot)]
         together = self._together(logits, slots[0].shape[0])
         gates = [self._weights(o, own, together, gate_slots[0]) for o, own in enumerate(logits)]
-        mixtures = []
         stops = self.topology.mixture_stop or [(False,) * len(mixed) for mixed in self.topology.mixture_experts]
-        for weights, mixed, stopped in zip(gates, self.topology.mixture_experts, stops, strict=True):
-            read = [hidden[e].detach() if stop else hidden[e] for e, stop in zip(mixed, stopped, strict=True)]
-            terms = [weights[:, i, None] * h for i, h in enumerate(read)]
+        outputs = self.topology.mixture_output or range(len(gates))
+        shares: dict[int, dict[int, Tensor]] = {}  # per output the weight of each expert, added up over its mixtures
+        reads: dict[tuple[int, int], Tensor] = {}
+        for o, mixed in enumerate(self.topology.mixture_experts):
+            share = shares.setdefault(outputs[o], {})
+            for e, weight, stop in zip(mixed, gates[o].unbind(1), stops[o], strict=True):
+                share[e] = share[e] + weight if e in share else weight
+                reads[outputs[o], e] = hidden[e].detach() if stop else hidden[e]
+        mixtures = []
+        for output, share in shares.items():
+            terms = [weight[:, None] * reads[output, e] for e, weight in share.items()]
             mixtures.append(torch.stack(terms).sum(0).to(hidden[0].dtype))
-        outputs = self.topology.mixture_output or range(len(mixtures))
-        sums = [
-            [mixture for mixture, own in zip(mixtures, outputs, strict=True) if own == o]
-            for o in dict.fromkeys(outputs)
-        ]
-        y = torch.stack([torch.stack(terms).sum(0) for terms in sums], dim=1)
+        y = torch.stack(mixtures, dim=1)
         return (y, gates) if return_gates else y
 
     @classmethod

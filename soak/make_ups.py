@@ -160,12 +160,16 @@ def draw_topology(dice: random.Random, slots: int | None = None, at_least: int =
     mixed = [dice.sample(range(count), dice.randint(1, count) if size is None else size) for _ in mixture_slot]
     for expert in sorted(set(range(count)) - {e for row in mixed for e in row}):
         mixed[dice.randrange(len(mixed))].append(expert)
-    kinds: Any = tuple(dice.choice(("softmax", "softmax", "static")) for _ in mixed) if dice.random() < 0.4 else None
+    drawn = ("softmax", "softmax", "static", "sigmoid")
+    kinds: Any = tuple(dice.choice(drawn) for _ in mixed) if dice.random() < 0.4 else None
     offsets = tuple(tuple(dice.random() < 0.5 for _ in row) for row in mixed) if dice.random() < 0.3 else None
-    stops = None
+    stops = outputs = None
     if dice.random() < 0.3:  # each expert is open to the first mixture that weighs it
         first = {e: next(o for o, row in enumerate(mixed) if e in row) for e in range(count)}
         stops = tuple(tuple(dice.random() < 0.5 and first[e] != o for e in row) for o, row in enumerate(mixed))
+    elif len(mixed) > at_least and dice.random() < 0.4:
+        ends = sorted(dice.sample(range(1, len(mixed)), dice.randint(at_least, len(mixed) - 1) - 1))
+        outputs = tuple(sum(end <= o for end in ends) for o in range(len(mixed)))
     return Topology(
         tuple(expert_slot),
         mixture_slot,
@@ -174,6 +178,7 @@ def draw_topology(dice: random.Random, slots: int | None = None, at_least: int =
         offsets,
         num_slots=slots,
         mixture_stop=stops,
+        mixture_output=outputs,
     )
 
 
@@ -280,7 +285,7 @@ def _levels(dice: random.Random, form: str, count: int) -> tuple[Level, ...]:
     """Levels on top of each other; gates above the first may read the raw input."""
     topologies = [draw_topology(dice)]
     for _ in range(count - 1):
-        topologies.append(draw_topology(dice, topologies[-1].num_mixtures))
+        topologies.append(draw_topology(dice, topologies[-1].num_outputs))
     levels = []
     for i, topology in enumerate(topologies):
         # The raw input has a slot for each of the level's, or one for all.
@@ -320,7 +325,7 @@ def draw_trial(seed: int) -> Trial:
         form = dice.choice(ONE_FOR_ALL)
     elif kind == "stack":
         levels = _levels(dice, form, dice.randint(1, 3))
-        num_tasks = dice.randint(1, levels[-1].topology.num_mixtures)
+        num_tasks = dice.randint(1, levels[-1].topology.num_outputs)
     else:
         levels = (_level(dice, draw_topology(dice), None),)
         gate_features = dice.randint(1, 7) if dice.random() < 0.3 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,14 +31,16 @@ def topologies(draw_: st.DrawFn) -> Topology:
     mixed = [draw_(some) for _ in mixture_slot]
     for expert in sorted(set(range(count)) - {e for row in mixed for e in row}):
         mixed[draw_(st.integers(0, len(mixed) - 1))].append(expert)
-    kinds = draw_(st.none() | st.tuples(*[st.sampled_from(["softmax", "static"])] * len(mixed)))
+    kinds = draw_(st.none() | st.tuples(*[st.sampled_from(["softmax", "static", "sigmoid"])] * len(mixed)))
     offsets = draw_(st.none() | st.tuples(*[st.tuples(*[st.booleans()] * len(row)) for row in mixed]))
-    stops = None
+    stops = outputs = None
     if draw_(st.booleans()):  # each expert is open to the first mixture that weighs it
         closed = draw_(st.tuples(*[st.tuples(*[st.booleans()] * len(row)) for row in mixed]))
         first = {e: next(o for o, row in enumerate(mixed) if e in row) for e in range(count)}
         pairs = [zip(row, own, strict=True) for row, own in zip(mixed, closed, strict=True)]
         stops = tuple(tuple(stop and first[e] != o for e, stop in row) for o, row in enumerate(pairs))
+    elif draw_(st.booleans()):
+        outputs = tuple(accumulate((0, *draw_(st.tuples(*[st.integers(0, 1)] * (len(mixed) - 1))))))
     return Topology(
         tuple(expert_slot),
         tuple(mixture_slot),
@@ -46,6 +49,7 @@ def topologies(draw_: st.DrawFn) -> Topology:
         offsets,
         num_slots=slots,
         mixture_stop=stops,
+        mixture_output=outputs,
     )
 
 

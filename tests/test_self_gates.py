@@ -100,6 +100,33 @@ def test_a_gate_that_is_nan_stays_with_its_output(backend: str, device: torch.de
             assert bool(y[:, output].isnan().any()) == (output == topology.mixture_output[last])
 
 
+def test_a_gate_that_is_nan_does_not_reach_experts_that_it_does_not_weigh(backend: str, device: torch.device) -> None:
+    """Another mixture of the same output weighs expert 0, whose gradient is its own."""
+    topology = Topology((0, 0, 0), (0, 0), ((2, 1), (1, 2, 0)), mixture_output=(0, 0))
+    module = level(topology, MLPSpec((4,)), dtype=torch.float32).to(device)
+    assert module.gate.bias is not None
+    with torch.no_grad():
+        module.gate.bias[1] = float("nan")
+    module(torch.randn(6, 7, device=device)).sum().backward()
+    block: Any = module.blocks[0]
+    found = block.layers[0].weight.grad.isfinite().flatten(1).all(1)
+    assert found.tolist() == [True, False, False]
+
+
+def test_weights_of_one_output_are_added_up_before_they_weigh(backend: str, device: torch.device) -> None:
+    """Weights of 2 and -1 of an infinity are one of 1, and no NaN."""
+    topology = Topology(
+        (0,), (0, 0), ((0,), (0,)), ("static", "static"), ((True,), (True,)), mixture_output=(0, 0)
+    )  # fmt: skip
+    module = level(topology, MLPSpec((4,), "identity"), dtype=torch.float32).to(device)
+    block: Any = module.blocks[0]
+    with torch.no_grad():
+        assert module.gate.offset is not None
+        module.gate.offset.copy_(torch.tensor([1.0, -2.0]))
+        block.layers[0].bias.fill_(INF)
+    assert (module(torch.randn(6, 7, device=device)) == INF).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_autocast(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     module = level(TOPOLOGIES["home-task"], MLPSpec((8, 4), "silu"), dtype=torch.float32).to(device)

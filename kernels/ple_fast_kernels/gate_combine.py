@@ -44,7 +44,8 @@ def _gate_combine_fwd_kernel(
     UNITS: tl.constexpr, LOGITS: tl.constexpr, WEIGHTS: tl.constexpr, H_ROW: tl.constexpr, TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_MIXTURE: tl.constexpr, ENTRY_LOGIT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    ENTRY_OUTPUT: tl.constexpr, OUTPUTS: tl.constexpr, SIGMOID: tl.constexpr,
+    ENTRY_OUTPUT: tl.constexpr, ENTRY_STARTS: tl.constexpr, ENTRY_ENDS: tl.constexpr, OUTPUTS: tl.constexpr,
+    SIGMOID: tl.constexpr,
     SAVE_P: tl.constexpr, PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -97,7 +98,12 @@ def _gate_combine_fwd_kernel(
         for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
             weight = _weight(Logits, Offset, tops[ENTRY_MIXTURE[i]], totals[ENTRY_MIXTURE[i]], o_m, m_m, LOGITS,
                              ENTRY_LOGIT[i], ENTRY_OFFSET[i], SIGMOID[ENTRY_MIXTURE[i]], TEMPERATURE)  # fmt: skip
-            ys = add_at(ys, ENTRY_OUTPUT[i], weight[:, None] * h)
+            if ENTRY_STARTS[i]:
+                share = weight
+            else:
+                share += weight
+            if ENTRY_ENDS[i]:
+                ys = add_at(ys, ENTRY_OUTPUT[i], share[:, None] * h)
     for o in tl.static_range(OUTPUTS):
         p_y = Y + o_m[:, None] * (OUTPUTS * UNITS) + (o * UNITS + o_n)[None, :]
         tl.store(p_y, ys[o].to(Y.dtype.element_ty), mask=m_mn)
@@ -110,7 +116,8 @@ def _gate_combine_bwd_kernel(
     TEMPERATURE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
     EXPERT_FIRST: tl.constexpr, ENTRY_OUTPUT: tl.constexpr, ENTRY_WEIGHT: tl.constexpr, ENTRY_OFFSET: tl.constexpr,
-    ENTRY_STOP: tl.constexpr, OUTPUTS: tl.constexpr, SIGMOID: tl.constexpr,
+    ENTRY_STOP: tl.constexpr, ENTRY_STARTS: tl.constexpr, ENTRY_ENDS: tl.constexpr, OUTPUTS: tl.constexpr,
+    SIGMOID: tl.constexpr,
     PLACE: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr, IS_VARIANCE: tl.constexpr,
     H_NAME: tl.constexpr, H_VALUE: tl.constexpr, H_LAYER: tl.constexpr, H_KEEPS: tl.constexpr, H_SCALE: tl.constexpr,
     NAME: tl.constexpr, VALUE: tl.constexpr, LAYER: tl.constexpr, KEEPS: tl.constexpr, SCALE: tl.constexpr,
@@ -152,18 +159,26 @@ def _gate_combine_bwd_kernel(
                                H_KEEPS, H_SCALE)  # fmt: skip
                 d = tl.zeros((BLOCK_M, BLOCK_N), wide)
                 for i in tl.static_range(tl.constexpr(EXPERT_FIRST[e]), tl.constexpr(EXPERT_FIRST[e + 1])):
-                    if CHUNKS == 1:
-                        dy = dys[ENTRY_OUTPUT[i]].to(wide)
-                    else:
-                        p_dy = DY + o_m[:, None] * (OUTPUTS * UNITS) + (ENTRY_OUTPUT[i] * UNITS + o_n)[None, :]
-                        dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
+                    if ENTRY_STARTS[i]:
+                        if CHUNKS == 1:
+                            dy = dys[ENTRY_OUTPUT[i]].to(wide)
+                        else:
+                            p_dy = DY + o_m[:, None] * (OUTPUTS * UNITS) + (ENTRY_OUTPUT[i] * UNITS + o_n)[None, :]
+                            dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
+                        if SAVE_DP:
+                            dot = tl.sum(dy * h, 1)
                     if SAVE_DH and not ENTRY_STOP[i]:
                         weight = tl.load(P + o_m * WEIGHTS + ENTRY_WEIGHT[i], mask=m_m, other=0.0)
                         if ENTRY_OFFSET[i] >= 0:
                             weight += tl.load(Offset + ENTRY_OFFSET[i]).to(wide)
-                        d += weight[:, None] * dy
+                        if ENTRY_STARTS[i]:
+                            share = weight
+                        else:
+                            share += weight
+                        if ENTRY_ENDS[i]:
+                            d += share[:, None] * dy
                     if SAVE_DP:
-                        dps = add_at(dps, i - EXPERT_FIRST[e], tl.sum(dy * h, 1))
+                        dps = add_at(dps, i - EXPERT_FIRST[e], dot)
                 if SAVE_DH:
                     if KEEPS > 0:
                         d = drop(d, KeptSeed, o_m, e * UNITS + c * BLOCK_N, UNITS * (len(EXPERT_FIRST) - 1), UNITS,
@@ -213,7 +228,8 @@ def _forward(
         TEMPERATURE=temperature, WEIGHT_FIRST=mixtures.weight_first, LOGIT_FIRST=mixtures.logit_first,
         SIZES=mixtures.sizes, WIDTH=_width(mixtures), EXPERT_FIRST=mixtures.expert_first,
         ENTRY_MIXTURE=mixtures.entry_mixture, ENTRY_LOGIT=mixtures.entry_logit, ENTRY_OFFSET=mixtures.entry_offset,
-        ENTRY_OUTPUT=mixtures.entry_output, OUTPUTS=mixtures.outputs, SIGMOID=mixtures.sigmoid,
+        ENTRY_OUTPUT=mixtures.entry_output, ENTRY_STARTS=mixtures.entry_starts, ENTRY_ENDS=mixtures.entry_ends,
+        OUTPUTS=mixtures.outputs, SIGMOID=mixtures.sigmoid,
         SAVE_P=save_p, **end._asdict(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
     )  # fmt: skip
 
@@ -230,7 +246,8 @@ def _backward(
         LOGIT_FIRST=mixtures.logit_first, SIZES=mixtures.sizes, WIDTH=_width(mixtures),
         EXPERT_FIRST=mixtures.expert_first, ENTRY_OUTPUT=mixtures.entry_output,
         ENTRY_WEIGHT=mixtures.entry_weight, ENTRY_OFFSET=mixtures.entry_offset, ENTRY_STOP=mixtures.entry_stop,
-        OUTPUTS=mixtures.outputs, SIGMOID=mixtures.sigmoid,
+        ENTRY_STARTS=mixtures.entry_starts, ENTRY_ENDS=mixtures.entry_ends, OUTPUTS=mixtures.outputs,
+        SIGMOID=mixtures.sigmoid,
         PLACE=end.PLACE, EPS=end.EPS, AFFINE=end.AFFINE, IS_VARIANCE=end.IS_VARIANCE,
         H_NAME=end.NAME, H_VALUE=end.VALUE, H_LAYER=end.LAYER, H_KEEPS=end.KEEPS, H_SCALE=end.SCALE,
         NAME=activation[0], VALUE=activation[1], **dropout._asdict(), HAS_DY=has_dy, HAS_LISTED=has_listed,

@@ -77,7 +77,11 @@ class Mixtures(_Table):
     entry_stop: tuple[bool, ...]
     """and whether the mixture's gradient does not reach the expert."""
     entry_output: tuple[int, ...]
-    """Of the same entries the output that its mixture is added to."""
+    """Of the same entries the output that its mixture is added to,"""
+    entry_starts: tuple[bool, ...]
+    """and whether it is the first"""
+    entry_ends: tuple[bool, ...]
+    """and the last of those of its expert and output, whose weights are added up."""
     outputs: int
     sigmoid: tuple[bool, ...]
     """Per mixture whether its weights are sigmoids of its logits."""
@@ -119,7 +123,9 @@ class Mixtures(_Table):
         logits = sum(n for n, at in zip(sizes, logit_first, strict=True) if at >= 0)
         outputs = tuple(range(len(sizes))) if outputs is None else outputs
         columns: list[Any] = [tuple(values) for values in zip(*entries, strict=True)]
-        columns += [tuple(outputs[entry[0]] for entry in entries), outputs[-1] + 1]
+        pairs = [(e, outputs[entry[0]]) for e, row in enumerate(rows) for entry in row]
+        starts_run = tuple(i == 0 or pairs[i - 1] != pair for i, pair in enumerate(pairs))
+        columns += [tuple(output for _, output in pairs), starts_run, (*starts_run[1:], True), outputs[-1] + 1]
         columns.append((False,) * len(sizes) if sigmoid is None else sigmoid)
         return cls(experts, column, logits, tuple(first), logit_first, sizes, tuple(starts), *columns)
 

@@ -167,6 +167,10 @@ def output_weights(plan: LevelPlan, weights: Tensor) -> Tensor:
     """Weights of outputs ``(rows, O, E)`` out of those of mixtures, several of which may be added into one output."""
     if not plan.outputs:
         return weights
+    if any(plan.is_unweighed):
+        # A gate that is NaN has NaN for what it does not weigh, which another mixture of the output may weigh.
+        unweighed = index_of(plan.is_unweighed, weights.device, torch.bool)
+        weights = weights.masked_fill(unweighed.view(weights.shape[1:]), 0.0)
     mixtures, outputs = plan.topology.num_mixtures, plan.topology.num_outputs
     several = mixtures // outputs
     if plan.outputs == tuple(o // several for o in range(mixtures)):
