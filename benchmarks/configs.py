@@ -127,8 +127,8 @@ SIZES: dict[str, TrunkConfig] = {
         # Gates that choose two of eight experts.
         TrunkConfig("top_k", 16384, 512, 3, units=(128,), gate_top_k=2, num_levels=1),
         TrunkConfig("joint_k", 16384, 512, 3, units=(128,), gate_top_k=2, gate_joint_k=1, num_levels=1),
-        # Sigmoids, sums of mixtures, and the projections of feature gates, whose rank is a width of 8.
-        TrunkConfig("home", 16384, 512, 3, groups=2, norm="batch", activation="silu"),
+        # Sigmoids, sums of mixtures, and the projections of feature gates, whose rank is a width of 32.
+        TrunkConfig("home", 16384, 512, 3, units=(128,), groups=2, norm="batch", activation="silu"),
         # Slots scaled element by element: of an input that all of them read, and of one for each.
         TrunkConfig("scale", 16384, 512, 3, scaled_slots=8),
         # Towers of all tasks as one level, of which one output is left.
@@ -182,7 +182,7 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "joint_k": ("bfloat16", "float64"),
     "scale": ("bfloat16", "float32/ieee", "float64"),
     "towers": ("bfloat16", "float32/tf32"),
-    "home": ("bfloat16", "float32/tf32", "float64"),
+    "home": ("bfloat16", "float32/tf32"),
     "silu": ("bfloat16", "float32/tf32"),
     "gelu": ("bfloat16", "float32/tf32"),
     "tanh": ("bfloat16",),
@@ -203,7 +203,6 @@ AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "joint_k": ("bfloat16",),
     "scale": ("bfloat16",),
     "towers": ("bfloat16",),
-    "home": ("bfloat16",),
     "silu": ("bfloat16",),
 }
 """For other architectures: every kernel, in fewer sizes."""

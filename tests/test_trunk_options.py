@@ -56,7 +56,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "shared_experts": 2,
         "self_gates": True,
         "feature_gate_experts": 2,
-        "feature_gate_rank": 8,
+        "feature_gate_rank": 32,
         **GATED,
         "activation": "silu",
         "norm": "batch",

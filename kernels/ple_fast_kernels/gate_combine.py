@@ -165,8 +165,6 @@ def _gate_combine_bwd_kernel(
                         else:
                             p_dy = DY + o_m[:, None] * (OUTPUTS * UNITS) + (ENTRY_OUTPUT[i] * UNITS + o_n)[None, :]
                             dy = tl.load(p_dy, mask=m_mn, other=0.0).to(wide)
-                        if SAVE_DP:
-                            dot = tl.sum(dy * h, 1)
                     if SAVE_DH and not ENTRY_STOP[i]:
                         weight = tl.load(P + o_m * WEIGHTS + ENTRY_WEIGHT[i], mask=m_m, other=0.0)
                         if ENTRY_OFFSET[i] >= 0:
@@ -178,6 +176,8 @@ def _gate_combine_bwd_kernel(
                         if ENTRY_ENDS[i]:
                             d += share[:, None] * dy
                     if SAVE_DP:
+                        if ENTRY_STARTS[i]:
+                            dot = tl.sum(dy * h, 1)
                         dps = add_at(dps, i - EXPERT_FIRST[e], dot)
                 if SAVE_DH:
                     if KEEPS > 0:

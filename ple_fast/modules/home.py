@@ -108,7 +108,7 @@ class HoME(Stack):
         shared_experts: that all share, at both levels.
         self_gates: whether there are self gates.
         feature_gate_experts: low-rank projections of each feature gate; 0: there are no feature gates.
-        feature_gate_rank: rank of each projection.
+        feature_gate_rank: rank of each projection; a multiple of 32 is fast on a GPU.
         options: the keywords of ``LevelOptions``.
 
     ``levels`` are the meta and the task level, ``feature_gates.{l}`` what stands before each. Published descriptions
@@ -130,7 +130,7 @@ class HoME(Stack):
         shared_experts: int = 2,
         self_gates: bool = True,
         feature_gate_experts: int = 2,
-        feature_gate_rank: int = 8,
+        feature_gate_rank: int = 32,
         **options: Unpack[LevelOptions],
     ) -> None:
         super().__init__()
