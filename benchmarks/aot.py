@@ -74,7 +74,7 @@ class _Towers(torch.nn.Module):
 
 def _trunk(config: TrunkConfig) -> torch.nn.Module:
     """The trunk; with a norm of the logits its levels, one by one."""
-    from ple_fast import PLE, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
+    from ple_fast import PLE, STEM, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 
     if config.scaled_slots:
         return _Scaled(config.scaled_slots)
@@ -91,6 +91,16 @@ def _trunk(config: TrunkConfig) -> torch.nn.Module:
             expert_units=config.level_units(),
             norm=config.norm,
             activation=config.activation,
+            dtype=config.torch_dtype,
+        )
+    if config.is_stem:
+        return STEM(
+            config.in_features,
+            config.num_tasks,
+            num_levels=config.num_levels,
+            task_experts=config.task_experts,
+            shared_experts=config.shared_experts,
+            expert_units=config.level_units(),
             dtype=config.torch_dtype,
         )
     if config.logits_norm is None and not config.gate_units:
@@ -126,7 +136,8 @@ def recorded(config: TrunkConfig, architecture: str, precision: str = "tf32") ->
         ple = _trunk(config)
     for library in (None, lambda *operands: None):
         with recording(architecture, precision, recorder, library):
-            x = torch.empty(config.batch, config.in_features, dtype=config.torch_dtype, requires_grad=True)
+            slots = (config.num_tasks + 1,) if config.is_stem else ()
+            x = torch.empty(config.batch, *slots, config.in_features, dtype=config.torch_dtype, requires_grad=True)
             y = ple.train()(x)
             y.backward(torch.empty_like(y))
             with torch.inference_mode():

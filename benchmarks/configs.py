@@ -54,6 +54,8 @@ class TrunkConfig:
     """In the place of the trunk its input scaled for so many slots: for the compiler."""
     has_stacked_towers: bool = False
     """In the place of the trunk towers of ``units``, one for each task: for the compiler."""
+    is_stem: bool = False
+    """STEM in the place of PLE, with a slot for each task and a shared one: for the compiler."""
     autocast: str = ""
     """The dtype of the region of autocast that it is called in, with float32 parameters; empty: none."""
 
@@ -133,6 +135,8 @@ SIZES: dict[str, TrunkConfig] = {
         TrunkConfig("scale", 16384, 512, 3, scaled_slots=8),
         # Towers of all tasks as one level, of which one output is left.
         TrunkConfig("towers", 16384, 128, 6, units=(64, 1), has_stacked_towers=True),
+        # Gradients that stop, and gates with an input of their own, between two levels.
+        TrunkConfig("stem", 16384, 512, 3, units=(128,), is_stem=True),
         # Activations whose formulas take registers; dice has statistics and parameters of its own.
         *(TrunkConfig(name, 16384, 512, 3, activation=name, num_levels=1) for name in ("silu", "gelu", "tanh", "dice")),
     )
@@ -163,7 +167,7 @@ def suite_config(name: str) -> TrunkConfig:
 AOT_SIZES: tuple[str, ...] = (
     "small", "medium", "large", "paper", "paper_gpu", "many_tasks", "odd", "tiny",
     "batch_norm", "batch_norm_small", "layer_norm", "dropout", "top_k", "joint_k", "scale", "towers", "home",
-    "silu", "gelu", "tanh", "dice",
+    "stem", "silu", "gelu", "tanh", "dice",
 )  # fmt: skip
 AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "small": ("bfloat16", "float16", "float32/tf32", "float32/ieee", "float64"),
@@ -183,6 +187,7 @@ AOT_DTYPES: dict[str, tuple[str, ...]] = {
     "scale": ("bfloat16", "float32/ieee", "float64"),
     "towers": ("bfloat16", "float32/tf32"),
     "home": ("bfloat16", "float32/tf32"),
+    "stem": ("bfloat16", "float32/tf32"),
     "silu": ("bfloat16", "float32/tf32"),
     "gelu": ("bfloat16", "float32/tf32"),
     "tanh": ("bfloat16",),
@@ -203,6 +208,8 @@ AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "joint_k": ("bfloat16",),
     "scale": ("bfloat16",),
     "towers": ("bfloat16",),
+    "home": ("bfloat16",),
+    "stem": ("bfloat16",),
     "silu": ("bfloat16",),
 }
 """For other architectures: every kernel, in fewer sizes."""

@@ -38,7 +38,6 @@ _SM90: _Tiles = {
     "linear/ieee": (Class(0, Tile(64, 64, 16, 4, 3)),),
     "input_grad/ieee": (Class(0, Tile(64, 64, 16, 8, 3)),),
     "double": (Class(0, Tile(32, 32, 16, 4, 2)),),
-    "linear/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "weight_grad/half": (
         Class(0, Tile(64, 64, 64, 4, 4)),
         Class(8, Tile(128, 128, 64, 8, 4)),
@@ -46,7 +45,7 @@ _SM90: _Tiles = {
     ),
     "weight_grad/tf32": (Class(0, Tile(64, 64, 32, 4, 3)), Class(32, Tile(128, 128, 32, 8, 3))),
     "weight_grad/ieee": (Class(0, Tile(64, 64, 32, 8, 3)),),
-    "weight_grad/double": (Class(0, Tile(32, 32, 16, 8, 3)),),
+    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "fused/half": _preferred(*_FUSED_HALF),
     "fused/tf32": _preferred(*_FUSED_FLOAT),
     "fused/ieee": _preferred(*_FUSED_IEEE),
@@ -59,7 +58,6 @@ _SM90: _Tiles = {
 _SM100_HALF = (Class(0, Tile(64, 64, 64, 8, 4)), *_SM90["half"][1:])
 _SM100: _Tiles = {
     **_SM90,
-    "weight_grad/double": (Class(0, Tile(32, 32, 16, 4, 3)),),
     "half": _SM100_HALF,
     "weight_grad/half": (Class(0, Tile(64, 64, 64, 8, 4)), Class(32, Tile(128, 128, 64, 8, 4))),
     "data_grad/half": _SM100_HALF[:-1],
