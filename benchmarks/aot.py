@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script this file only sees its own folder
 
@@ -61,7 +61,8 @@ class _Towers(torch.nn.Module):
 
         self.tasks = range(config.num_tasks)
         own = tuple((k,) for k in self.tasks)
-        wiring = Topology(tuple(self.tasks), tuple(self.tasks), own, mixture_kind=("static",) * len(own))
+        kinds: tuple[Literal["static"], ...] = tuple("static" for _ in own)
+        wiring = Topology(tuple(self.tasks), tuple(self.tasks), own, mixture_kind=kinds)
         spec = MLPSpec(config.units, last_activation="identity")
         self.level = ExtractionNetwork(
             config.in_features, wiring, experts=spec, gate=GateSpec(), dtype=config.torch_dtype

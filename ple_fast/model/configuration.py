@@ -64,6 +64,7 @@ WHOLE = {
 }
 SOURCES = Rule(lambda value: isinstance(value, Mapping) and all(map(_is_list_of(_is_text), value.values())), "names")
 NAMES = Rule(lambda value: isinstance(value, Mapping) and all(map(_is_list_of(NAME.holds), value.values())), "names")
+LIST_OF_NAMES = Rule(_is_list_of(NAME.holds), "names")
 COLUMNS = {
     "Categorical": {"kind": TEXT, "name": NAME, "values": _or_null(LIST), "size": _or_null(INT), "width": INT},
     "Hashed": {"kind": TEXT, "name": NAME, "buckets": INT, "width": INT},
@@ -86,6 +87,9 @@ FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
 LATER = {
     "derived": SOURCES,  # of a trunk of the user's own: which of its entries follow from which
     "task_columns": NAMES,
+    "domain_columns": LIST_OF_NAMES,
+    "personal_columns": LIST_OF_NAMES,
+    "prior_gate_units": INT,
     "sparse_embeddings": FLAG,
     "task_embeddings": INT,
     "balance": TEXT,

@@ -53,7 +53,7 @@ def _evaluate(
     rows, found, view = model.encode(data), [], eval_view(model)
     with torch.inference_mode():
         for start in range(0, max(len(rows), 1), batch_size):
-            features = view._features(rows.rows(slice(start, start + batch_size)).to(view.device))
+            features, scales = view._inputs(rows.rows(slice(start, start + batch_size)).to(view.device))
             weights: list[list[Tensor]] = []
             if gates:
                 mixtures, per_level = view.trunk(features, return_gates=True)
@@ -62,7 +62,7 @@ def _evaluate(
                 weights = [[weight.cpu() for weight in level] for level in per_level]
             else:
                 mixtures = view.trunk(features)
-            found.append((weights, view._outputs(mixtures)))
+            found.append((weights, view._outputs(mixtures, scales)))
     return found
 
 

@@ -63,6 +63,11 @@ class MultiTaskModel(TaskNetwork):
             not in it reads all. The slot of a task reads its own columns, a shared slot those that every task may read.
             A column that would reach a task that must not read it, by whatever path through the trunk or ``given``, is
             a ValueError that names the path.
+        domain_columns: names of the columns that say where a row comes from (EPNet of PEPNet, KDD 2023): a gate of
+            their embeddings, and of all others, scales what the trunk reads, feature by feature, by 0 to 2.
+        personal_columns: names of the columns of user and item (PPNet of PEPNet): gates of their embeddings, one for
+            each task and layer, scale what the layers of the towers read, by 0 to 2; see :class:`~ple_fast.PPNet`.
+        prior_gate_units: width of the hidden layer of these gates; None: of each that of what it scales.
         sparse_embeddings: gradients of ``embedding.tables.*.weight`` are sparse: a step costs what its batch reads of a
             table, and not what the table has. :meth:`fit` then has an optimizer of their own for them.
         task_embeddings: each slot of the trunk has embeddings of its own: each task, and what is shared between them.

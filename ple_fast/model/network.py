@@ -21,6 +21,7 @@ from .arguments import check_columns, check_given, has_no_names, kind_of, mappin
 from .assigned import check_same_tasks, same_features
 from .columns import Encoded, encoded
 from .embedding import FeatureEmbedding
+from .priors import PriorOptions, Priors
 from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .tower_stack import run_towers
 from .towers import build_tower, tower_options
@@ -42,6 +43,9 @@ class TaskNetwork(nn.Module):
         tower_dropout: float = 0.0,
         given: Mapping[str, str] | None = None,
         task_columns: Mapping[str, Sequence[str]] | None = None,
+        domain_columns: Sequence[str] | None = None,
+        personal_columns: Sequence[str] | None = None,
+        prior_gate_units: int | None = None,
         sparse_embeddings: bool = False,
         task_embeddings: bool = False,
         balance: Balance | None = None,
@@ -55,6 +59,17 @@ class TaskNetwork(nn.Module):
         check_given(self._given, self.tasks)
         names = [column.name for column in self.columns]
         self._task_columns = check_task_columns(mapping("task_columns", task_columns), self.task_names, names)
+        priors = PriorOptions(domain_columns, personal_columns, prior_gate_units, names)
+        if priors and self._task_columns:
+            raise ValueError(
+                "domain_columns, personal_columns: expected no task_columns with them, because the gates read every "
+                f"column, those hidden from a task among them, got task_columns={dict(self._task_columns)}"
+            )
+        if priors and task_embeddings:
+            raise ValueError(
+                "domain_columns, personal_columns: expected no task_embeddings with them, because the gates read one "
+                "embedding of each column, got task_embeddings=True"
+            )
         units, dropout = tower_options(tower_units, tower_activation, tower_dropout)
         sparse, own = check_flag("sparse_embeddings", sparse_embeddings), check_flag("task_embeddings", task_embeddings)
         if own:  # for as many slots as the trunk has, which needs to know how wide one is
@@ -77,6 +92,10 @@ class TaskNetwork(nn.Module):
         self.towers = nn.ModuleList(
             build_tower([hidden, *units], task.num_outputs, tower_activation, dropout) for task in self.tasks
         )
+        self.priors: Priors | None = None
+        if priors:
+            features = self.embedding.feature_columns
+            self.priors = Priors(features, priors, len(self.tasks), (hidden, *units))
         self._config: dict[str, Any] = {
             "trunk": {"kind": trunk, "options": options}
             if isinstance(trunk, str)
@@ -88,6 +107,7 @@ class TaskNetwork(nn.Module):
             **({"task_columns": dict(self._task_columns)} if self._task_columns else {}),
             **({} if balance is None else {"balance": balance, "balance_weight": self.joint_loss.balance_weight}),
             **({"task_embeddings": self.embedding.slots} if own else {}),
+            **priors.to_config(),
         }
 
     def _slot_inputs(self, trunk: nn.Module) -> SlotInputs:
@@ -207,25 +227,34 @@ class TaskNetwork(nn.Module):
 
         ``return_gates="shares"``: also what ``joint_loss`` takes as ``gates`` where the model has a ``balance``.
         """
+        features, scales = self._inputs(batch)
         if return_gates is None:
-            return self._outputs(self.trunk(self._features(batch)))
-        mixtures, gates = self.trunk(self._features(batch), return_gates=return_gates)
-        return self._outputs(mixtures), gates
+            return self._outputs(self.trunk(features), scales)
+        mixtures, gates = self.trunk(features, return_gates=return_gates)
+        return self._outputs(mixtures, scales), gates
 
     def _features(self, batch: Table | Encoded) -> Tensor | list[Tensor]:
         """What the trunk reads: ``(B, F)``; one for each slot where some columns are not for all tasks; ``(B, S, F)``
         where slots have embeddings of their own."""
+        return self._inputs(batch)[0]
+
+    def _inputs(self, batch: Table | Encoded) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+        """What the trunk reads, and what scales the layers of the towers, or nothing."""
         rows = batch if isinstance(batch, Encoded) else self.encode(batch).to(self.device)
         features: Tensor = self.embedding(rows)
         features = features.to(next(self.towers.parameters()).dtype)
+        if self.priors is not None:
+            prepared: tuple[Tensor, list[Tensor]] = self.priors(features)
+            return prepared
         if self.slot_inputs is None:
-            return features
+            return features, []
         inputs: Tensor | list[Tensor] = self.slot_inputs(features)
-        return inputs
+        return inputs, []
 
-    def _outputs(self, mixtures: Tensor) -> dict[str, Tensor]:
+    def _outputs(self, mixtures: Tensor, scales: Sequence[Tensor] = ()) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        for task, output in zip(self.tasks, run_towers(self.towers, mixtures), strict=True):
+        factor = 2.0 if self.priors is None else self.priors.factor
+        for task, output in zip(self.tasks, run_towers(self.towers, mixtures, scales, factor), strict=True):
             outputs[task.name] = output if task.kind == "multiclass" else output.squeeze(1)
             if task.name in self._given:
                 outputs[task.name] = entire_space(outputs[self._given[task.name]], outputs[task.name])

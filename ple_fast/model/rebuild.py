@@ -23,7 +23,9 @@ Network = TypeVar("Network", bound=TaskNetwork)
 TRUNK, FIRST = "trunk.", "towers.0.0.weight"
 OPTIONS = ("tower_units", "tower_activation", "tower_dropout", "given")
 
-LATER_OPTIONS = ("sparse_embeddings", "balance", "balance_weight")
+LATER_OPTIONS = (
+    "sparse_embeddings", "balance", "balance_weight", "domain_columns", "personal_columns", "prior_gate_units"
+)  # fmt: skip
 """In the configuration where they were given."""
 
 

@@ -37,8 +37,10 @@ class ServedModel(nn.Module):
         with torch.no_grad():
             self.embedding = inference_copy(model.embedding, plain=plain)
             self.slot_inputs = None if model.slot_inputs is None else inference_copy(model.slot_inputs, plain=plain)
+            self.priors = None if model.priors is None else inference_copy(model.priors, plain=plain)
             self.trunk = inference_copy(model.trunk, plain=plain)
-            self.towers = served_towers(inference_copy(model.towers, plain=plain))
+            towers = inference_copy(model.towers, plain=plain)
+            self.towers = served_towers(towers, 2.0 if model.priors is None else model.priors.factor)
         self._dtype = next(model.towers.parameters()).dtype
         self.eval()
 
@@ -56,11 +58,14 @@ class ServedModel(nn.Module):
         if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:  # torch.jit.trace
             self._check(codes, numbers)
         features: Any = self.embedding(Encoded(codes, numbers)).to(self._dtype)
+        scales: list[Tensor] = []
+        if self.priors is not None:
+            features, scales = self.priors(features)
         if self.slot_inputs is not None:
             features = self.slot_inputs(features)
         outputs: dict[str, Tensor] = {}
         predictions: dict[str, Tensor] = {}
-        for task, output in zip(self._tasks, self.towers(self.trunk(features)), strict=True):
+        for task, output in zip(self._tasks, self.towers(self.trunk(features), scales), strict=True):
             if task.kind != "multiclass":
                 output = output.squeeze(1)
             if task.name in self._given:

@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .towers import TOWER_ACTIVATIONS
+from .towers import TOWER_ACTIVATIONS, run_one_by_one
 
 FUSED = tuple(kind for kind in TOWER_ACTIVATIONS.values() if kind is not nn.PReLU)
 """Activations that learn nothing: one module serves all tasks."""
 
 
-def served_towers(towers: nn.ModuleList) -> FusedTowers | SingleTowers:
-    """What computes towers in eval mode: ``(B, T, H)`` to a tensor ``(B, outputs)`` per task.
+def served_towers(towers: nn.ModuleList, factor: float = 2.0) -> FusedTowers | SingleTowers:
+    """What computes towers in eval mode: ``(B, T, H)`` and the scales of their layers, if there are any, to a tensor
+    ``(B, outputs)`` per task.
 
     Args:
         towers: copies, whose modules and tensors are taken over.
+        factor: of the scales.
     """
     layers = [_layers(tower) for tower in towers]
     known = [found for found in layers if found is not None]
     if len(known) == len(layers) > 1 and len({_make_up(found) for found in known}) == 1:
-        return FusedTowers(known)
-    return SingleTowers(towers)
+        return FusedTowers(known, factor)
+    return SingleTowers(towers, factor)
 
 
 def _layers(tower: nn.Module) -> list[nn.Module] | None:
@@ -56,25 +58,26 @@ def _make_up(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 class SingleTowers(nn.Module):
     """Towers one after the other."""
 
-    def __init__(self, towers: nn.ModuleList) -> None:
+    def __init__(self, towers: nn.ModuleList, factor: float) -> None:
         super().__init__()
         for tower in towers:
             if isinstance(tower, nn.Sequential):
                 for place in reversed(range(len(tower))):
                     if isinstance(tower[place], nn.Dropout):
                         del tower[place]
-        self.towers = towers
+        self.towers, self.factor = towers, factor
 
-    def forward(self, mixtures: Tensor) -> list[Tensor]:
-        return [tower(mixture) for tower, mixture in zip(self.towers, mixtures.unbind(1), strict=True)]
+    def forward(self, mixtures: Tensor, scales: Sequence[Tensor]) -> list[Tensor]:
+        return run_one_by_one(self.towers, mixtures, scales, self.factor)
 
 
 class FusedTowers(nn.Module):
     """Towers of equal hidden layers: a batched product for each. Where the numbers of outputs differ, the last layers
     are one by one."""
 
-    def __init__(self, towers: Sequence[Sequence[nn.Module]]) -> None:
+    def __init__(self, towers: Sequence[Sequence[nn.Module]], factor: float) -> None:
         super().__init__()
+        self.factor = factor
         lasts = [layers[-1] for layers in towers]
         depth = len(towers[0])
         shapes = {layer.weight.shape for layer in lasts if isinstance(layer, nn.Linear)}
@@ -87,13 +90,17 @@ class FusedTowers(nn.Module):
             self.biases.append(_stacked([layer.bias.unsqueeze(0) for layer in linear]))
         self.lasts = nn.ModuleList() if fused == depth else nn.ModuleList(lasts)
 
-    def forward(self, mixtures: Tensor) -> list[Tensor]:
+    def forward(self, mixtures: Tensor, scales: Sequence[Tensor]) -> list[Tensor]:
         x = mixtures.transpose(0, 1)
         for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if scales:
+                x = x * (self.factor * scales[place].transpose(0, 1))
             x = torch.baddbmm(bias, x, weight)
             if place < len(self.activations):
                 x = self.activations[place](x)
         if len(self.lasts):
+            if scales:
+                x = x * (self.factor * scales[-1].transpose(0, 1))
             return [last(part) for last, part in zip(self.lasts, x.unbind(0), strict=True)]
         return list(x.unbind(0))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,59 +16,42 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..autocast import autocast_dtype
 from ..backend import resolve
-from ..functional import extraction_level
+from ..functional import extraction_level, scaled
 from ..plan import LevelPlan
 from ..routes import must_see_operators
-from ..specs import Activation, GateSpec, MLPSpec, parse_activation
+from ..specs import Activation, GateSpec, MLPSpec
 from ..state import NO_STATE, LayerState, LevelState
 from ..tensors import GateTensors, LayerTensors
 from ..topology import Topology
 from ..torch_backend.dropout import draw_seed
-from .towers import TOWER_ACTIVATIONS
+from .tower_forms import Form, Tower, read_tower
+from .towers import run_one_by_one, scaled_tower
 
 STACKED_PRODUCTS, STACKED_ROWS = 100_000_000, 256
 """Multiply-adds of all towers at a call on a CPU, and rows, from which on one level for all takes less than one tower
 after the other: before, it is the host's time that counts, and there a tower is a few quick operators."""
 
-_ACTIVATIONS = frozenset(TOWER_ACTIVATIONS.values())
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NO_GATE = GateTensors(None, None, None, None, None)
 
 
-class _Form(NamedTuple):
-    """What towers of one level have in common."""
+def run_towers(
+    towers: nn.ModuleList, mixtures: Tensor, scales: Sequence[Tensor] = (), factor: float = 2.0
+) -> Sequence[Tensor]:
+    """Outputs ``(B, outputs)`` of each tower, of its own ``(B, H)`` in ``(B, T, H)``.
 
-    in_features: int
-    units: tuple[int, ...]
-    activations: tuple[Activation, ...]
-    """Of the hidden layers,"""
-    rates: tuple[float, ...]
-    """and how much is dropped behind them at this call."""
-    dtype: torch.dtype
-    device: torch.device
+    ``scales``: ``(B, T, D)`` for each linear layer, which times ``factor`` scale what the layer reads.
 
-
-class _Tower(NamedTuple):
-    """What one tower holds at a call."""
-
-    form: _Form
-    weights: list[nn.Parameter]
-    biases: list[nn.Parameter]
-    slopes: list[nn.Parameter | None]
-    """Of prelu, one per hidden layer."""
-
-
-def run_towers(towers: nn.ModuleList, mixtures: Tensor) -> Sequence[Tensor]:
-    """Outputs ``(B, outputs)`` of each tower, of its own ``(B, H)`` in ``(B, T, H)``."""
+    Raises:
+        ValueError: scales for other layers than a tower has, or for a tower that is called as a whole.
+    """
     if _may_stack(mixtures, len(towers)):
-        read = [_read(tower) for tower in towers]
+        read = [read_tower(tower) for tower in towers]
         groups: dict[Any, list[int]] = {}
         for k, own in enumerate(read):
             groups.setdefault(("alone", k) if own is None else own.form, []).append(k)
-        if len(groups) < len(read) and _is_worth(read, mixtures) and all(_fits(own, mixtures) for own in read):
-            return _run_groups(towers, read, list(groups.values()), mixtures)
-    # unbind, not y[:, k]: the backward of each index would fill a tensor as large as y with zeros.
-    return [tower(mixture) for tower, mixture in zip(towers, mixtures.unbind(1), strict=True)]
+        if len(groups) < len(read) and _is_worth(read, mixtures) and all(_fits(own, mixtures, scales) for own in read):
+            return _run_groups(towers, read, list(groups.values()), mixtures, scales, factor)
+    return run_one_by_one(towers, mixtures, scales, factor)
 
 
 def _may_stack(mixtures: Tensor, count: int) -> bool:
@@ -81,7 +64,7 @@ def _may_stack(mixtures: Tensor, count: int) -> bool:
     return (mixtures.is_cpu and rows >= STACKED_ROWS) or _in_kernels(mixtures.device)
 
 
-def _is_worth(read: Sequence[_Tower | None], mixtures: Tensor) -> bool:
+def _is_worth(read: Sequence[Tower | None], mixtures: Tensor) -> bool:
     """Whether it does, of towers that have been read."""
     if not mixtures.is_cpu or _in_kernels(mixtures.device):
         return True
@@ -96,119 +79,61 @@ def _in_kernels(device: torch.device) -> bool:
         return False
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward, and nothing else."""
-    own = module.__dict__
-    return "forward" not in own and not any(own[name] for name in _HOOKS)
-
-
-def _read(tower: nn.Module) -> _Tower | None:
-    """What a tower holds, if it is as ``build_tower`` made it."""
-    if type(tower) is not nn.Sequential or not _is_bare(tower):
-        return None
-    weights: list[nn.Parameter] = []
-    biases: list[nn.Parameter] = []
-    slopes: list[nn.Parameter | None] = []
-    activations: list[Activation] = []
-    rates: list[float] = []
-    expects = nn.Linear
-    for layer in tower._modules.values():
-        if layer is None or not _is_bare(layer):
-            return None
-        kind = type(layer)
-        if expects is nn.Linear and kind is nn.Linear:
-            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-            if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter:
-                return None
-            weights.append(weight)
-            biases.append(bias)
-            expects = nn.Module
-        elif expects is nn.Module and kind in _ACTIVATIONS:
-            slope = layer._parameters.get("weight")
-            if kind is nn.PReLU and (type(slope) is not nn.Parameter or slope.numel() != 1):
-                return None
-            slopes.append(slope)
-            activations.append(_activation(layer))
-            rates.append(0.0)
-            expects = nn.Linear
-        elif kind is nn.Dropout and rates and len(rates) == len(weights):
-            if layer.training and layer.p:
-                if rates[-1] or layer.p >= 1.0:
-                    return None
-                rates[-1] = float(layer.p)
-        else:
-            return None
-    if len(weights) != len(rates) + 1:
-        return None
-    return _checked(weights, biases, slopes, tuple(activations), tuple(rates))
-
-
-def _activation(layer: nn.Module) -> Activation:
-    parsed = parse_activation(layer)
-    return Activation("prelu") if parsed.name == "prelu" else parsed  # which begins as it is
-
-
-def _checked(
-    weights: list[nn.Parameter],
-    biases: list[nn.Parameter],
-    slopes: list[nn.Parameter | None],
-    activations: tuple[Activation, ...],
-    rates: tuple[float, ...],
-) -> _Tower | None:
-    """The tower, if its tensors are of one dtype and device and fit each other."""
-    first = weights[0]
-    if first.dim() != 2:
-        return None
-    width = in_features = first.shape[1]
-    dtype, device = first.dtype, first.device
-    for weight, bias in zip(weights, biases, strict=True):
-        if weight.dim() != 2 or weight.shape[1] != width or bias.shape != (weight.shape[0],):
-            return None
-        width = weight.shape[0]
-    for tensor in (*weights, *biases, *slopes):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device or tensor.is_meta):
-            return None
-    form = _Form(in_features, tuple(weight.shape[0] for weight in weights), activations, rates, dtype, device)
-    return _Tower(form, weights, biases, slopes)
-
-
-def _fits(tower: _Tower | None, mixtures: Tensor) -> bool:
-    """Whether a level takes the input as it is; else PyTorch says what it says."""
+def _fits(tower: Tower | None, mixtures: Tensor, scales: Sequence[Tensor]) -> bool:
+    """Whether a level takes the input as it is; else what is called one by one says what is wrong."""
     if tower is None:
         return True
     form = tower.form
+    if scales and len(scales) != len(form.units):
+        return False
     same = form.dtype == mixtures.dtype or autocast_dtype(tower.weights[0]) is not None
     return same and form.device == mixtures.device and form.in_features == mixtures.shape[2]
 
 
 def _run_groups(
-    towers: nn.ModuleList, read: Sequence[_Tower | None], groups: Sequence[Sequence[int]], mixtures: Tensor
+    towers: nn.ModuleList,
+    read: Sequence[Tower | None],
+    groups: Sequence[Sequence[int]],
+    mixtures: Tensor,
+    scales: Sequence[Tensor],
+    factor: float,
 ) -> list[Tensor]:
     if len(groups) == 1:
-        return list(_run_level([own for own in read if own is not None], mixtures))
-    order = [k for group in groups for k in group]
-    if order == sorted(order):
-        inputs: Sequence[Tensor] = mixtures.split([len(group) for group in groups], 1)
-    else:
-        parts = mixtures.unbind(1)
-        inputs = [torch.stack([parts[k] for k in group], 1) for group in groups]
+        return list(_run_level([own for own in read if own is not None], mixtures, scales, factor))
     outputs: dict[int, Tensor] = {}
-    for group, x in zip(groups, inputs, strict=True):
+    for group, x, *own_scales in zip(groups, *(_parted(tensor, groups) for tensor in (mixtures, *scales)), strict=True):
         if len(group) == 1:
-            outputs[group[0]] = towers[group[0]](x.squeeze(1))
+            tower, first = towers[group[0]], x.squeeze(1)
+            own = [scale.squeeze(1) for scale in own_scales]
+            outputs[group[0]] = scaled_tower(tower, first, own, factor) if scales else tower(first)
         else:
             members = [own for k in group if (own := read[k]) is not None]
-            outputs |= zip(group, _run_level(members, x), strict=True)
+            outputs |= zip(group, _run_level(members, x, own_scales, factor), strict=True)
     return [outputs[k] for k in range(len(read))]
 
 
-@lru_cache(maxsize=256)
-def _plan(count: int, form: _Form) -> LevelPlan:
+def _parted(tensor: Tensor, groups: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+    """The part of each group of towers."""
+    order = [k for group in groups for k in group]
+    if order == sorted(order):
+        runs: tuple[Tensor, ...] = tensor.split([len(group) for group in groups], 1)
+        return runs
+    parts = tensor.unbind(1)
+    return [torch.stack([parts[k] for k in group], 1) for group in groups]
+
+
+def _kinds(count: int) -> tuple[Literal["static"], ...]:
+    return tuple("static" for _ in range(count))
+
+
+@lru_cache(maxsize=1024)
+def _plan(count: int, form: Form, layer: int | None = None) -> LevelPlan:
+    """Of all layers, or of one alone."""
     slots = tuple(range(count))
-    wiring = Topology(slots, slots, tuple((k,) for k in slots), mixture_kind=("static",) * count)
-    spec = MLPSpec(
-        form.units, (*form.activations, Activation("identity")), dropout=(*form.rates, 0.0)
-    )  # fmt: skip
+    wiring = Topology(slots, slots, tuple((k,) for k in slots), mixture_kind=_kinds(count))
+    part = slice(None) if layer is None else slice(layer, layer + 1)
+    activations, rates = (*form.activations, Activation("identity")), (*form.rates, 0.0)
+    spec = MLPSpec(form.units[part], activations[part], dropout=rates[part])
     return LevelPlan.build(wiring, [(0, count, spec)], GateSpec())
 
 
@@ -222,9 +147,9 @@ def _state(plan: LevelPlan, device: torch.device, rows: int, backend: str) -> Le
     return LevelState(layers, None, seed)
 
 
-def _run_level(towers: Sequence[_Tower], x: Tensor) -> Sequence[Tensor]:
-    """Outputs of towers of one form, of ``(B, T, H)``."""
-    form, plan = towers[0].form, _plan(len(towers), towers[0].form)
+def _run_level(towers: Sequence[Tower], x: Tensor, scales: Sequence[Tensor], factor: float) -> Sequence[Tensor]:
+    """Outputs of towers of one form, of ``(B, T, H)``; with scales a level for each layer."""
+    form = towers[0].form
     rows: list[list[nn.Parameter]] = []  # of each tensor of the level, those of the towers
     for i in range(len(form.units)):
         rows += [[own.weights[i] for own in towers], [own.biases[i] for own in towers]]
@@ -241,12 +166,20 @@ def _run_level(towers: Sequence[_Tower], x: Tensor) -> Sequence[Tensor]:
         is_learned = i < len(form.activations) and form.activations[i].name == "prelu"
         weight, bias = next(given), next(given)
         layers.append(LayerTensors(weight, bias, None, None, next(given).flatten() if is_learned else None))
-    y, _ = extraction_level(
-        x, None, plan, layers, _NO_GATE, partial(_state, plan, form.device),
-        in_features=form.in_features, gate_features=form.in_features,
-    )  # fmt: skip
+    y = x
+    if not scales:
+        y = _call(_plan(len(towers), form), layers, y)
+    for place, scale in enumerate(scales):
+        y = _call(_plan(len(towers), form, place), layers[place : place + 1], scaled(y, scale, factor=factor))
     outputs: Sequence[Tensor] = _Apart.apply(used, y) if records else y.unbind(1)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _call(plan: LevelPlan, layers: Sequence[LayerTensors], x: Tensor) -> Tensor:
+    width = x.shape[2]
+    state = partial(_state, plan, layers[0].weight.device)
+    y, _ = extraction_level(x, None, plan, layers, _NO_GATE, state, in_features=width, gate_features=width)
+    return y
 
 
 class _Used:
@@ -297,7 +230,8 @@ class _Apart(torch.autograd.Function):
         ctx.used = used
         ctx.set_materialize_grads(False)
         # Of the same memory, but no views: a user may write to an output.
-        return tuple(y.new_empty(0).set_(part.detach()) for part in y.unbind(1))
+        parts: Any = y.detach().unbind(1)
+        return tuple(y.new_empty(0).set_(part) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

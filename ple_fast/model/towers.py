@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..functional import scaled
 from ..scalars import check_counts, check_number, is_sequence, shown
 
 TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -19,6 +20,9 @@ TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def tower_options(units: Any, activation: Any, dropout: Any) -> tuple[list[int], float]:
@@ -47,3 +51,39 @@ def build_tower(widths: Sequence[int], outputs: int, activation: str, dropout: f
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
+def run_one_by_one(towers: nn.ModuleList, mixtures: Tensor, scales: Sequence[Tensor], factor: float) -> list[Tensor]:
+    """``run_towers``, one after the other."""
+    # unbind, not y[:, k]: the backward of each index would fill a tensor as large as y with zeros.
+    parts = zip(*(scale.unbind(1) for scale in scales), strict=True) if scales else ((),) * len(towers)
+    return [
+        scaled_tower(tower, mixture, own, factor) if scales else tower(mixture)
+        for tower, mixture, own in zip(towers, mixtures.unbind(1), parts, strict=True)
+    ]
+
+
+def scaled_tower(tower: nn.Module, x: Tensor, scales: Sequence[Tensor], factor: float) -> Tensor:
+    """One tower, layer by layer: what each linear layer reads is scaled by its own ``(B, D)``.
+
+    Raises:
+        ValueError: its layers cannot be told apart, or are more or fewer.
+    """
+    tower = getattr(tower, "_orig_mod", tower)  # compiled, which none of its layers is by itself
+    layers = list(tower) if isinstance(tower, nn.Sequential) else []
+    found = sum(isinstance(layer, nn.Linear) for layer in layers)
+    if found != len(scales) or not is_bare(tower):
+        raise ValueError(
+            f"towers: expected an nn.Sequential of {len(scales)} nn.Linear with personal_columns, which scale what "
+            f"each of them reads, and no hook of its own, got {type(tower).__name__} with {found}; put hooks on a layer"
+        )
+    given = iter(scales)
+    for layer in layers:
+        x = layer(scaled(x, next(given), factor=factor) if isinstance(layer, nn.Linear) else x)
+    return x
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's forward, and nothing else."""
+    own = module.__dict__
+    return "forward" not in own and not any(own.get(name) for name in _HOOKS)

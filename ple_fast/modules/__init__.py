@@ -3,6 +3,7 @@
 from .gated import CGC, PLE, AdaTT, MLMMoE, MMoE
 from .home import HoME
 from .network import ExtractionNetwork
+from .pepnet import EPNet, GateNU, PPNet
 from .stem import STEM
 from .ungated import AsymmetricSharing, CrossStitch, CustomizedSharing, HardSharing, SingleTask
 
@@ -14,10 +15,13 @@ __all__ = [
     "AsymmetricSharing",
     "CrossStitch",
     "CustomizedSharing",
+    "EPNet",
     "ExtractionNetwork",
+    "GateNU",
     "HardSharing",
     "HoME",
     "MLMMoE",
     "MMoE",
+    "PPNet",
     "SingleTask",
 ]
