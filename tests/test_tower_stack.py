@@ -174,6 +174,25 @@ def test_outputs_may_be_written_to(backend: str, device: torch.device) -> None:
     assert_close("gradient", found, expected, 1e-10)
 
 
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal slots": lambda x: x[:, :1].expand(-1, 3, -1),
+    "columns first": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "slots first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other slot": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", STRIDES)
+def test_any_layout_is_read_and_outputs_are_contiguous(layout: str, backend: str, device: torch.device) -> None:
+    towers = towers_of((2, 2, 2), device=device)
+    x = STRIDES[layout](input_of(9, towers).detach()).detach().requires_grad_()
+    hold(towers, x)
+    for y in run_towers(towers, x):
+        assert y.is_contiguous() and not y._is_view()
+    with torch.no_grad():
+        assert all(y.is_contiguous() for y in run_towers(towers, x))
+
+
 def test_derivatives_of_derivatives(backend: str, device: torch.device) -> None:
     towers = towers_of((1, 1), "tanh", (2,), device=device)
     x = input_of(2, towers)

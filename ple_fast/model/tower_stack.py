@@ -171,7 +171,7 @@ def _run_level(towers: Sequence[Tower], x: Tensor, scales: Sequence[Tensor], fac
         y = _call(_plan(len(towers), form), layers, y)
     for place, scale in enumerate(scales):
         y = _call(_plan(len(towers), form, place), layers[place : place + 1], scaled(y, scale, factor=factor))
-    outputs: Sequence[Tensor] = _Apart.apply(used, y) if records else y.unbind(1)  # type: ignore[no-untyped-call]
+    outputs: Sequence[Tensor] = _Apart.apply(used, y) if records else _by_tower(y).unbind(0)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -180,6 +180,11 @@ def _call(plan: LevelPlan, layers: Sequence[LayerTensors], x: Tensor) -> Tensor:
     state = partial(_state, plan, layers[0].weight.device)
     y, _ = extraction_level(x, None, plan, layers, _NO_GATE, state, in_features=width, gate_features=width)
     return y
+
+
+def _by_tower(y: Tensor) -> Tensor:
+    """``(T, B, O)``, in which each output is contiguous."""
+    return y.transpose(0, 1).contiguous()
 
 
 class _Used:
@@ -230,7 +235,7 @@ class _Apart(torch.autograd.Function):
         ctx.used = used
         ctx.set_materialize_grads(False)
         # Of the same memory, but no views: a user may write to an output.
-        parts: Any = y.detach().unbind(1)
+        parts: Any = _by_tower(y.detach()).unbind(0)
         return tuple(y.new_empty(0).set_(part) for part in parts)
 
     @staticmethod
