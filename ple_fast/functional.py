@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .autocast import autocast_dtype, cast_once
 from .autograd import ExtractionLevelFunction, run_differentiable, run_without_grad
@@ -371,6 +372,10 @@ def scaled(x: Tensor, scale: Tensor, *, factor: float = 2.0, backend: str | None
         ValueError: the shapes or devices do not fit, or the factor is not finite.
     """
     factor = check_number("factor", factor)
+    for given in (x, scale):
+        if isinstance(given, Proxy):  # a symbolic trace of torch.fx, in which the call is one node
+            traced: Tensor = given.tracer.create_proxy("call_function", scaled, (x, scale), {"factor": factor})
+            return traced
     check_scaled(x, scale, factor)
     choice = resolve(x.device, backend)
     if choice.name == "triton" and (

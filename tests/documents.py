@@ -25,6 +25,7 @@ DOCUMENTS = [
 STAND_INS = {
     "tzrec.modules.extraction_net": torcheasyrec,
     "tzrec.modules.mmoe": torcheasyrec,
+    "tzrec.modules.personalized_net": torcheasyrec,
     "src.PLE": fuxictr,
     "src.MMoE": fuxictr,
     "models.ple": mtreclib,

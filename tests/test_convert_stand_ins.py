@@ -65,7 +65,7 @@ LIBRARIES = (
 )
 ONE_GATE = mtreclib.MMOES[2]
 """Without a target its trunk becomes an MMoE of one task."""
-CASES = [*(case for library in LIBRARIES for case in library.cases), ONE_GATE, *adatt.STITCHED]
+CASES = [*(case for library in LIBRARIES for case in library.cases), ONE_GATE, *adatt.STITCHED, *torcheasyrec.PEPNETS]
 FIRST = [library.cases[0] for library in LIBRARIES]
 OTHERS = [case for case in CASES if case not in FIRST]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

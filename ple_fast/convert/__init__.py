@@ -6,6 +6,7 @@ Importing the module of a library registers the classes that it knows.
 from ..modules.plain import Dice, RowDice, Temperature, TopK, WeightOffset
 from ..modules.unpack import Move
 from . import refused as refused
+from . import torcheasyrec_pepnet as torcheasyrec_pepnet
 from .accelerate import accelerate, restore
 from .adatt import from_adatt, to_adatt
 from .converter import Converter, LevelSource, refuse_class, register

@@ -94,6 +94,13 @@ class Converter(ABC):
         """Modules that stay and read what the fused trunk gives: the trial run compares what reaches them, too."""
         return ()
 
+    def settings(self, site: nn.Module) -> Any:
+        """What the methods read of the replaced children besides tensors: they find it in ``self.ple_fast.settings``.
+
+        Plain values, which copies and pickles take along.
+        """
+        return None
+
     def trained_unread(self, site: nn.Module) -> Sequence[nn.Parameter]:
         """Parameters of ``LevelSource.unread`` that get a gradient all the same, from a penalty, say."""
         return ()

@@ -53,6 +53,8 @@ class FusedTrunk(nn.Module):
         """The replaced children, on the meta device."""
         self.order: tuple[str, ...] = ()
         """All children of the site."""
+        self.settings: Any = None
+        """``Converter.settings`` of the site."""
         self.notes: tuple[Any, Any] = (None, None)
         """``Converter.noted`` before and after the swap."""
 
@@ -103,7 +105,7 @@ def build(site: nn.Module, converter: Converter, style: StateStyle) -> FusedTrun
             check_bare(f"{name}.{inner}".removesuffix("."), module)
     made = [source.pack() for source in sources]
     trunk = FusedTrunk([found.level for found in made], tuple(entries_of(site)), style)
-    trunk.training = site.training
+    trunk.training, trunk.settings = site.training, converter.settings(site)
     for i, (source, found) in enumerate(zip(sources, made, strict=True)):
         _name_level(trunk, f"levels.{i}", site, source, found)
     tensors = {name: tensor for name, tensor in tensors_of(site) if name.partition(".")[0] in replaced}

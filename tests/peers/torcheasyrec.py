@@ -1,4 +1,5 @@
-"""Stand-ins for TorchEasyRec's PLE, MMoE and DBMTL (alibaba/TorchEasyRec, commit 54cac31): same names and results."""
+"""Stand-ins for TorchEasyRec's PLE, MMoE, DBMTL (alibaba/TorchEasyRec, commit 54cac31) and PEPNet (commits d0fc488 and
+2655e6c): same names and results."""
 
 from __future__ import annotations
 
@@ -223,6 +224,102 @@ class DBMTL(nn.Module):
         return {f"logits_{t}": end(y) for t, (end, y) in enumerate(zip(self.task_outputs, read, strict=True))}
 
 
+class GateNU(nn.Module):
+    """``gamma sigmoid(relu(x W + b) W' + b')``."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, gamma: float = 2.0) -> None:
+        super().__init__()
+        self._gamma, self._output_dim = gamma, output_dim
+        self.dense_layers = nn.Sequential(
+            nn.Linear(input_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim), nn.Sigmoid()
+        )
+
+    def output_dim(self) -> int:
+        """Width of what it scales."""
+        return self._output_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, P)`` to ``(B, D)``."""
+        y: Tensor = self._gamma * self.dense_layers(x)
+        return y
+
+
+class EPNet(nn.Module):
+    """Features scaled by a gate of the domain and of the features."""
+
+    def __init__(self, main_dim: int, domain_dim: int, hidden_dim: int, gamma: float = 2.0) -> None:
+        super().__init__()
+        self._domain_dim, self._main_dim = domain_dim, main_dim
+        self.gate_nu = GateNU(domain_dim + main_dim, hidden_dim, main_dim, gamma)
+
+    def output_dim(self) -> int:
+        """Width of the features."""
+        return self.gate_nu.output_dim()
+
+    def forward(self, main_emb: Tensor, domain_emb: Tensor) -> Tensor:
+        """``(B, D)`` and ``(B, P)`` to ``(B, D)``."""
+        y: Tensor = self.gate_nu(torch.cat([domain_emb, main_emb.detach()], -1)) * main_emb
+        return y
+
+
+class PPNet(nn.Module):
+    """Per task layers whose outputs a gate scales, task after task in each list."""
+
+    def __init__(
+        self,
+        main_feature: int,
+        uia_feature: int,
+        num_task: int,
+        hidden_units: Sequence[int],
+        activation: str = "nn.ReLU",
+        dropout_ratio: float = 0.0,
+        gamma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.main_feature, self.uia_feature, self.num_task = main_feature, uia_feature, num_task
+        self.hidden_units, self.len_hidden = hidden_units, len(hidden_units)
+        self.linears, self.activations = nn.ModuleList(), nn.ModuleList()
+        self.dropout_ratios, self.gate_nus = nn.ModuleList(), nn.ModuleList()
+        for _ in range(num_task):
+            width = main_feature
+            for units in hidden_units:
+                self.linears.append(nn.Linear(width, units))
+                self.activations.append(create_activation(activation, units))
+                self.dropout_ratios.append(nn.Dropout(dropout_ratio))
+                self.gate_nus.append(GateNU(main_feature + uia_feature, units, units, gamma))
+                width = units
+
+    def forward(self, main_emb: Tensor, uia_emb: Tensor) -> list[Tensor]:
+        """``(B, D)`` and ``(B, P)`` to ``(B, H)`` per task."""
+        outputs = []
+        for task in range(self.num_task):
+            prior, y = torch.cat([uia_emb, main_emb.detach()], -1), main_emb
+            for i in range(task * self.len_hidden, (task + 1) * self.len_hidden):
+                y = self.activations[i](self.linears[i](y))
+                y = self.dropout_ratios[i](y * self.gate_nus[i](prior))
+            outputs.append(y)
+        return outputs
+
+
+class PEPNet(nn.Module):
+    """Both and a tower per task. TorchEasyRec builds it from a configuration."""
+
+    def __init__(
+        self, width: int, domain: int, person: int, tasks: int, units: Sequence[int], gamma: float = 2.0, **options: Any
+    ) -> None:
+        super().__init__()
+        self.widths = [width, domain, person]
+        self.epnet = EPNet(width, domain, 5, gamma)
+        self.ppnet = PPNet(self.epnet.output_dim(), person, tasks, units, gamma=gamma, **options)
+        self._task_tower = nn.ModuleList(nn.Sequential(MLP(units[-1], [3]), nn.Linear(3, 1)) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits ``(B, 1)`` by task."""
+        main, domain, person = x.split(self.widths, 1)
+        inputs = self.ppnet(self.epnet(main, domain), person)
+        return {f"logits_{t}": tower(y) for t, (tower, y) in enumerate(zip(self._task_tower, inputs, strict=True))}
+
+
 def _level(own: int, shared: int, net: dict[str, Any], shared_net: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "share_num": shared,
@@ -291,4 +388,11 @@ MMOES = [
             gate_mlp={"hidden_units": [3]},
         ),
     ),
+]
+
+PEPNETS = [
+    _made("PEPNet", lambda: PEPNet(4, 1, 2, 3, (6, 5))),
+    _made("PEPNet, one task, one layer", lambda: PEPNet(3, 2, 2, 1, (6,), gamma=1.5, activation="nn.SiLU")),
+    _made("PEPNet, dice", lambda: PEPNet(3, 2, 2, 2, (6, 4), activation="Dice")),
+    _made("PEPNet, prelu", lambda: PEPNet(3, 2, 2, 2, (6, 6, 4), activation="nn.PReLU")),
 ]
