@@ -41,9 +41,8 @@ def test_which_levels_pass() -> None:
     offset = Topology((0,), (0,), ((0,),), mixture_kind=("static",), mixture_offset=((True,),))
     gated = Topology((0, 1), (0, 1), ((0,), (1,)))
     two: dict[str, Any] = {"mixture_kind": ("static", "static")}
-    stopped = Topology((0, 1), (0, 1), ((0,), (1,)), mixture_stop=((True,), (False,)), **two)
     added = Topology((0, 1), (0, 1), ((0,), (1,)), mixture_output=(0, 0), **two)
-    for other in (turned, offset, gated, stopped, added, Topology.hard_sharing(2)):
+    for other in (turned, offset, gated, added, Topology.hard_sharing(2)):
         assert not passes(other, spec)
     for own in (MLPSpec((6, 1)), MLPSpec((6, 1), "identity", norm="batch"), MLPSpec((6, 1), "identity", dropout=0.5)):
         assert not passes(TOWERS, own)
