@@ -386,3 +386,16 @@ class RoutingConfig:
 
 ROUTING = RoutingConfig(batch=4096, in_features=512, num_tasks=4, units=(256, 128), top_k=2, joint_k=1)
 ROUTING_EXPERTS: tuple[int, ...] = (8, 32, 128)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What a tower reads, and its hidden layers; it has one output."""
+
+    in_features: int
+    units: tuple[int, ...]
+
+
+TOWERS: tuple[TowerConfig, ...] = (TowerConfig(128, (64,)), TowerConfig(256, (128, 64)))
+TOWER_TASKS: tuple[int, ...] = (2, 6, 12)
+TOWER_BATCHES: tuple[int, ...] = (64, 256, 1024, 4096)

@@ -332,6 +332,26 @@ def _routing_notes(content: Result) -> str:
     )
 
 
+def towers_table(content: Result) -> str:
+    """A row per make and numbers of tasks and rows: multiply-adds, and the gain of stacking in both modes."""
+    rows: dict[tuple[str, int, int], list[str]] = {}
+    for entry in sorted(content["results"], key=lambda own: (own["products"], own["mode"] != "train")):
+        make = f"{entry['in_features']} to {', '.join(map(str, entry['units']))}, 1"
+        row = rows.setdefault((make, entry["tasks"], entry["batch"]), [f"{entry['products'] / 1e6:,.3g}"])
+        row += [number(entry["contestants"]["one_by_one"]["median_ms"]), f"{entry['one_by_one_over_stacked']:.2f} x"]
+    heads = [
+        "widths",
+        "towers",
+        "rows",
+        "million multiply-adds",
+        "a step, one by one, ms",
+        "gain",
+        "predict, ms",
+        "gain",
+    ]
+    return table(heads, [[make, str(tasks), f"{batch:,}", *row] for (make, tasks, batch), row in rows.items()])
+
+
 def suite_table(content: Result) -> str:
     """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
     cases: dict[tuple[str, str], dict[str, Result]] = {}
@@ -380,6 +400,7 @@ BLOCKS: dict[str, Block] = {
         ROOT / "docs" / "benchmarks.md", host_time_table, "a part is the median", threads=lambda content: "1 thread"
     ),
     "embeddings": Block(ROOT / "docs" / "model.md", embeddings_table, "growth is the median"),
+    "towers": Block(ROOT / "docs" / "how_a_step_runs.md", towers_table, "a gain is the median"),
     "routing": Block(
         ROOT / "docs" / "sparse_gates.md", routing_table, "the gain is the median", notes=_routing_notes
     ),
@@ -408,6 +429,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], str]]] = {
     "whole_model": ("Whole models", lambda machine, files: block("whole_model", machine, files["whole_model"])),
     "scaling": ("DistributedDataParallel", lambda machine, files: block("scaling", machine, files["scaling"])),
     "embeddings": ("Embeddings", lambda machine, files: block("embeddings", machine, files["embeddings"])),
+    "towers": ("Towers as one level", lambda machine, files: block("towers", machine, files["towers"])),
     "routing": ("Skipping experts", lambda machine, files: block("routing", machine, files["routing"])),
     "host_time": ("Host time of the kernels", lambda machine, files: block("host_time", machine, files["host_time"])),
     "serving": ("Serving", lambda machine, files: serving_block(machine, files["serving"])),
