@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.peers import adatt, fuxictr, libmtl, mtreclib, torcheasyrec
 
 ROOT = Path(__file__).parents[1]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -31,6 +31,7 @@ STAND_INS = {
     "models.ple": mtreclib,
     "models.mmoe": mtreclib,
     "mtl_lib": adatt,
+    "LibMTL": libmtl,
 }
 
 

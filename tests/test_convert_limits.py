@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 import ple_fast
 from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, accelerate, convert, restore
-from tests.peers import adatt, fuxictr, mtreclib, refused, torcheasyrec
+from tests.peers import adatt, fuxictr, libmtl, mtreclib, refused, torcheasyrec
 from tests.swap_proof import ROWS, Case, flat, shaken
 
-FIRST = [peer.CASES[0] for peer in (torcheasyrec, fuxictr, mtreclib, adatt)]
+FIRST = [peer.CASES[0] for peer in (torcheasyrec, fuxictr, mtreclib, adatt, libmtl)]
 
 
 def left(model: nn.Module) -> str:
@@ -153,7 +153,7 @@ def test_what_a_library_cannot_represent(to_theirs: Callable[..., Any], ple: PLE
         to_theirs(ple)
 
 
-@pytest.mark.parametrize("name", ["torcheasyrec", "fuxictr", "mtreclib", "adatt"])
+@pytest.mark.parametrize("name", ["torcheasyrec", "fuxictr", "mtreclib", "adatt", "libmtl"])
 def test_wrong_arguments(name: str) -> None:
     from_theirs, to_theirs = getattr(convert, f"from_{name}"), getattr(convert, f"to_{name}")
     with pytest.raises(TypeError, match="expected a model of"):

@@ -10,7 +10,7 @@ import torch
 
 import ple_fast
 from ple_fast import convert
-from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.peers import adatt, fuxictr, libmtl, mtreclib, torcheasyrec
 from tests.swap_proof import (
     Case,
     assert_same_state,
@@ -61,6 +61,8 @@ LIBRARIES = (
         unread=lambda model: f"share_gates.{len(model.share_gates) - 1}.",
     ),
     Library(convert.from_mtreclib, convert.to_mtreclib, mtreclib.MMOES[:2], ("expert.", "gate.")),
+    Library(convert.from_libmtl, convert.to_libmtl, libmtl.CASES, ("experts_", "gate_")),
+    Library(convert.from_libmtl, convert.to_libmtl, libmtl.MMOES, ("experts_", "gate_")),
     Library(convert.from_adatt, convert.to_adatt, adatt.CASES, ("experts", "gate", "self_exp"), "mtl_arch."),
 )
 ONE_GATE = mtreclib.MMOES[2]

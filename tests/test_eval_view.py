@@ -20,10 +20,10 @@ from torch.nn.utils import parametrizations, prune
 from ple_fast import PLE, accelerate
 from ple_fast.model.eval_view import eval_view, is_training
 from ple_fast.model.trunks import trunk_width
-from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.peers import adatt, fuxictr, libmtl, mtreclib, torcheasyrec
 from tests.swap_proof import Case, flat, shaken
 
-PEERS = [library.CASES[0] for library in (adatt, fuxictr, mtreclib, torcheasyrec)]
+PEERS = [library.CASES[0] for library in (adatt, fuxictr, libmtl, mtreclib, torcheasyrec)]
 
 
 class Net(nn.Module):

@@ -12,6 +12,7 @@ from .adatt import from_adatt, to_adatt
 from .converter import Converter, LevelSource, refuse_class, register
 from .deepctr_torch import from_deepctr_torch, to_deepctr_torch
 from .fuxictr import from_fuxictr, to_fuxictr
+from .libmtl import from_libmtl, to_libmtl
 from .library import mixtures
 from .mtreclib import from_mtreclib, to_mtreclib
 from .pack import pack
@@ -35,6 +36,7 @@ __all__ = [
     "from_adatt",
     "from_deepctr_torch",
     "from_fuxictr",
+    "from_libmtl",
     "from_mtreclib",
     "from_torch_rechub",
     "from_torcheasyrec",
@@ -46,6 +48,7 @@ __all__ = [
     "to_adatt",
     "to_deepctr_torch",
     "to_fuxictr",
+    "to_libmtl",
     "to_mtreclib",
     "to_torch_rechub",
     "to_torcheasyrec",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class LevelSource:
     in it the scalars lie. One that is missing here stands for constants of the library, and should be frozen."""
     constant: float | None = None
     """What those constants are, all of them: a model on the meta device does not show it."""
+    splits: Collection[int] = ()
+    """Experts that must not share parameters with the one before, because the library reads the gradients of one."""
 
     def unread_tensors(self) -> Iterator[Tensor]:
         """All tensors of ``unread``."""
@@ -44,7 +46,7 @@ class LevelSource:
         Raises:
             TypeError, ValueError: as ``pack``.
         """
-        return packed(self.experts, self.gates, self.topology, gate_input=self.gate_input)
+        return packed(self.experts, self.gates, self.topology, gate_input=self.gate_input, splits=self.splits)
 
 
 class Converter(ABC):
@@ -64,6 +66,8 @@ class Converter(ABC):
     ``self.ple_fast.levels``."""
     trial_method = "forward"
     """The method that the trial run compares."""
+    subclasses = False
+    """Whether a subclass is taken that has inherited all of ``methods``: users of the library are given subclasses."""
 
     @property
     def name(self) -> str:
@@ -100,6 +104,14 @@ class Converter(ABC):
         Plain values, which copies and pickles take along.
         """
         return None
+
+    def check_copy(self, site: nn.Module) -> None:
+        """Refuse what the comparison in eval mode cannot see; ``site`` is a private copy, and may be run.
+
+        Raises:
+            ValueError: it computes something else; the message says what.
+        """
+        return
 
     def trained_unread(self, site: nn.Module) -> Sequence[nn.Parameter]:
         """Parameters of ``LevelSource.unread`` that get a gradient all the same, from a penalty, say."""
@@ -160,7 +172,7 @@ def find(module: nn.Module) -> Converter | str | None:
         except Exception as error:
             return f"{converter.name}: recognises failed with {error!r}"
         if is_known:
-            if type(module).__name__ == converter.class_name:
+            if type(module).__name__ == converter.class_name or _inherits(type(module), converter):
                 return converter
             return (
                 f"is a subclass of {converter.class_name}, whose methods may compute something else; register a "
@@ -175,6 +187,13 @@ def find(module: nn.Module) -> Converter | str | None:
         except Exception as error:
             return f"whether it is a known {class_name} cannot be told, because looking at it failed with {error!r}"
     return None
+
+
+def _inherits(cls: type[nn.Module], converter: Converter) -> bool:
+    """Whether a subclass runs the methods of the known class, and the library hands such subclasses out."""
+    known = next(base for base in cls.__mro__ if base.__name__ == converter.class_name)
+    same = (getattr(cls, name, None) is getattr(known, name, None) for name, _ in converter.methods)
+    return converter.subclasses and all(same)
 
 
 def converter_named(name: str) -> Converter:

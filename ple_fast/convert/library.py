@@ -121,7 +121,11 @@ class Library(Converter):
         sites = self.sites(model)
         if not all(self.recognises(site) for site in sites):
             raise TypeError(f"expected a model of {self.library} with levels like {self.class_name}, got {kind(model)}")
-        return [source for site in sites for source in self.read(site)]
+        return [source for site in sites for source in self.level_sources(site)]
+
+    def level_sources(self, site: nn.Module) -> list[LevelSource]:
+        """``read``, for ``from_X`` and ``to_X``."""
+        return self.read(site)
 
     @torch.inference_mode(False)
     def to_ours(self, source: nn.Module | Mapping[str, Tensor], like: nn.Module | None, prefix: str) -> PLE:
@@ -209,18 +213,23 @@ class Library(Converter):
         unread = {id(tensor) for source in self.sources(target) for tensor in source.unread_tensors()}
         kept = {name for name, t in [*target.named_parameters(), *target.named_buffers()] if id(t) in unread}
         wrong = _misfits(own, theirs, kept)
-        if not wrong:
-            wrong = [
-                f"level {i}: the model computes {theirs_of}, the trunk {ours_of}"
-                for i, (theirs_of, ours_of) in enumerate(zip(self._makeup(target), self._makeup(tree), strict=True))
-                if theirs_of != ours_of
-            ]
-        if wrong:
-            raise ValueError(f"target: is of another configuration than the trunk:{_listed(wrong)}")
+        self._refuse_unlike(wrong or self._differences(target, tree))
         with torch.no_grad():
             for name, value in own.items():
                 if name not in kept:
                     theirs[name].copy_(value)
+
+    def _differences(self, target: nn.Module, tree: nn.Module) -> list[str]:
+        """What a target and a tree compute differently."""
+        return [
+            f"level {i}: the model computes {theirs_of}, the trunk {ours_of}"
+            for i, (theirs_of, ours_of) in enumerate(zip(self._makeup(target), self._makeup(tree), strict=True))
+            if theirs_of != ours_of
+        ]
+
+    def _refuse_unlike(self, wrong: list[str]) -> None:
+        if wrong:
+            raise ValueError(f"target: is of another configuration than the trunk:{_listed(wrong)}")
 
     def _makeup(self, module: nn.Module) -> list[Any]:
         levels = [source.pack().level for source in self.sources(module)]

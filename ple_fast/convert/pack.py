@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,8 +79,9 @@ def packed(
     topology: Topology,
     *,
     gate_input: Literal["previous", "with_shared", "raw"] | None = None,
+    splits: Collection[int] = (),
 ) -> Packed:
-    """``pack``, with what it read of the modules."""
+    """``pack``, with what it read of the modules; the experts ``splits`` begin a block."""
     if not isinstance(topology, Topology):
         raise TypeError(f"topology: expected a Topology, got {shown(topology)} ({kind(topology)})")
     if gate_input not in (None, "previous", "with_shared", "raw"):
@@ -111,7 +112,7 @@ def packed(
         gate_features=gate_features,
         device="meta",
         dtype=weight.dtype,
-        _splits={e for e in range(1, topology.num_experts) if settings[e] != settings[e - 1]},
+        _splits={e for e in range(1, topology.num_experts) if e in splits or settings[e] != settings[e - 1]},
     ).to_empty(device=weight.device)
     # Of the layers, and not of the containers around them, which a caller may just have made.
     level.train(any(layer.training for stack in [*expert_stacks, *gate_stacks] for layer in stack.layers))

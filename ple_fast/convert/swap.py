@@ -240,5 +240,7 @@ def accelerated_class(original: type[nn.Module], converter: Converter) -> type[n
             "__module__": original.__module__,
             "__doc__": f"{original.__name__} with fused levels (ple_fast.accelerate).",
         }
-        _CLASSES[key] = type(f"Accelerated{original.__name__}", (Accelerated, original), namespace)
+        # Where users have subclasses, the library may look for a name among the bases of one (LibMTL's MoDo does).
+        bases = original.__bases__ if converter.subclasses else ()
+        _CLASSES[key] = type(f"Accelerated{original.__name__}", (Accelerated, original, *bases), namespace)
     return _CLASSES[key]

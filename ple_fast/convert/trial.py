@@ -41,7 +41,7 @@ def try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
     # A library that insists on float32, or a device without float64, is tried in its own dtype.
     for dtype in dict.fromkeys((torch.float64, like.dtype)):
         try:
-            with _quiet(like.device):
+            with quiet(like.device):
                 rows = _both(site, converter, dtype, like.device)
         except _FailsByItself as error:
             failure = error
@@ -53,7 +53,7 @@ def try_out(site: nn.Module, trunk: FusedTrunk, converter: Converter) -> None:
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
+def quiet(device: torch.device) -> Iterator[None]:
     """Without autocast, inference mode, gradients and default device, on PyTorch's operators; generators stay."""
     generators: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [
         (torch.get_rng_state, torch.set_rng_state)
@@ -121,6 +121,7 @@ def _both(
             runs = [(arguments, _outputs(theirs, converter, arguments)) for arguments in converter.trials(theirs, draw)]
         except Exception as error:
             raise _FailsByItself from error
+        converter.check_copy(theirs)
         trunk = build(theirs, converter, "original")
         for module in trunk.modules():
             module.training = False
