@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_rechub.basic.features import DenseFeature, SparseFeature
 from torch_rechub.models.multi_task import MMOE, PLE
 
-from tests.peers import adatt, fuxictr, mtreclib, torcheasyrec
+from tests.peers import adatt, fuxictr, libmtl, mtreclib, torcheasyrec
 
 WIDTH = 6
 """Of what the first level reads, and often of what a level gives, so that parts of one level fit into another."""
@@ -166,6 +166,23 @@ def _mtreclib_mixture(dice: random.Random) -> Model:
     return Model(f"MTReclib {kind.__name__}", lambda: kind([5, 7], 4, 2, units, [4], *counts, 0.0), _fields)
 
 
+def _libmtl(dice: random.Random) -> Model:
+    kind: Any = dice.choice((libmtl.EqualMMoE, libmtl.EqualCGC))
+    tasks, units, is_wrapped = [f"t{t}" for t in range(dice.randint(1, 3))], _units(dice), dice.random() < 0.5
+    counts = [dice.randint(1, 3), *(dice.randint(1, 2) for _ in tasks)]
+    options: dict[str, Any] = {"norm": dice.random() < 0.4, "dropout": dice.choice((0.0, 0.0, 0.3)), "width": WIDTH}
+    build = libmtl.Encoder if is_wrapped else nn.Sequential
+
+    def make() -> nn.Module:
+        made: nn.Module = libmtl.model(
+            kind, counts, lambda: build(*libmtl.layers(*units, **options)), units[-1], tasks, img_size=[WIDTH]
+        )
+        vars(made)["encoder_class"] = build
+        return made
+
+    return Model(f"LibMTL {kind.__name__}", make, _numbers)
+
+
 def _adatt(dice: random.Random) -> Model:
     kind: Any = dice.choice((adatt.PLE, adatt.AdaTTSp, adatt.AdaTTWSharedExps, adatt.MLMMoE, adatt.CrossStitch))
     tasks, dims = dice.randint(1, 3), [_units(dice) for _ in range(dice.randint(1, 3))]
@@ -196,6 +213,7 @@ LIBRARIES: dict[Callable[[random.Random], Model], int] = {
     _fuxictr_mmoe: 1,
     _mtreclib: 2,
     _mtreclib_mixture: 2,
+    _libmtl: 2,
     _adatt: 3,
 }
 

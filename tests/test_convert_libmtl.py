@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,35 @@ def test_encoders_that_are_left(cls: type[nn.Module], experts: list[int], encode
     if encoder_class is not Failing:
         assert why in report.left[0].why
     assert_same_state(net, before)
+
+
+def test_a_forward_or_a_hook_on_the_instance_of_an_encoder_is_seen() -> None:
+    net = made(MMoE, [2])
+    net.experts_shared[1].forward = lambda x: x[:, :5]
+    with pytest.raises(ValueError, match=r"experts_shared.1: Encoder: its forward was replaced on the instance"):
+        from_libmtl(net)
+    assert "experts_shared.1: Encoder: its forward was replaced" in why_left(net)
+    net = made(MMoE, [2])
+    net.experts_shared[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"experts_shared.0: Encoder: has hooks"):
+        from_libmtl(net)
+
+
+def test_encoders_with_dropout_are_known_while_other_threads_draw() -> None:
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            torch.randn(1000)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert accelerate(made(CGC, [1, 1, 1, 1], encoder_class=Normed), strict=True).replaced
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_calls_and_classes_that_are_left() -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .plain_layers import kind
+from .plain_layers import check_bare, kind
 from .trial import ROWS, quiet
-from .trial_copy import private
+from .trial_copy import calls, private
 
 
 def layers_of(path: str, encoder: nn.Module) -> nn.Module:
     """The layers of an encoder: itself, if it is a Sequential or a linear layer, or the one Sequential in it.
 
     Raises:
-        ValueError: it is made in another way.
+        ValueError: it is made in another way, or has hooks.
     """
     if type(encoder).forward in (nn.Sequential.forward, nn.Linear.forward):
         return encoder
+    check_bare(path, encoder)
     children = [child for child in encoder._modules.values() if child is not None]
     if len(children) == 1 and not encoder._parameters and not encoder._buffers:
         (child,) = children
@@ -58,14 +60,22 @@ def check_encoder(path: str, encoder: nn.Module) -> None:
 
 
 def _run(encoder: nn.Module, x: Tensor, train: bool, *, inner: bool) -> object:
-    """What a copy of an encoder, or the layers in it, gives: with the same random numbers at every call."""
-    with (
-        private(encoder, x.dtype, x.device) as copied,
-        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
-    ):
+    """What a copy of an encoder, or the layers in it, gives.
+
+    What its dropouts keep is the same at every call, whatever other threads draw from the generator meanwhile.
+    """
+    with private(encoder, x.dtype, x.device) as copied:
         for module in copied.modules():
             module.training = train
+            if train and type(module) is nn.Dropout:
+                calls(module, functools.partial(_kept, module.p))
         return (layers_of("", copied) if inner else copied)(x)
+
+
+def _kept(p: float, x: Tensor) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float32)
+    return x * (drawn >= p).to(device=x.device, dtype=x.dtype)
 
 
 def _alike(theirs: object, ours: object) -> bool:

@@ -283,10 +283,10 @@ class Encoder(nn.Module):
         return y
 
 
-def layers(*units: int, norm: bool = False, dropout: float = 0.0) -> list[nn.Module]:
-    """Of an encoder."""
+def layers(*units: int, norm: bool = False, dropout: float = 0.0, width: int = WIDTH) -> list[nn.Module]:
+    """Of an encoder that reads ``width`` numbers."""
     found: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip([WIDTH, *units], units, strict=False)):
+    for i, (before, after) in enumerate(zip([width, *units], units, strict=False)):
         norms = [nn.BatchNorm1d(after)] if norm else []
         drops = [nn.Dropout(dropout)] if dropout and i else []
         found += [nn.Linear(before, after), *norms, nn.ReLU(), *drops]
