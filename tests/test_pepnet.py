@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,17 @@ def test_without_them_a_model_is_what_it_was(tmp_path: Path) -> None:
     theirs = model(**PRIORS)  # drawn after all that there was before
     for name, value in net.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_a_pickle_from_before_has_none() -> None:
+    net = model()
+    state = net.__getstate__()
+    del state["priors"]
+    old = MultiTaskModel.__new__(MultiTaskModel)
+    old.__setstate__(state)
+    data, _ = table(10)
+    assert np.array_equal(old.predict(data)["click"], net.predict(data)["click"])
+    assert np.array_equal(pickle.loads(pickle.dumps(old)).predict(data)["click"], net.predict(data)["click"])
 
 
 def test_copies_states_gates_and_modes(backend: str) -> None:

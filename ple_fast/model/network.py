@@ -117,6 +117,12 @@ class TaskNetwork(nn.Module):
         like = self.embedding.get_buffer("owner")
         return SlotInputs(hidden).to(like.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in PyTorch; a pickle from before there were priors has none."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
+        if "priors" not in self._modules:
+            self.__dict__.setdefault("priors", None)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """As in PyTorch; another trunk must not leak either, other columns must be what the embedding reads, and
         another joint loss must be of the tasks that the towers are of.
