@@ -10,7 +10,7 @@ import torch
 
 from ple_fast import ExtractionNetwork, GateSpec, MLPSpec, Topology, use_backend
 from ple_fast.plan import LevelPlan
-from tests.helpers import compare, compare_low_precision, draw, level, saved
+from tests.helpers import assert_close, by_route, compare, compare_low_precision, draw, level, reference_of, saved
 
 TOWERS = Topology((0, 1, 2), (0, 1, 2), ((0,), (1,), (2,)), mixture_kind=("static",) * 3)
 SPECS: dict[str, MLPSpec] = {
@@ -71,6 +71,32 @@ def test_low_precision(autocast: bool, backend: str, device: torch.device) -> No
     module = level(TOWERS, SPECS["one output"]).to(device)
     leaves = [leaf.to(device) for leaf in draw("stacked", 9, 3, module.in_features)]
     compare_low_precision(module, leaves, dtype=torch.bfloat16, autocast=autocast, form="stacked", slots=3)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "weights", "all", "input", "input and all but the last bias"])
+def test_only_what_is_wanted(frozen: str, recompute: bool, backend: str, device: torch.device) -> None:
+    for name in SPECS:
+        module = level(TOWERS, SPECS[name]).to(device)
+        module.recompute = recompute
+        for key, parameter in module.named_parameters():
+            is_last = key.endswith(f"{len(SPECS[name].units) - 1}.bias")
+            if (
+                frozen == "all"
+                or (frozen == "weights" and key.endswith("weight"))
+                or (frozen.endswith("bias") and not is_last)
+            ):
+                parameter.requires_grad_(False)
+        x = draw("stacked", 9, 3, module.in_features)[0].to(device)
+        x = x.detach().requires_grad_(not frozen.startswith("input"))
+        given = torch.randn(9, 3, module.out_features, dtype=torch.float64, device=device)
+        leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
+        y, expected = module(x), reference_of(module)(x)
+        assert_close("y", y, expected, 1e-10)
+        with use_backend("torch"), by_route("differentiable"):
+            theirs = list(torch.autograd.grad(module(x), leaves, given))
+        for own, other in zip(torch.autograd.grad(y, leaves, given), theirs, strict=True):
+            assert_close(name, own, other, 1e-10)
 
 
 def test_listed_weights_are_ones(backend: str, device: torch.device) -> None:

@@ -31,7 +31,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Whatever the number of rows, the towers are stacked."""
     if request.param == "triton":
         pytest.importorskip("triton")
-    with use_backend(request.param), mock.patch.multiple(tower_stack, STACKED_ROWS=0, STACKED_PRODUCTS=0):
+    with use_backend(request.param), mock.patch.object(tower_stack, "STACKED_PRODUCTS", 0):
         yield request.param
 
 
@@ -123,14 +123,14 @@ def test_few_rows_on_a_cpu_and_what_is_traced_run_one_by_one() -> None:
     def first(x: Tensor) -> Tensor:
         return run_towers(towers, x)[0]
 
-    with mock.patch.multiple(tower_stack, STACKED_ROWS=64, STACKED_PRODUCTS=64 * 3 * (42 + 30 + 5)):
+    with mock.patch.object(tower_stack, "STACKED_PRODUCTS", 64 * 3 * (42 + 30 + 5)):
         assert levels(lambda: run_towers(towers, x)) == 1
         assert levels(lambda: run_towers(towers, x[:63])) == 0
         compiled: Any = torch.compile(first, backend="eager", fullgraph=True)
         assert levels(partial(compiled, x)) == 0
         by_row: Any = torch.func.vmap(first)
         assert levels(partial(by_row, x.unsqueeze(1))) == 0
-    with mock.patch.multiple(tower_stack, STACKED_ROWS=64, STACKED_PRODUCTS=64 * 3 * (42 + 30 + 5) + 1):
+    with mock.patch.object(tower_stack, "STACKED_PRODUCTS", 64 * 3 * (42 + 30 + 5) + 1):
         assert levels(lambda: run_towers(towers, x)) == 0
 
 
@@ -288,6 +288,14 @@ def test_a_tower_that_somebody_changed_runs_as_it_is(change: str, backend: str) 
     hold(nn.ModuleList([towers[0], towers[1]]), x[:, :2].detach().requires_grad_())
 
 
+def test_a_tower_of_torchscript_runs_as_it_is(backend: str) -> None:
+    for nested in (False, True):
+        towers = towers_of()
+        scripted: Any = torch.jit.script(towers[0])
+        towers[0] = nn.Sequential(scripted) if nested else scripted
+        hold(towers, input_of(9, towers))
+
+
 def test_tied_towers_and_hooks_of_tensors(backend: str) -> None:
     towers = towers_of()
     towers[2] = towers[0]
@@ -331,7 +339,7 @@ def test_a_model_trains_to_the_same_weights(backend: str) -> None:
     def trained(stacks: bool) -> MultiTaskModel:
         made = model(tasks=CHAIN, tower_activation="prelu", tower_units=(6, 5)).double()
         data, labels = data_of(40)
-        with mock.patch.object(tower_stack, "STACKED_ROWS", 0 if stacks else 1000):
+        with mock.patch.object(tower_stack, "STACKED_PRODUCTS", 0 if stacks else 1 << 60):
             run = levels(lambda: made.fit(data, labels, epochs=3, batch_size=16, progress=False))
         assert run == (9 if stacks else 0)
         return made

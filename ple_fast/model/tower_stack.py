@@ -27,9 +27,9 @@ from ..torch_backend.dropout import draw_seed
 from .tower_forms import Form, Tower, read_tower
 from .towers import run_one_by_one, scaled_tower
 
-STACKED_PRODUCTS, STACKED_ROWS = 100_000_000, 256
-"""Multiply-adds of all towers at a call on a CPU, and rows, from which on one level for all takes less than one tower
-after the other: before, it is the host's time that counts, and there a tower is a few quick operators."""
+STACKED_PRODUCTS = 100_000_000
+"""Multiply-adds of all towers at a call on a CPU from which on one level for all takes less than one tower after the
+other: before, it is the host's time that counts, and there a tower is a few quick operators."""
 
 _NO_GATE = GateTensors(None, None, None, None, None)
 
@@ -44,32 +44,32 @@ def run_towers(
     Raises:
         ValueError: scales for other layers than a tower has, or for a tower that is called as a whole.
     """
-    if _may_stack(mixtures, len(towers)):
+    if _may_stack(towers, mixtures):
         read = [read_tower(tower) for tower in towers]
         groups: dict[Any, list[int]] = {}
         for k, own in enumerate(read):
             groups.setdefault(("alone", k) if own is None else own.form, []).append(k)
-        if len(groups) < len(read) and _is_worth(read, mixtures) and all(_fits(own, mixtures, scales) for own in read):
+        if len(groups) < len(read) and all(_fits(own, mixtures, scales) for own in read):
             return _run_groups(towers, read, list(groups.values()), mixtures, scales, factor)
     return run_one_by_one(towers, mixtures, scales, factor)
 
 
-def _may_stack(mixtures: Tensor, count: int) -> bool:
-    """Whether stacking may take less at this call, and no tracer wants to see operators."""
+def _may_stack(towers: nn.ModuleList, mixtures: Tensor) -> bool:
+    """Whether stacking takes less at this call, if the towers are alike, and no tracer wants to see operators."""
+    count = len(towers)
     if mixtures.dim() != 3 or mixtures.shape[1] != count or must_see_operators(mixtures):
         return False
-    rows = mixtures.shape[0]
-    if count < 2 or rows == 0 or _has_any_global_hook():
+    if count < 2 or mixtures.shape[0] == 0 or _has_any_global_hook():
         return False
-    return (mixtures.is_cpu and rows >= STACKED_ROWS) or _in_kernels(mixtures.device)
-
-
-def _is_worth(read: Sequence[Tower | None], mixtures: Tensor) -> bool:
-    """Whether it does, of towers that have been read."""
-    if not mixtures.is_cpu or _in_kernels(mixtures.device):
+    if mixtures.is_cpu and mixtures.shape[0] * count * _products(towers) >= STACKED_PRODUCTS:
         return True
-    products = sum(weight.numel() for own in read if own is not None for weight in own.weights)
-    return mixtures.shape[0] * products >= STACKED_PRODUCTS
+    return _in_kernels(mixtures.device)
+
+
+def _products(towers: nn.ModuleList) -> int:
+    """Multiply-adds of a row in the first tower; a small batch waits for this."""
+    layers = [layer for layer in towers[0]._modules.values() if type(layer) is nn.Linear]
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _in_kernels(device: torch.device) -> bool:
