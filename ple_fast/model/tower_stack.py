@@ -104,8 +104,8 @@ def _run_groups(
     for group, x, *own_scales in zip(groups, *(_parted(tensor, groups) for tensor in (mixtures, *scales)), strict=True):
         if len(group) == 1:
             tower, first = towers[group[0]], x.squeeze(1)
-            own = [scale.squeeze(1) for scale in own_scales]
-            outputs[group[0]] = scaled_tower(tower, first, own, factor) if scales else tower(first)
+            own = [factor * scale.squeeze(1) for scale in own_scales]
+            outputs[group[0]] = scaled_tower(tower, first, own) if scales else tower(first)
         else:
             members = [own for k in group if (own := read[k]) is not None]
             outputs |= zip(group, _run_level(members, x, own_scales, factor), strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import scaled
 from ..scalars import check_counts, check_number, is_sequence, shown
 
 TOWER_ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -56,15 +55,15 @@ def build_tower(widths: Sequence[int], outputs: int, activation: str, dropout: f
 def run_one_by_one(towers: nn.ModuleList, mixtures: Tensor, scales: Sequence[Tensor], factor: float) -> list[Tensor]:
     """``run_towers``, one after the other."""
     # unbind, not y[:, k]: the backward of each index would fill a tensor as large as y with zeros.
-    parts = zip(*(scale.unbind(1) for scale in scales), strict=True) if scales else ((),) * len(towers)
+    parts = zip(*((factor * scale).unbind(1) for scale in scales), strict=True) if scales else ((),) * len(towers)
     return [
-        scaled_tower(tower, mixture, own, factor) if scales else tower(mixture)
+        scaled_tower(tower, mixture, own) if scales else tower(mixture)
         for tower, mixture, own in zip(towers, mixtures.unbind(1), parts, strict=True)
     ]
 
 
-def scaled_tower(tower: nn.Module, x: Tensor, scales: Sequence[Tensor], factor: float) -> Tensor:
-    """One tower, layer by layer: what each linear layer reads is scaled by its own ``(B, D)``.
+def scaled_tower(tower: nn.Module, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """One tower, layer by layer: what each linear layer reads is multiplied by its own ``(B, D)``.
 
     Raises:
         ValueError: its layers cannot be told apart, or are more or fewer.
@@ -79,7 +78,7 @@ def scaled_tower(tower: nn.Module, x: Tensor, scales: Sequence[Tensor], factor: 
         )
     given = iter(scales)
     for layer in layers:
-        x = layer(scaled(x, next(given), factor=factor) if isinstance(layer, nn.Linear) else x)
+        x = layer(x * next(given) if isinstance(layer, nn.Linear) else x)
     return x
 
 
