@@ -246,3 +246,20 @@ def test_a_tower_that_has_other_layers_is_named() -> None:
 def test_what_does_not_fit_is_named(options: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         model(**options)
+
+
+def test_launches_do_not_grow_with_the_number_of_tasks() -> None:
+    pytest.importorskip("triton")
+    from ple_fast_kernels import launches
+
+    data, _ = table(20)
+    counts = []
+    for tasks in (CHAIN[:2], CHAIN):
+        net = model("mmoe", tasks=tasks, **PRIORS)
+        with use_backend("triton"):
+            before = launches()
+            outputs = torch.cat(list(net(data).values()))
+            middle = launches()
+            outputs.sum().backward()
+            counts.append((middle - before, launches() - middle))
+    assert counts[0] == counts[1]
