@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import ple_fast
-from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology, accelerate, convert, restore
+from ple_fast import PLE, STEM, ExtractionNetwork, GateSpec, MLPSpec, Topology, accelerate, convert, restore
 from tests.peers import adatt, fuxictr, libmtl, mtreclib, refused, torcheasyrec
 from tests.swap_proof import ROWS, Case, flat, shaken
 
@@ -145,6 +145,9 @@ UNEVEN = Topology.ple(2, [1, 2], 1, last=True)
         (convert.to_mtreclib, stacked({"experts": MLPSpec((4,), norm="batch"), "topology": UNEVEN}), "as many experts"),
         (convert.to_adatt, stacked({"experts": LAYER}), "linear and a ReLU, without norm and dropout"),
         (convert.to_adatt, stacked({}, {"topology": UNEVEN}), "all its levels have the same numbers of experts"),
+        (convert.to_torcheasyrec, stacked({"gate": GateSpec(input="with_shared")}), "each slot plus the last one"),
+        (convert.to_torcheasyrec, stacked({}, {"gate": GateSpec(input="raw")}), "level 1: its gates read the input of"),
+        (convert.to_torcheasyrec, STEM(4, 2, expert_units=4), "its wiring is"),
         (convert.to_adatt, stacked({"topology": NATIVE}), "every task has as many experts"),
     ],
 )

@@ -161,6 +161,9 @@ class Library(Converter):
         for i, (source, level) in enumerate(zip(self.sources(tree), levels, strict=True)):
             if source.topology != level.topology:
                 self.cannot(f"level {i}: its wiring is {level.topology}, and that library's is {source.topology}")
+            ours, theirs = (_read_by_gates(level, how, i) for how in (level.gate_spec.input, source.gate_input))
+            if ours != theirs:
+                self.cannot(f"level {i}: its gates read {ours}, and that library's read {theirs}")
         return tree
 
     def linear_gates(self, gates: Sequence[PlainStack]) -> list[nn.Linear]:
@@ -234,6 +237,17 @@ class Library(Converter):
     def _makeup(self, module: nn.Module) -> list[Any]:
         levels = [source.pack().level for source in self.sources(module)]
         return [(level.topology, level.expert_specs, level.gate_spec) for level in levels]
+
+
+def _read_by_gates(level: ExtractionNetwork, how: str | None, number: int) -> str:
+    """What the gates of a level read, in words; at the first one the input is the slots."""
+    topology = level.topology
+    slots = {topology.mixture_slot[o] for o in topology.gated_mixtures}
+    if how == "raw" and number and slots:
+        return "the input of the trunk"
+    if how == "with_shared" and slots - {(topology.num_slots or 0) - 1}:
+        return "each slot plus the last one"
+    return "their slots"
 
 
 def tree(content: Any) -> nn.Module:
