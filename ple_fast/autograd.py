@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .autocast import end_step, without_autocast
 from .call import LevelCall
+from .slots import Slots, with_shared
 from .tensors import GateTensors, LayerTensors, flatten, unflatten
 from .torch_backend import differentiable
 from .torch_backend import level as by_hand
@@ -58,7 +59,12 @@ def run_differentiable(
 ) -> tuple[Tensor, Tensor]:
     """The level in differentiable operators; ``again``: a repeated forward, which moves no statistics."""
     i = call.inputs(tensors)
-    return differentiable.level(i.plan, i.layers, i.gate, i.state, i.x, i.gate_x, moves_statistics=not again)
+    gate_x = i.gate_x
+    if call.few_rows and i.plan.gate_spec.input == "with_shared":  # which that path adds itself
+        added = with_shared(i.x.tensors[0], len(i.x.places))
+        assert isinstance(added, Tensor)
+        gate_x = Slots((added,), i.x.places)
+    return differentiable.level(i.plan, i.layers, i.gate, i.state, i.x, gate_x, moves_statistics=not again)
 
 
 def run_without_grad(

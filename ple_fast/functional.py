@@ -21,7 +21,7 @@ from .plan import LevelPlan
 from .routes import Asked, must_see_operators, route_of
 from .scalars import check_number
 from .slot_scale import SlotScaleFunction
-from .slots import Place, Slots, first_of
+from .slots import Place, Slots, first_of, with_shared
 from .state import NO_STATE, LevelState
 from .tensors import GateTensors, LayerTensors, check_shapes, flatten
 from .torch_backend import differentiable
@@ -52,28 +52,12 @@ def _place(x: Input, slots: int) -> tuple[tuple[Tensor, ...], tuple[Place, ...]]
     return tuple(tensors), tuple(places)
 
 
-def _with_shared(x: Input, slots: int, is_read: bool) -> Input:
-    """Each slot of ``x`` plus the last one, which stays as it is, or is anything where no gate reads it (``is_read``).
-
-    No tensor of ``x`` itself: compilers take none twice.
-    """
-    if slots == 1:
-        return x
-    if not isinstance(x, Tensor):
-        sums = {id(slot): slot + x[-1] for slot in x[:-1]}  # one tensor may be several slots
-        own = [sums[id(slot)] for slot in x[:-1]]
-        return [*own, x[-1].view_as(x[-1]) if is_read else own[-1]]
-    if x.dim() == 2:
-        return [x + x] * (slots - 1) + [x.view_as(x)] if is_read else x + x
-    return torch.cat((x[:, :-1] + x[:, -1:], x[:, -1:]), dim=1) if is_read else x + x[:, -1:]
-
-
 def _gate_input(x: Input, gate_input: Input | None, plan: LevelPlan) -> Input | None:
     """What the gates read beside ``x``, where it is given or made of ``x``; None: ``x``."""
     slots = plan.topology.num_slots
     assert slots is not None
-    if plan.gate_spec.input == "with_shared" and gate_input is None and plan.gate.slots:
-        return _with_shared(x, slots, slots - 1 in plan.gate.slots)
+    if plan.gate_spec.input == "with_shared" and gate_input is None and plan.gate.slots and slots > 1:
+        return with_shared(x, slots, is_read=slots - 1 in plan.gate.slots)
     return gate_input
 
 
@@ -205,7 +189,6 @@ def extraction_level(
         raise ValueError(
             f"gate_input: the gates read {gate_features} features and x has {in_features}; pass gate_input="
         )
-    gate_input = _gate_input(x, gate_input, plan)
     is_traced = must_see_operators(weight)
     choice = resolve(weight.device, backend)
     is_special = gate_input is not None or return_gates
@@ -229,6 +212,7 @@ def extraction_level(
             return _run_few_rows(plan, now, x.to(autocast), layers, gate, recompute), None
     if not plan.has_state:
         _check(plan, layers, gate, x, gate_input, gate_features)
+    gate_input = _gate_input(x, gate_input, plan)
     if way == "differentiable" and choice.name == "triton":
         choice = Choice("torch", "PyTorch's own operators: traced, transformed, empty, or a norm of another kind")
     note(choice)

@@ -24,6 +24,22 @@ def rows_of(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
 
 
+def with_shared(x: Tensor | Sequence[Tensor], slots: int, *, is_read: bool = True) -> Tensor | Sequence[Tensor]:
+    """Each slot plus the last one, which stays as it is, or is anything where no gate reads it (``is_read``).
+
+    Of several slots it has no tensor of ``x`` itself: compilers take none twice.
+    """
+    if slots == 1:
+        return x
+    if not isinstance(x, Tensor):
+        sums = {id(slot): slot + x[-1] for slot in x[:-1]}  # one tensor may be several slots
+        own = [sums[id(slot)] for slot in x[:-1]]
+        return [*own, x[-1].view_as(x[-1]) if is_read else own[-1]]
+    if x.dim() == 2:
+        return [x + x] * (slots - 1) + [x.view_as(x)] if is_read else x + x
+    return torch.cat((x[:, :-1] + x[:, -1:], x[:, -1:]), dim=1) if is_read else x + x[:, -1:]
+
+
 class Place(NamedTuple):
     """A slot is ``tensors[tensor]``, ``(B, D)``, or ``tensors[tensor][:, column]`` of a ``(B, S, D)``."""
 

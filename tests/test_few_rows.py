@@ -13,7 +13,16 @@ from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
 from ple_fast.torch_backend.few_rows import few_rows_train_backward, few_rows_train_forward, serves
 from ple_fast.torch_backend.product_table import LARGEST, Limits
 from ple_fast.torch_backend.table_in_use import limited
-from tests.helpers import TOPOLOGIES, assert_close, compare, compare_low_precision, draw, level, saved_bytes
+from tests.helpers import (
+    TOPOLOGIES,
+    assert_close,
+    assert_derivatives_agree,
+    compare,
+    compare_low_precision,
+    draw,
+    level,
+    saved_bytes,
+)
 from tests.product_helpers import ways
 
 __all__ = ["ways"]
@@ -27,6 +36,7 @@ WIRINGS: dict[str, Topology] = {
     "one-expert": TOPOLOGIES["one-expert"],
     "all-to-all": Topology((0, 1, 2), (0, 1), ((0, 1, 2),) * 2),
     "unordered": Topology((0, 0, 1, 1), (0, 1), ((3, 0, 2), (2, 1, 3))),
+    "stem": Topology.stem(2, 2, 2, last=True),
 }
 EXPERTS: dict[str, MLPSpec] = {
     "1-layer": MLPSpec((4,)),
@@ -88,6 +98,27 @@ def test_a_step_equals_the_reference(topology: str, experts: str, gate_bias: boo
             compare(module, draw(form, batch, slots, 7), form=form, slots=slots, ask_gates=False)
             calls.took(batch)
             assert all(p.grad is not None and p.grad.is_contiguous() for p in module.parameters())
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("gate_bias", [True, False])
+def test_gates_that_read_the_shared_slot_too(last: bool, gate_bias: bool, calls: Calls) -> None:
+    """Of STEM: the last level has no gate that reads the shared slot alone."""
+    wiring = Topology.stem(2, 2, 2, last=last)
+    module = level(wiring, EXPERTS["1-layer"], GateSpec(bias=gate_bias, input="with_shared"))
+    for form in ("stacked", "slots-first", "column-slice"):
+        for batch in (1, 2, 31):
+            compare(module, draw(form, batch, 3, 7), form=form, slots=3, ask_gates=False)
+            calls.took(batch)
+    assert_derivatives_agree(module, torch.randn(4, 3, 7, dtype=torch.float64), 1e-9)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare_low_precision(module, draw("stacked", 20, 3, 7), dtype=dtype, form="stacked", slots=3, ask_gates=False)
+    compare_low_precision(
+        module, draw("stacked", 20, 3, 7), dtype=torch.bfloat16, autocast=True, form="stacked", slots=3, ask_gates=False
+    )
+    with torch.inference_mode():
+        x = torch.randn(5, 3, 7, dtype=torch.float64)
+        assert_close("y", module(x), module(list(x.unbind(1))), 1e-12)
 
 
 @pytest.mark.parametrize("experts", ["1-layer", "3-layers-mixed"])

@@ -46,7 +46,7 @@ def serves(plan: LevelPlan, stacked: bool, *, trains: bool = True) -> bool:
         ):
             return False
     if not stacked:
-        return True
+        return plan.gate_spec.input != "with_shared" or topology.num_slots == 1
     counts = {stop - start for start, stop in topology.slot_experts}
     sizes = {len(experts) for experts in topology.mixture_experts}
     return len(counts) == 1 and len(sizes) == 1 and topology.mixture_slot == tuple(range(topology.num_mixtures))
@@ -66,6 +66,7 @@ def takes(plan: LevelPlan, x: Tensor, *, trains: bool, autocast: torch.dtype | N
     return (
         x.shape[0] < (limits.few_rows_training if trains else limits.few_rows)
         and (not plan.has_norms or (autocast is None and x.dtype in WIDE))
+        and (autocast is None or plan.gate_spec.input != "with_shared")  # slots are added before they are rounded
         and serves(plan, x.dim() == 3, trains=trains)
     )
 
@@ -130,7 +131,7 @@ def few_rows_train_forward(
             repeated = x.unsqueeze(1).expand(slots, count // slots, rows, width)
             a = batched(repeated.reshape(count, rows, width), weight, bias)
         mixtures = plan.topology.num_mixtures
-        listed = batched(x[:mixtures], gate.weight.reshape(mixtures, -1, width), gate.bias)
+        listed = batched(_gate_slots(plan, x), gate.weight.reshape(mixtures, -1, width), gate.bias)
         logits = listed.transpose(0, 1).reshape(rows, -1)
     if state is not None and state.gate_norm is not None:
         logits = _normed(logits.unsqueeze(0), gate.norm_weight, gate.norm_bias, state.gate_norm)[0]
@@ -217,13 +218,35 @@ def few_rows_train_backward(
     if want_tensors:
         x = _by_member(x)
         grads[0] = torch.bmm(d.transpose(1, 2), x).view(count, units, width)
-        grads[-WIDTH] = torch.bmm(dlogits.transpose(1, 2), x[:mixtures]).view(-1, width)
+        grads[-WIDTH] = torch.bmm(dlogits.transpose(1, 2), _gate_slots(plan, x)).view(-1, width)
     if want_x:
         dx = torch.empty((rows, slots, width), dtype=d.dtype, device=d.device)
         by_slot = torch.bmm(d, weight.reshape(slots, -1, width), out=dx.transpose(0, 1))
         by_gate = by_slot[:mixtures]
         torch.baddbmm(by_gate, dlogits, gate_weight.reshape(mixtures, -1, width), out=by_gate)
+        if own := _tasks_beside_shared(plan):
+            logits = dlogits[:own].transpose(0, 1).reshape(rows, -1)
+            shared = by_slot[-1]
+            torch.addmm(shared, logits, gate_weight[: logits.shape[1]], out=shared)
     return dx, grads
+
+
+def _tasks_beside_shared(plan: LevelPlan) -> int:
+    """Mixtures whose gate reads the last slot beside its own: the first ones."""
+    topology = plan.topology
+    if plan.gate_spec.input != "with_shared" or topology.num_slots == 1:
+        return 0
+    assert topology.num_slots is not None
+    return min(topology.num_mixtures, topology.num_slots - 1)
+
+
+def _gate_slots(plan: LevelPlan, x: Tensor) -> Tensor:
+    """What the gates read of the slots ``x (S, rows, D)``."""
+    mixtures, own = plan.topology.num_mixtures, _tasks_beside_shared(plan)
+    if not own:
+        return x[:mixtures]
+    added = x[:own] + x[-1:]
+    return added if own == mixtures else torch.cat((added, x[-1:]))
 
 
 def _by_member(d: Tensor) -> Tensor:
