@@ -158,7 +158,8 @@ class Library(Converter):
             raise TypeError(f"ple: expected a trunk of ple_fast, PLE say, got {kind(ple)}")
         plain = [PlainLevel.of(level, level is levels[-1]) for level in levels]  # type: ignore[arg-type]  # checked above
         tree = self.write(plain)
-        for i, (source, level) in enumerate(zip(self.sources(tree), levels, strict=True)):
+        for i, (source, own) in enumerate(zip(self.sources(tree), plain, strict=True)):
+            level = own.level
             if source.topology != level.topology:
                 self.cannot(f"level {i}: its wiring is {level.topology}, and that library's is {source.topology}")
             ours, theirs = (_read_by_gates(level, how, i) for how in (level.gate_spec.input, source.gate_input))
