@@ -28,6 +28,7 @@ TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout": ("ple", {"dropout": 0.5, "task_experts": 1}),
     "everything": ("mmoe", {"norm": "batch", "dropout": 0.3, "activation": "dice", "experts": 3}),
     "layer norm": ("adatt", {"norm": "layer", "activation": "gelu", "recompute": True}),
+    "embeddings of tasks": ("stem", {"num_levels": 2, "dropout": 0.2}),
 }
 Job = Callable[[], list[Tensor]]
 
@@ -38,7 +39,14 @@ def make_model(trunk: str, seed: int) -> MultiTaskModel:
     kind, options = TRUNKS[trunk]
     columns: list[Column] = [Categorical("a", size=20, width=4), Categorical("b", size=7, width=4), Numeric("n")]
     tasks = [TaskLoss("click"), TaskLoss("amount", kind="regression")]
-    model = MultiTaskModel(columns, tasks, trunk=kind, trunk_options={**options, "expert_units": (12, 8)})
+    model = MultiTaskModel(
+        columns,
+        tasks,
+        trunk=kind,
+        trunk_options={**options, "expert_units": (12, 8)},
+        task_embeddings=kind == "stem",
+        sparse_embeddings=kind == "stem",
+    )
     model.fit(*make_data(seed), batch_size=64, progress=False)
     return model.train()
 
