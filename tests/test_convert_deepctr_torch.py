@@ -116,6 +116,21 @@ def test_modules_and_checkpoints_go_both_ways_bit_for_bit(case: Case) -> None:
     prove_both_ways(case, from_deepctr_torch, to_deepctr_torch, CHILDREN, unread=dead)
 
 
+@pytest.mark.parametrize("case", MMOES, ids=str)
+def test_an_mmoe_goes_both_ways_bit_for_bit(case: Case) -> None:
+    prove_both_ways(case, from_deepctr_torch, to_deepctr_torch, ("expert_dnn.", "gate_dnn"))
+
+
+def test_a_trunk_goes_into_a_model_of_its_class() -> None:
+    mixing, layered = MMOES[0].make(), CASES[0].make()
+    with pytest.raises(TypeError, match="levels like MMOE, got PLE"):
+        to_deepctr_torch(from_deepctr_torch(mixing), layered)
+    with pytest.raises(TypeError, match="levels like PLE, got MMOE"):
+        to_deepctr_torch(from_deepctr_torch(layered), mixing)
+    with pytest.raises(ValueError, match="cannot represent this trunk: its gates end in a linear layer without bias"):
+        to_deepctr_torch(ple_fast.MMoE(7, 2, experts=2))
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -72,6 +72,7 @@ CASES = [
 MMOES = [
     mmoe("MMOE", 2, 3, dims=[8, 5], activation="relu"),
     mmoe("MMOE of three tasks", 3, 2, dims=[6], activation=nn.Tanh),
+    mmoe("MMOE with dice and one expert", 2, 1, dims=[6, 4], activation="dice", dropout=0.0),
 ]
 
 
@@ -93,9 +94,19 @@ def test_same_loss_curve(case: Case, dtype: torch.dtype) -> None:
     prove_training(case, dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, MMOES[0], MMOES[2]], ids=str)
 def test_modules_and_checkpoints_go_both_ways_bit_for_bit(case: Case) -> None:
-    prove_both_ways(case, from_torch_rechub, to_torch_rechub, ("cgc_layers",))
+    prove_both_ways(case, from_torch_rechub, to_torch_rechub, ("cgc_layers", "experts.", "gates."))
+
+
+def test_a_trunk_goes_into_a_model_of_its_class() -> None:
+    mixing, layered = MMOES[0].make(), CASES[0].make()
+    with pytest.raises(TypeError, match="levels like MMOE, got PLE"):
+        to_torch_rechub(from_torch_rechub(mixing), layered)
+    with pytest.raises(TypeError, match="levels like CGC, got MMOE"):
+        to_torch_rechub(from_torch_rechub(layered), mixing)
+    with pytest.raises(TypeError, match="levels like CGC or MMOE, got Linear"):
+        from_torch_rechub(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +119,11 @@ def test_modules_and_checkpoints_go_both_ways_bit_for_bit(case: Case) -> None:
 def test_what_torch_rechub_cannot_represent_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=f"torch-rechub cannot represent this trunk: .*{why}"):
         to_torch_rechub(ple_fast.PLE(7, 2, **options))
+
+
+def test_an_mmoe_that_torch_rechub_cannot_represent_is_refused() -> None:
+    with pytest.raises(ValueError, match="torch-rechub cannot represent this trunk: its experts and gates have a bias"):
+        to_torch_rechub(ple_fast.MMoE(7, 2, experts=2))
 
 
 class Cube(nn.Module):

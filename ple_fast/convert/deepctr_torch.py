@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import PLE
+from ..modules import PLE, MMoE
 from ..modules.unpack import Move
-from ..topology import Topology
-from .converter import Converter, LevelSource, random_ids, register
+from .converter import LevelSource, random_ids, register
 from .fused_trunk import CHILD
 from .library import Library, PlainLevel, mixtures, ple_wiring, tree, zeroed
+from .mmoe import Classes, MMoELibrary
 from .optimizers import by_new, successors
 from .plain_layers import PlainLayer, PlainStack
 
@@ -22,13 +22,18 @@ Entry = tuple[list[Any], float, float]
 """Of ``regularization_weight``: weights, which are parameters or pairs of a name and a parameter, l1 and l2."""
 
 
-def from_deepctr_torch(source: nn.Module | Mapping[str, Tensor], *, like: PLE | None = None, prefix: str = "") -> PLE:
-    """The fused trunk of a DeepCTR-Torch PLE, with its weights and statistics.
+def from_deepctr_torch(
+    source: nn.Module | Mapping[str, Tensor], *, like: PLE | MMoE | None = None, prefix: str = ""
+) -> PLE:
+    """The fused trunk of a DeepCTR-Torch PLE or MMOE, with its weights and statistics.
 
     Args:
-        source: ``deepctr_torch.models.PLE``, or its state dict, which also needs ``like``.
+        source: ``PLE`` or ``MMOE`` of ``deepctr_torch.models``, or its state dict, which also needs ``like``.
         like: a trunk of the configuration of the state dict; it stays as it is.
-        prefix: what stands before ``specific_experts`` in the names of the state dict.
+        prefix: what stands before ``specific_experts`` or ``expert_dnn`` in the names of the state dict.
+
+    Returns:
+        ``(B, D)`` to ``(B, T, H)``: of an MMOE a trunk of one level, wired as ``ple_fast.MMoE``.
 
     Raises:
         TypeError, ValueError: it is something else, or of another configuration.
@@ -36,16 +41,17 @@ def from_deepctr_torch(source: nn.Module | Mapping[str, Tensor], *, like: PLE | 
     return LIBRARY.to_ours(source, like, prefix)
 
 
-def to_deepctr_torch(ple: PLE, target: nn.Module | None = None) -> nn.Module:
+def to_deepctr_torch(ple: PLE | MMoE, target: nn.Module | None = None) -> nn.Module:
     """A trunk as DeepCTR-Torch has it.
 
     Args:
-        ple: a trunk of ours.
-        target: a DeepCTR-Torch PLE of the same configuration, whose trunk gets the weights; what it never reads stays.
-            Default a tree of ordinary modules whose ``state_dict()`` is the trunk's part of DeepCTR-Torch's, with zeros
-            in what it never reads.
+        ple: a trunk of ours: an MMoE, or else a PLE.
+        target: a DeepCTR-Torch model of the same configuration, whose trunk gets the weights; what it never reads
+            stays. Default a tree of ordinary modules whose ``state_dict()`` is the trunk's part of DeepCTR-Torch's,
+            with zeros in what it never reads.
 
     Raises:
+        TypeError: ``target`` is something else.
         ValueError: DeepCTR-Torch cannot represent the trunk, or ``target`` is of another configuration.
     """
     return LIBRARY.to_theirs(ple, target)
@@ -55,8 +61,8 @@ def _cgc_net(self: Any, inputs: Sequence[Tensor], level_num: int) -> list[Tensor
     return mixtures(self.ple_fast.levels[level_num], list(inputs))
 
 
-class _DeepCTRConverter(Converter):
-    """What the models have in common: a list of penalised weights, ``regularization_weight``."""
+class _DeepCTR(Library):
+    """What the models have in common: a list of penalised weights, ``regularization_weight``, and make-ups."""
 
     library = "DeepCTR-Torch"
 
@@ -117,6 +123,36 @@ class _DeepCTRConverter(Converter):
 
         return {"regularization_weight": [([weight(*row) for row in rows], l1, l2) for rows, l1, l2 in note]}
 
+    def check_alike(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
+        """All layers, of experts and of gates, are made alike in this library.
+
+        Raises:
+            ValueError: they are not, or are made in a way that it does not have.
+        """
+        for gate in gates:
+            end = gate.layers[-1] if gate.layers else None
+            if end is None or end.norm is not None or end.linear.bias is not None or not gate.ends_plainly:
+                self.cannot("its gates end in a linear layer without bias, norm and temperature")
+        bodies = [gate.layers[:-1] for gate in gates]
+        layers = [layer for stack in (*experts, *bodies) for layer in stack]
+        first = layers[0].spec
+        for layer in layers:
+            spec = layer.spec
+            if spec.norm not in (None, "batch") or (spec.norm and layer.norm_after) or not spec.bias:
+                self.cannot("its layers have a bias, and a batch norm before the activation or none")
+            if spec.activation.name not in ACTIVATIONS:
+                self.cannot(f"the activation {spec.activation.name} is none of {', '.join(ACTIVATIONS)}")
+            if (spec.activation.name, spec.norm, spec.dropout) != (first.activation.name, first.norm, first.dropout):
+                self.cannot("all its experts and gates have the same activation, norm and dropout")
+        widths, hidden = (
+            {tuple(x.linear.out_features for x in stack) for stack in stacks} for stacks in (experts, bodies)
+        )
+        if len(widths) > 1 or len(hidden) > 1:
+            self.cannot(
+                "all its experts have the same widths, at every level, and so have its gates; got "
+                f"{sorted(widths)} and {sorted(hidden)}"
+            )
+
 
 def _parameter(weight: Any) -> Any:
     return weight[1] if isinstance(weight, tuple) else weight
@@ -144,7 +180,7 @@ def _check_penalties(entries: Iterable[Entry], moves: Sequence[Move[nn.Parameter
                 )
 
 
-class PLEConverter(_DeepCTRConverter, Library):
+class PLEConverter(_DeepCTR):
     """``deepctr_torch.models.PLE``: a whole model, whose levels are lists side by side."""
 
     class_name = "PLE"
@@ -196,17 +232,13 @@ class PLEConverter(_DeepCTRConverter, Library):
             yield [draw(own[0][0].linears[0].in_features) for _ in range(len(own) + 1)], i
 
     def write(self, levels: list[PlainLevel]) -> nn.Module:
-        self._check_alike([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
+        self.check_alike([x for level in levels for x in level.experts], [x for level in levels for x in level.gates])
         lists: dict[str, list[Any]] = {name: [] for name in self.children}
         for level in levels:
             counts = level.counts
             shared = len(level.experts) - sum(counts)
             if len(set(counts)) > 1 or counts[0] < max(shared, 1):
                 self.cannot(f"every task has as many experts, at least 1 and as many as shared: {counts} and {shared}")
-            for gate in level.gates:
-                end = gate.layers[-1] if gate.layers else None
-                if end is None or end.norm is not None or end.linear.bias is not None or not gate.ends_plainly:
-                    self.cannot("its gates end in a linear layer without bias, norm and temperature")
             own, others = level.split([_dnn_tree(expert) for expert in level.experts])
             dead = [zeroed(own[0][0]) for _ in range(counts[0] - shared)]
             lists["specific_experts"].append(own)
@@ -223,28 +255,6 @@ class PLEConverter(_DeepCTRConverter, Library):
                 lists["specific_gate_dnn"].append([[body] for body in bodies[:-1]])
                 lists["shared_gate_dnn"].append(bodies[-1])
         return tree({name: modules for name, modules in lists.items() if modules})
-
-    def _check_alike(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> None:
-        """All layers, of experts and of gates, are made alike in this library."""
-        bodies = [gate.layers[:-1] for gate in gates]
-        layers = [layer for stack in (*experts, *bodies) for layer in stack]
-        first = layers[0].spec
-        for layer in layers:
-            spec = layer.spec
-            if spec.norm not in (None, "batch") or (spec.norm and layer.norm_after) or not spec.bias:
-                self.cannot("its layers have a bias, and a batch norm before the activation or none")
-            if spec.activation.name not in ACTIVATIONS:
-                self.cannot(f"the activation {spec.activation.name} is none of {', '.join(ACTIVATIONS)}")
-            if (spec.activation.name, spec.norm, spec.dropout) != (first.activation.name, first.norm, first.dropout):
-                self.cannot("all its experts and gates have the same activation, norm and dropout")
-        widths, hidden = (
-            {tuple(x.linear.out_features for x in stack) for stack in stacks} for stacks in (experts, bodies)
-        )
-        if len(widths) > 1 or len(hidden) > 1:
-            self.cannot(
-                "all its experts have the same widths, at every level, and so have its gates; got "
-                f"{sorted(widths)} and {sorted(hidden)}"
-            )
 
 
 def _dnn(dnn: Any) -> Iterator[nn.Module]:
@@ -283,7 +293,7 @@ def _mmoe_forward(self: Any, X: Tensor) -> Tensor:
     return torch.cat([out(last(row)) for row, last, out in ends], dim=-1)
 
 
-class MMOEConverter(_DeepCTRConverter):
+class MMOEConverter(_DeepCTR, MMoELibrary):
     """``deepctr_torch.models.MMOE``: a whole model."""
 
     class_name = "MMOE"
@@ -291,8 +301,9 @@ class MMOEConverter(_DeepCTRConverter):
     methods = (("forward", _mmoe_forward),)
 
     def recognises(self, module: nn.Module) -> bool:
-        needed = ("expert_dnn", "gate_dnn_final_layer", "tower_dnn_final_layer", "feature_index", "dnn_feature_columns")
-        return all(hasattr(module, name) for name in needed)
+        rest = ("tower_dnn_final_layer", "feature_index", "dnn_feature_columns")
+        needed = () if type(module) is nn.Module else rest  # a tree has the trunk alone
+        return all(hasattr(module, name) for name in ("expert_dnn", "gate_dnn_final_layer", *needed))
 
     def read(self, site: Any) -> list[LevelSource]:
         self.check(site)
@@ -300,7 +311,14 @@ class MMOEConverter(_DeepCTRConverter):
         bodies = getattr(site, "gate_dnn", [None] * len(ends))
         gates = [[*_dnn(body), end] for body, end in zip(bodies, ends, strict=True)]
         experts = [list(_dnn(dnn)) for dnn in site.expert_dnn]
-        return [LevelSource(Topology.mmoe(len(ends), len(experts)), experts, gates)]
+        return self.level(experts, gates)
+
+    def lists(self, experts: Sequence[Sequence[PlainLayer]], gates: Sequence[PlainStack]) -> dict[str, Any]:
+        self.check_alike(experts, gates)
+        made: dict[str, Any] = {"expert_dnn": [_dnn_tree(expert) for expert in experts]}
+        if len(gates[0].layers) > 1:
+            made["gate_dnn"] = [_dnn_tree(gate.layers[:-1]) for gate in gates]
+        return {**made, "gate_dnn_final_layer": [gate.layers[-1].linear for gate in gates]}
 
     def trial(self, site: Any, draw: Callable[[int], Tensor]) -> tuple[Any, ...]:
         inputs = draw(max(stop for _, stop in site.feature_index.values()))
@@ -317,6 +335,6 @@ class MMOEConverter(_DeepCTRConverter):
         return list(getattr(site, "tower_dnn", site.tower_dnn_final_layer))
 
 
-LIBRARY = PLEConverter()
-register(LIBRARY)
-register(MMOEConverter())
+LIBRARY = Classes(PLEConverter(), MMOEConverter())
+for library in LIBRARY.every:
+    register(library)
