@@ -155,6 +155,23 @@ def test_a_call_of_one_task_gives_that_task(cls: type[nn.Module], experts: list[
 
 
 @EACH
+def test_a_call_of_one_task_moves_no_statistics_that_libmtl_leaves(cls: type[nn.Module], experts: list[int]) -> None:
+    net = made(cls, experts, encoder_class=lambda: nn.Sequential(*layers(6, 5, norm=True)))
+    fused = copy.deepcopy(net)
+    accelerate(fused, strict=True)
+    x, _ = batch()
+    before = copy.deepcopy(fused.state_dict())
+    if cls is CGC:
+        with pytest.raises(ValueError, match="task_name: in train mode a fused level moves the statistics of all"):
+            fused(x, "a")
+        assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
+    else:
+        torch.testing.assert_close(fused(x, "a"), net(x, "a"))
+        assert_near(fused.state_dict(), net.state_dict(), 1e-9)
+    torch.testing.assert_close(fused.eval()(x, "a"), net.eval()(x, "a"))
+
+
+@EACH
 def test_the_trainers_model_is_swapped_in_place_and_back(cls: type[nn.Module], experts: list[int]) -> None:
     decoders: Any = nn.ModuleDict({task: nn.Linear(5, 1) for task in TASKS})
     trainer: Any = libmtl.Trainer(

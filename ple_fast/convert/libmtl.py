@@ -85,14 +85,22 @@ def _forward(self: Any, inputs: Any, task_name: str | None = None) -> dict[str, 
             "them, or ple_fast.restore(model)"
         )
     (level,) = self.ple_fast.levels
-    # Gates are found by name, and task_name may have changed meanwhile; in a trial run nothing is replaced yet.
-    gates = self.trunk().skeleton.get("gate_specific", self.task_name)
-    rows = dict(zip(gates, mixtures(level, inputs), strict=True))
+    if task_name is not None and len(set(level.topology.mixture_experts)) > 1 and _moves_statistics(level):
+        raise ValueError(
+            "task_name: in train mode a fused level moves the statistics of all tasks' batch norms, and LibMTL those "
+            "of one; call the model without it, or ple_fast.restore(model)"
+        )
+    # Gates are found by name, and task_name may have changed meanwhile.
+    rows = dict(zip(self.ple_fast.settings, mixtures(level, inputs), strict=True))
     out = {}
     for task in self.task_name:
         if task_name is None or task == task_name:
             out[task] = self.decoders[task](self._prepare_rep(rows[task], task, same_rep=False))
     return out
+
+
+def _moves_statistics(level: nn.Module) -> bool:
+    return any(module.training for module in level.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 class _LibMTL(Library):
@@ -144,6 +152,9 @@ class _LibMTL(Library):
         for path, encoder in self.encoders(site):
             check_encoder(path, encoder)
         return [self.level_of(site)]
+
+    def settings(self, site: Any) -> tuple[str, ...]:
+        return tuple(site.gate_specific)
 
     def check_copy(self, site: nn.Module) -> None:
         for path, encoder in self.encoders(site):
