@@ -27,6 +27,7 @@ TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
     "batch norm": ("ple", {"norm": "batch", "gate_units": (6,)}),
     "dropout": ("ple", {"dropout": 0.5, "task_experts": 1}),
     "everything": ("mmoe", {"norm": "batch", "dropout": 0.3, "activation": "dice", "experts": 3}),
+    "groups": ("home", {"groups": ((0,), (1,)), "task_experts": (1, 2), "feature_gate_rank": 4}),
     "layer norm": ("adatt", {"norm": "layer", "activation": "gelu", "recompute": True}),
     "embeddings of tasks": ("stem", {"num_levels": 2, "dropout": 0.2}),
 }

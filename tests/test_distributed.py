@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ple_fast import PLE, ExtractionNetwork, GateSpec, MLPSpec, Topology
+from ple_fast import PLE, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 from tests.helpers import assert_close
 from tests.ranks import run_ranks
 
@@ -31,11 +31,12 @@ DDP_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static graph": ({}, {"static_graph": True}),
     "layer norm, gradients as views": (NORMED, {"gradient_as_bucket_view": True}),
     "recomputed, static graph": ({**NORMED, "recompute": True}, {"static_graph": True}),
+    "HoME": ({"groups": ((0, 2), (1,)), "norm": None, "feature_gate_rank": 3}, {}),
 }
 """Keywords of the trunk, and of DDP. None looks for unused parameters: a second step then fails if there is one."""
 
 
-def trained(trunk: PLE, model: nn.Module, rank: int, ranks: int, sync_first: bool) -> dict[str, Tensor]:
+def trained(trunk: nn.Module, model: nn.Module, rank: int, ranks: int, sync_first: bool) -> dict[str, Tensor]:
     """Every gradient and parameter after steps of several micro-batches, on the share of a rank."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     generator = torch.Generator().manual_seed(2)
@@ -54,10 +55,11 @@ def trained(trunk: PLE, model: nn.Module, rank: int, ranks: int, sync_first: boo
     return found | {name: parameter.detach().clone() for name, parameter in trunk.named_parameters()}
 
 
-def ddp_trunk(options: dict[str, Any]) -> PLE:
+def ddp_trunk(options: dict[str, Any]) -> PLE | HoME:
     torch.manual_seed(1)
     options = {"expert_units": (6, 4), **options}
-    return PLE(7, 3, task_experts=[2, 1, 3], shared_experts=2, dtype=torch.float64, **options)
+    trunk = HoME if "groups" in options else PLE
+    return trunk(7, 3, task_experts=[2, 1, 3], shared_experts=2, dtype=torch.float64, **options)
 
 
 def ddp_rank() -> dict[str, dict[str, Tensor]]:
