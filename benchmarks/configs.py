@@ -208,7 +208,6 @@ AOT_DTYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "joint_k": ("bfloat16",),
     "scale": ("bfloat16",),
     "towers": ("bfloat16",),
-    "home": ("bfloat16",),
     "stem": ("bfloat16",),
     "silu": ("bfloat16",),
 }

@@ -47,12 +47,13 @@ TIMED_ROUNDS = 15
 
 
 class Architecture(NamedTuple):
-    """A row of the comparison: its trunk, and whether each task has a model of its own."""
+    """A row of the comparison: its trunk, and whether each task has a model, or embeddings, of its own."""
 
     label: str
     trunk: str
     options: dict[str, Any]
     separate: bool = False
+    task_embeddings: bool = False
 
 
 MODELS = {
@@ -64,7 +65,32 @@ MODELS = {
         "PLE", "ple", {"num_levels": 2, "task_experts": 2, "shared_experts": 2, "expert_units": (64, 32)}
     ),
 }
-GATED = ("mmoe", "cgc", "ple")
+SUCCESSORS = {
+    "mmoe_top_k": Architecture(
+        "MMoE, 2 of 6", "mmoe", {"experts": 6, "expert_units": (88, 32), "gate_top_k": 2, "gate_joint_k": 1}
+    ),
+    "adatt": Architecture(
+        "AdaTT", "adatt", {"num_levels": 1, "task_experts": 2, "shared_experts": 2, "expert_units": (88, 32)}
+    ),
+    "stem": Architecture(
+        "STEM", "stem", {"task_experts": 2, "shared_experts": 2, "expert_units": (88, 32)}, task_embeddings=True
+    ),
+    "home": Architecture(
+        "HoME",
+        "home",
+        {
+            "groups": ((0,), (1,)),
+            "task_experts": 1,
+            "group_experts": 1,
+            "shared_experts": 1,
+            "expert_units": ((88, 32), (72, 32)),
+            "feature_gate_rank": 8,
+        },
+    ),
+}
+"""What came after PLE, where ``--models`` names it. STEM's tables are three times as wide, which is its point."""
+KNOWN = MODELS | SUCCESSORS
+GATED = ("mmoe", "cgc", "ple", *SUCCESSORS)
 
 
 def aucs(predictions: dict[str, Any], labels: Any) -> dict[str, float]:
@@ -99,6 +125,7 @@ def run(architecture: Architecture, data: Data, seed: int, options: argparse.Nam
             trunk=architecture.trunk,
             trunk_options=architecture.options,
             tower_units=TOWER_UNITS,
+            task_embeddings=architecture.task_embeddings,
         )
         model.fit(
             *data.train,
@@ -172,7 +199,7 @@ def table_of(results: dict[str, Results], seeds: int) -> Table:
             table.add_column("MTL gain", justify="right")
     table.add_column("seconds per run", justify="right")
     for key, result in results.items():
-        cells = [MODELS[key].label, f"{result.parameters:,}"]
+        cells = [KNOWN[key].label, f"{result.parameters:,}"]
         for task in TASKS:
             cells.append(spread(result.auc[task.name]))
             if baseline is not None:
@@ -220,7 +247,7 @@ def figures(
 ) -> dict[str, Any]:
     """The figures of a run, seed by seed, and what the gates of the first seed weigh over the test rows."""
     rows = [
-        {"model": MODELS[key].label, "parameters": result.parameters, "auc": result.auc, "seconds": result.seconds}
+        {"model": KNOWN[key].label, "parameters": result.parameters, "auc": result.auc, "seconds": result.seconds}
         for key, result in results.items()
     ]
     gates = []
@@ -228,7 +255,7 @@ def figures(
         model = results[key].first if key in results else None
         if model is not None:
             weights = model.gate_weights(data.test.rows)
-            for use in gate_use(weights, model.topologies, model.task_names, model=MODELS[key].label):
+            for use in gate_use(weights, model.topologies, model.task_names, model=KNOWN[key].label):
                 gates.append({name: _short(value) for name, value in asdict(use).items()})
     speeds = {name: round(speed) for name, speed in samples_per_second.items()}
     sizes = {name: len(getattr(data, name).rows) for name in SPLITS}
@@ -254,7 +281,7 @@ def note_floors(console: Console, results: dict[str, Results], options: argparse
         for name, floor in FLOORS.items():
             mean = statistics.fmean(result.auc[name])
             if mean < floor:
-                console.print(f"Note: {MODELS[key].label}: expected an AUC above {floor} for {name}, got {mean:.4f}.")
+                console.print(f"Note: {KNOWN[key].label}: expected an AUC above {floor} for {name}, got {mean:.4f}.")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **least: int) -> argparse.Namespace:
@@ -274,13 +301,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="trainings per model (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="at most (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="default: 1024, less where that makes few steps per epoch")
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help=f"comma-separated of {', '.join(KNOWN)} (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of all files (default: %(default)s)")
     options = parse(parser, argv, rows=1000, seeds=1, epochs=1, batch_size=2)
     options.models = list(dict.fromkeys(options.models.split(",")))
-    unknown = [key for key in options.models if key not in MODELS]
+    unknown = [key for key in options.models if key not in KNOWN]
     if unknown:
-        parser.error(f"--models: expected some of {', '.join(MODELS)}, got {', '.join(unknown)}")
+        parser.error(f"--models: expected some of {', '.join(KNOWN)}, got {', '.join(unknown)}")
     return options
 
 
@@ -289,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     console = console_for()
     begin = time.perf_counter()
-    trainings = options.seeds * sum(len(TASKS) if MODELS[key].separate else 1 for key in options.models)
+    trainings = options.seeds * sum(len(TASKS) if KNOWN[key].separate else 1 for key in options.models)
     results = {key: Results() for key in options.models}
     with progress(console, "loading") as work:
         data = load(options.rows)
@@ -298,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar = Trainings(work, trainings)
         for seed in range(options.seeds):
             for key in options.models:
-                one = run(MODELS[key], data, seed, options, bar)
+                one = run(KNOWN[key], data, seed, options, bar)
                 for name, scores in one.auc.items():
                     results[key].auc[name] += scores
                 results[key].seconds += one.seconds

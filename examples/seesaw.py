@@ -7,8 +7,9 @@ of its own: a trunk, a linear tower per task, ``JointLoss``. Prints a table per 
 All trunks have about as many parameters. They are few and the labels have many waves, so that tasks compete for units
 and the effect shows in minutes.
 
-    python examples/seesaw.py            # minutes on one core
-    python examples/seesaw.py --quick    # seconds: shows that it runs; its figures mean nothing
+    python examples/seesaw.py                # minutes on one core
+    python examples/seesaw.py --successors   # and AdaTT, STEM, HoME, and gates that choose
+    python examples/seesaw.py --quick        # seconds: shows that it runs; its figures mean nothing
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from examples.progress import console_for, progress
-from ple_fast import CGC, PLE, HardSharing, MMoE, SingleTask
+from ple_fast import CGC, PLE, STEM, AdaTT, HardSharing, HoME, MMoE, SingleTask
 from ple_fast.losses import JointLoss, TaskLoss
 from ple_fast.synthetic import synthetic_tasks
 from ple_fast.viz import plot_lines
@@ -69,6 +70,19 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
         IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=((8,), (4,)), activation=ACTIVATION
     ),
 }
+
+# The same number of parameters for what came after PLE. HoME's two levels are as deep as PLE's; each task is a group.
+SUCCESSORS: dict[str, Callable[[], nn.Module]] = {
+    "AdaTT": lambda: AdaTT(IN_FEATURES, 2, num_levels=1, task_experts=1, expert_units=(12, 6), activation=ACTIVATION),
+    "MMoE, 2 of 5": lambda: MMoE(
+        IN_FEATURES, 2, experts=5, expert_units=(4, 4), gate_top_k=2, gate_joint_k=1, activation=ACTIVATION
+    ),
+    "STEM": lambda: STEM(IN_FEATURES, 2, task_experts=1, shared_experts=1, expert_units=(8, 4), activation=ACTIVATION),
+    "HoME": lambda: HoME(
+        IN_FEATURES, 2, groups=[[0], [1]], task_experts=1, group_experts=1, shared_experts=1, expert_units=((4,), (4,)),
+        feature_gate_experts=1, feature_gate_rank=1, norm=None, activation=ACTIVATION,
+    ),
+}  # fmt: skip
 
 
 class Regressor(nn.Module):
@@ -126,14 +140,14 @@ Errors = dict[str, dict[float, list[list[float]]]]
 """``errors[trunk][correlation][seed][task]``"""
 
 
-def run_all(settings: Settings, console: Console) -> Errors:
+def run_all(settings: Settings, console: Console, trunks: Mapping[str, Callable[[], nn.Module]] = TRUNKS) -> Errors:
     """Every trunk on every data set."""
-    errors: Errors = {name: {c: [] for c in settings.correlations} for name in TRUNKS}
-    runs = settings.seeds * len(settings.correlations) * len(TRUNKS)
+    errors: Errors = {name: {c: [] for c in settings.correlations} for name in trunks}
+    runs = settings.seeds * len(settings.correlations) * len(trunks)
     with progress(console, "training") as work:
         for seed in range(settings.seeds):
             for correlation in settings.correlations:
-                for name, trunk in TRUNKS.items():
+                for name, trunk in trunks.items():
                     work.now(f"correlation {correlation:.2f}, seed {seed}, {name:12}", work.completed, runs)
                     errors[name][correlation].append(run(trunk, correlation, seed, settings))
                     work.now(work.description, work.completed + 1)
@@ -147,7 +161,8 @@ def spread(values: list[float], sign: str = "+") -> str:
 
 def print_tables(errors: Errors, console: Console) -> None:
     """Per correlation: error, gain per task (PLE paper, eq. 11: single-task error minus error), and who gains."""
-    for name, trunk in TRUNKS.items():
+    for name in errors:
+        trunk = (TRUNKS | SUCCESSORS)[name]
         console.print(f"{name:12} {sum(p.numel() for p in trunk().parameters())} parameters in the trunk")
     console.print("\nMean±standard deviation over seeds; in how many both tasks gain, one, none")
     headings = ("test error", *(f"gain, {task}" for task in TASKS), "both/one/none")
@@ -155,7 +170,7 @@ def print_tables(errors: Errors, console: Console) -> None:
         table = Table(f"correlation {correlation:.2f}", box=None, padding=(0, 2, 0, 0))
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        for name in TRUNKS:
+        for name in errors:
             runs = errors[name][correlation]
             cells = [name, spread([statistics.fmean(run) for run in runs], sign="")]
             if name != SINGLE:
@@ -177,7 +192,7 @@ def draw(errors: Errors, settings: Settings, path: Path) -> None:
                 [math.log2(single[k] / run[k]) for single, run in zip(errors[SINGLE][c], errors[name][c], strict=True)]
                 for c in settings.correlations
             ]
-            for name in TRUNKS
+            for name in errors
             if name != SINGLE
         }
         for k, task in enumerate(TASKS)
@@ -196,7 +211,10 @@ def draw(errors: Errors, settings: Settings, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds; draws only where --image says")
-    parser.add_argument("--image", type=Path, help=f"where to draw (default: docs/images/{IMAGE.name})")
+    parser.add_argument(
+        "--image", type=Path, help=f"where to draw (default: docs/images/{IMAGE.name}, and nowhere with --successors)"
+    )
+    parser.add_argument("--successors", action="store_true", help="also AdaTT, STEM, HoME and gates that choose")
     parser.add_argument("--seeds", type=int, help="number of seeds, at least 2")
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else Settings()
@@ -206,9 +224,9 @@ def main() -> None:
         settings = Settings(**{**vars(settings), "seeds": arguments.seeds})
     torch.set_num_threads(1)  # the models are tiny: a second thread only costs
     console = console_for()
-    errors = run_all(settings, console)
+    errors = run_all(settings, console, TRUNKS | SUCCESSORS if arguments.successors else TRUNKS)
     print_tables(errors, console)
-    path = arguments.image or (None if arguments.quick else IMAGE)
+    path = arguments.image or (None if arguments.quick or arguments.successors else IMAGE)
     if path is not None:
         draw(errors, settings, path)
         console.print(f"picture: {path}")

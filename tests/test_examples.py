@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.result_files import load
-from examples import census_data, census_income, census_pictures
+from benchmarks.result_files import read as read_result
+from examples import architectures, census_data, census_income, census_pictures, seesaw
 from tests.programs import ROOT, run_python
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +28,7 @@ def assert_picture(file: Path) -> None:
 
 
 def test_census_income_in_small(tmp_path: Path) -> None:
-    arguments = "--rows 3000 --seeds 2 --epochs 2 --models single_task,mmoe,ple".split()
+    arguments = "--rows 3000 --seeds 2 --epochs 2 --models single_task,mmoe,ple,home".split()
     done = run("census_income", *arguments, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for words in ("2,000 train, 500 validation, 500 test", "single task", "MMoE", "PLE", "MTL gain", " ± ", "fused"):
@@ -41,16 +42,19 @@ def test_census_income_in_small(tmp_path: Path) -> None:
     assert_picture(tmp_path / "census_auc.png")
     assert_picture(tmp_path / "census_gates.png")
     written = json.loads((tmp_path / "census_income.json").read_text(encoding="utf-8"))
-    assert [row["model"] for row in written["results"]] == ["single task", "MMoE", "PLE"]
+    assert [row["model"] for row in written["results"]] == ["single task", "MMoE", "PLE", "HoME"]
     assert all(len(row["seconds"]) == len(row["auc"]["income"]) == 2 for row in written["results"])
     for row in written["results"]:
         for aucs in row["auc"].values():
             assert census_income.spread(aucs) in done.stdout
     assert f"{written['samples_per_second']['fused']:,} fused" in done.stdout
     assert written["rows"] == {"train": 2000, "validation": 500, "test": 500}
-    assert {gate["level"] for gate in written["gates"]} == {"MMoE", "PLE level 1", "PLE level 2"}
+    levels = {"MMoE", *(f"{name} level {number}" for name in ("PLE", "HoME") for number in (1, 2))}
+    assert {gate["level"] for gate in written["gates"]} == levels
     for gate in written["gates"]:
-        assert sum(gate["mean"]) == pytest.approx(1, abs=1e-4) and gate["rows"] == 500
+        assert gate["rows"] == 500
+        if len(gate["mean"]) > 1:  # a self gate of one expert is a sigmoid
+            assert sum(gate["mean"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_make_example_takes_the_rows_that_the_documents_say() -> None:
@@ -183,6 +187,44 @@ def test_seesaw_in_small(tmp_path: Path) -> None:
     for words in ("hard sharing", "MMoE", "CGC", "PLE", "parameters in the trunk"):
         assert words in done.stdout
     assert_picture(picture)
+
+
+def test_architectures_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = seesaw.Settings((0.5,), seeds=2, train_rows=256, test_rows=64, epochs=1)
+    monkeypatch.setattr(architectures, "QUICK", architectures.Settings(2, rows=1500, epochs=1, synthetic=few))
+    architectures.main(["--quick", "--out", str(tmp_path)])
+    content = read_result(tmp_path / "architectures.json", "architectures")
+    names = [row["architecture"] for row in content["results"] if row["measure"] == "AUC"]
+    assert names == [*architectures.ARCHITECTURES]
+    for row in content["results"]:
+        assert len(row["values"]) == len(row["gains"]) == 2
+        sign = 1 if row["measure"] == "AUC" else -1
+        single = next(
+            own for own in content["results"] if own["data"] == row["data"] and own["architecture"] == "single task"
+        )
+        for gains, values, ones in zip(row["gains"], row["values"], single["values"], strict=True):
+            assert gains == pytest.approx([sign * (own - one) for own, one in zip(values, ones, strict=True)])
+    text = architectures.markdown(content, "some/file.json")
+    assert text.count("| single task |") == 2 and "2 seeds" in text
+
+
+def test_a_gain_is_borne_where_seeds_agree() -> None:
+    assert architectures.borne([0.01, 0.011, 0.012]) and architectures.borne([-0.2, -0.21, -0.2])
+    assert not architectures.borne([0.01, 0.05, 0.001])  # its spread is larger
+    assert not architectures.borne([0.01, -0.0001, 0.01])
+
+
+def test_the_page_on_architectures_quotes_its_file() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    block = text.partition(architectures.FIRST)[2].partition(architectures.LAST)[0].strip("\n")
+    named = re.search(r"benchmarks/results/[\w.-]+/architectures\.json", block)
+    if named is None:
+        assert not block  # nothing was measured
+        return
+    content = read_result(ROOT / named.group(), "architectures")
+    assert block == architectures.markdown(content, named.group()).strip("\n"), (
+        f"render it again: python examples/architectures.py --write-page {named.group()}"
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
