@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,24 @@ def _gradients() -> list[Tensor | None]:
 def test_ranks_average_all_of_their_gradients() -> None:
     first, second = run_ranks(2, _gradients)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("trunk", ["stem", "cgc"])
+def test_the_older_exporter_to_onnx_keeps_rows_dynamic(trunk: str, tmp_path: Path) -> None:
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    net = model(trunk, columns=COLUMNS, task_embeddings=True).eval()
+    rows, file = net.encode(wide_table()[0]), tmp_path / "model.onnx"
+    names = ["codes", "numbers"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about checks of sizes; and that the exporter is old
+        torch.onnx.export(
+            net.for_inference(), tuple(rows), file, dynamo=False, input_names=names,
+            dynamic_axes={name: {0: "rows"} for name in names},
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for count in (1, 7, 40):
+        part = rows.rows(slice(count))
+        found = session.run(None, dict(zip(names, (part.codes.numpy(), part.numbers.numpy()), strict=True)))
+        for own, expected in zip(found, net.predict(part).values(), strict=True):
+            np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6)

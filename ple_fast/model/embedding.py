@@ -194,8 +194,10 @@ class FeatureEmbedding(nn.Module):
 
 def _by_slot(part: Tensor, row: int, slots: int) -> Tensor:
     """Rows of a table side by side, ``(B, n row)``, whose parts are the slots': ``(B, slots, n row / slots)``."""
-    columns: Tensor = part.unflatten(1, (part.shape[1] // row, slots, row // slots))
-    return columns.transpose(1, 2).flatten(2)
+    count, width = part.shape[1] // row, row // slots
+    # Not unflatten and flatten: the older exporter to ONNX makes a constant of the rows that they leave out.
+    columns = part.reshape(part.shape[0], count, slots, width).transpose(1, 2)
+    return columns.reshape(part.shape[0], slots, count * width)
 
 
 def _width(column: EmbeddedColumn) -> int:
