@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ple_fast import PLE, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
+from ple_fast import PLE, STEM, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 from tests.helpers import assert_close
 from tests.ranks import run_ranks
 
@@ -32,6 +32,7 @@ DDP_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "layer norm, gradients as views": (NORMED, {"gradient_as_bucket_view": True}),
     "recomputed, static graph": ({**NORMED, "recompute": True}, {"static_graph": True}),
     "HoME": ({"groups": ((0, 2), (1,)), "norm": None, "feature_gate_rank": 3}, {}),
+    "STEM": ({"trunk": STEM, "num_levels": 2}, {}),
 }
 """Keywords of the trunk, and of DDP. None looks for unused parameters: a second step then fails if there is one."""
 
@@ -55,11 +56,12 @@ def trained(trunk: nn.Module, model: nn.Module, rank: int, ranks: int, sync_firs
     return found | {name: parameter.detach().clone() for name, parameter in trunk.named_parameters()}
 
 
-def ddp_trunk(options: dict[str, Any]) -> PLE | HoME:
+def ddp_trunk(options: dict[str, Any]) -> PLE | HoME | STEM:
     torch.manual_seed(1)
     options = {"expert_units": (6, 4), **options}
-    trunk = HoME if "groups" in options else PLE
-    return trunk(7, 3, task_experts=[2, 1, 3], shared_experts=2, dtype=torch.float64, **options)
+    trunk = options.pop("trunk", HoME if "groups" in options else PLE)
+    made: PLE | HoME | STEM = trunk(7, 3, task_experts=[2, 1, 3], shared_experts=2, dtype=torch.float64, **options)
+    return made
 
 
 def ddp_rank() -> dict[str, dict[str, Tensor]]:

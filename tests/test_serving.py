@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths
 
-from ple_fast import PLE, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
+from ple_fast import PLE, STEM, ExtractionNetwork, GateSpec, HoME, MLPSpec, Topology
 from tests.helpers import GATES, TOPOLOGIES, assert_close, level, randomise
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "layer-norm": lambda: PLE(7, 2, expert_units=(6, 4), norm="layer", activation="silu", shared_gate_scope="shared"),
     "static": lambda: ExtractionNetwork(7, Topology.single_task(2), experts=MLPSpec((6, 4)), gate=GateSpec()),
     "home": lambda: HoME(7, 2, groups=[[0], [1]], task_experts=[1, 2], expert_units=(6, 4), feature_gate_rank=3),
+    "stem": lambda: STEM(7, 2, num_levels=2, task_experts=[1, 2], expert_units=(6, 4), gate_units=(5,)),
     "offsets": lambda: _trunk("adatt", MLPSpec((6, 4), "leaky_relu"), "temperature"),
 }
 
