@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ple_fast import HoME, Topology, explain, use_backend
+from ple_fast.losses import TaskLoss
+from ple_fast.model import MultiTaskModel
 from tests.helpers import assert_derivatives_agree, by_route, compare, compare_low_precision, draw, randomise
+from tests.model_helpers import COLUMNS
 
 GROUPS = ((0, 2), (1,))
 INF = float("inf")
@@ -309,6 +313,26 @@ def test_one_slot_is_read_in_every_form() -> None:
     module, x = home().eval(), torch.randn(5, 7, dtype=torch.float64)
     for form in (x.unsqueeze(1), [x], (x,)):
         assert torch.equal(module(form), module(x))
+
+
+def test_a_model_takes_names_of_tasks_and_keeps_numbers(tmp_path: Path) -> None:
+    tasks = [TaskLoss("click"), TaskLoss("like"), TaskLoss("watch")]
+    how: dict[str, Any] = {"expert_units": (6, 4)}
+    named = MultiTaskModel(COLUMNS, tasks, trunk="home", trunk_options={**how, "groups": [["click", "watch"], [1]]})
+    assert named.trunk.groups == ((0, 2), (1,))
+    named.save(tmp_path)
+    loaded = MultiTaskModel.load(tmp_path)
+    assert loaded.trunk.groups == ((0, 2), (1,))
+    sources = [["click"], ["click", "like"], [2]]
+    other = MultiTaskModel(COLUMNS, tasks, trunk="asymmetric_sharing", trunk_options={**how, "sources": sources})
+    level: Any = other.trunk.get_submodule("levels.0")
+    assert level.topology.mixture_experts == ((0,), (0, 1), (2,))
+    with pytest.raises(
+        ValueError, match=r"trunk_options\['groups'\]\[0\]\[1\]: expected one of the tasks \['click', 'like'"
+    ):
+        MultiTaskModel(COLUMNS, tasks, trunk="home", trunk_options={**how, "groups": [["click", "buy"], ["like"]]})
+    with pytest.raises(TypeError, match="groups: expected a sequence of groups"):
+        MultiTaskModel(COLUMNS, tasks, trunk="home", trunk_options={**how, "groups": ["click", "like", "watch"]})
 
 
 def test_the_wiring_of_levels() -> None:

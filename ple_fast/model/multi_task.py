@@ -52,7 +52,8 @@ class MultiTaskModel(TaskNetwork):
             ``"cross_stitch"``, ``"hard_sharing"``, ``"customized_sharing"``, ``"asymmetric_sharing"`` or
             ``"single_task"``; a module, or a function that takes ``in_features`` and returns one, from
             ``(B, in_features)`` to ``(B, T, H)``.
-        trunk_options: keywords of the named trunk's class (``PLE``, ``CGC``, ...), of values that JSON can hold.
+        trunk_options: keywords of the named trunk's class (``PLE``, ``CGC``, ...), of values that JSON can hold. Tasks
+            in them, as in ``groups`` of ``HoME``, are names or numbers.
         tower_units: widths of each tower's hidden layers, in front of its output.
         tower_activation: one of relu, leaky_relu, prelu, gelu, silu, tanh, sigmoid.
         tower_dropout: behind each hidden layer of the towers.

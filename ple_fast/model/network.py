@@ -25,7 +25,17 @@ from .priors import PriorOptions, Priors
 from .task_columns import SlotInputs, check_task_columns, hidden_features
 from .tower_stack import run_towers
 from .towers import build_tower, tower_options
-from .trunks import CUSTOM, Trunk, check_balanced, known_slots, make_trunk, plain, trunk_slots, trunk_width
+from .trunks import (
+    CUSTOM,
+    Trunk,
+    check_balanced,
+    known_slots,
+    make_trunk,
+    number_tasks,
+    plain,
+    trunk_slots,
+    trunk_width,
+)
 
 
 class TaskNetwork(nn.Module):
@@ -79,6 +89,7 @@ class TaskNetwork(nn.Module):
             self.embedding = FeatureEmbedding(self.columns, sparse=sparse)
             width = self.embedding.out_features
         options = dict(plain("trunk_options", dict(mapping("trunk_options", trunk_options))))
+        options = number_tasks(trunk, options, [task.name for task in self.tasks])
         self.trunk = make_trunk(trunk, width, len(self.tasks), options)
         if own:
             slots = trunk_slots(self.trunk, len(self.tasks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,36 @@ def options_of(kind: str) -> dict[str, bool]:
     parameters = inspect.signature(TRUNKS[kind]).parameters.values()
     # A model is built where its user says with model.to, in the dtype that its towers have.
     return {p.name: p.default is p.empty for p in parameters if p.name not in (*given, "device", "dtype")}
+
+
+OF_TASKS = {"home": "groups", "asymmetric_sharing": "sources"}
+"""By name of the trunk its option that lists tasks."""
+
+
+def number_tasks(trunk: Trunk, options: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """The options with numbers in the place of names of tasks.
+
+    Raises:
+        ValueError: a name that no task has.
+    """
+    option = OF_TASKS.get(trunk) if isinstance(trunk, str) else None
+    if option is None or not isinstance(options.get(option), tuple):
+        return dict(options)
+
+    def number(place: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in tasks:
+            raise ValueError(f"{place}: expected one of the tasks {list(tasks)}, or its number, got {value!r}")
+        return tasks.index(value)
+
+    rows = [
+        tuple(number(f"trunk_options[{option!r}][{i}][{j}]", value) for j, value in enumerate(row))
+        if isinstance(row, tuple)
+        else row
+        for i, row in enumerate(options[option])
+    ]
+    return {**options, option: tuple(rows)}
 
 
 def build_trunk(kind: str, in_features: int, num_tasks: int, options: Mapping[str, Any]) -> nn.Module:
