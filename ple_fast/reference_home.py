@@ -17,6 +17,7 @@ class HoMEReference(PLEReference):
         levels: the meta and the task level.
         feature_gates: what stands before each; none.
         groups: the tasks of each group.
+        readers: per level of each feature gate the slot that it reads.
     """
 
     def __init__(
@@ -24,34 +25,30 @@ class HoMEReference(PLEReference):
         levels: list[ExtractionNetworkReference],
         feature_gates: list[ExtractionNetworkReference],
         groups: tuple[tuple[int, ...], ...],
+        readers: list[tuple[int, ...]],
     ) -> None:
         super().__init__(levels, sum(map(len, groups)))
         self.feature_gates = nn.ModuleList(feature_gates)
-        self.groups = groups
+        self.groups, self.readers = groups, readers
 
-    def _scaled(self, number: int, v: list[Tensor], readers: list[int]) -> list[Tensor]:
+    def _scaled(self, number: int, v: list[Tensor], readers: tuple[int, ...]) -> list[Tensor]:
         """Of each reader its slot, element by element times twice a mixture of sigmoids."""
         if not self.feature_gates:
             return [v[slot] for slot in readers]
         network = self.feature_gates[number]
         assert isinstance(network, ExtractionNetworkReference)
-        scale = network(v if network.topology.num_slots == len(v) else v[:1])
+        scale = network(v)
         return [2 * v[slot] * scale[:, reader] for reader, slot in enumerate(readers)]
 
     def forward(self, x: Any, *, return_gates: bool = False) -> Any:
         """``x``: ``(B, D)``. Returns ``(B, T, H)``, and all weights on request."""
         meta, task = self.levels
         shared = len(self.groups)
-        y, weights = meta(self._scaled(0, [x] * (shared + 1), list(range(shared + 1))), x, return_gates=True)
+        first, second = self.readers or [(0,) * (shared + 1), tuple(range(shared + 1))]
+        y, weights = meta(self._scaled(0, [x], first), x, return_gates=True)
         z = list(y.unbind(1))
-        readers = []  # of each owner's experts: of the group's tasks, then of the group
-        for group, tasks in enumerate(self.groups):
-            readers += [group] * (len(tasks) + 1)
-        readers.append(shared)
-        if not self.feature_gates:
-            readers = list(range(shared + 1))
-        own = self._scaled(1, z, readers)
-        out, last = task(own, [torch.cat((z[slot], z[shared]), dim=1) for slot in readers], return_gates=True)
+        beside = [torch.cat((z[slot], z[shared]), dim=1) for slot in second]
+        out, last = task(self._scaled(1, z, second), beside, return_gates=True)
         return (out, [weights, last]) if return_gates else out
 
     @classmethod
@@ -59,4 +56,5 @@ class HoMEReference(PLEReference):
         """The reference of a ``HoME``, weights copied."""
         levels = [ExtractionNetworkReference.like(level) for level in module.levels]
         gates = [ExtractionNetworkReference.like(own.network) for own in module.feature_gates]
-        return cls(levels, gates, module.groups).train(module.training)
+        readers = [own.slots for own in module.feature_gates]
+        return cls(levels, gates, module.groups, readers).train(module.training)

@@ -273,6 +273,7 @@ def _trunk(dice: random.Random) -> tuple[int, tuple[str, dict[str, Any]]]:
             "self_gates": dice.random() < 0.7,
             "feature_gate_experts": dice.randint(0, 2),
             "feature_gate_rank": dice.randint(1, 4),
+            "feature_gate_scope": dice.choice(("owner", "expert")),
         }
     if name in ("ple", "cgc", "mmoe", "ml_mmoe", "adatt", "stem", "home"):
         options |= {"gate_units": (dice.randint(1, 5),) * dice.randint(0, 1), "gate_bias": dice.random() < 0.7}

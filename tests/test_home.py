@@ -39,6 +39,7 @@ def home(dtype: torch.dtype = torch.float64, **options: Any) -> HoME:
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
     "one projection": {"feature_gate_experts": 1},
+    "a feature gate per expert": {"feature_gate_scope": "expert"},
     "no feature gates": {"feature_gate_experts": 0},
     "no self gates": {"self_gates": False},
     "neither": {"feature_gate_experts": 0, "self_gates": False, "norm": None},
@@ -182,7 +183,7 @@ def test_every_route(route: str, device: torch.device) -> None:
         compare(home().to(device), [leaf.to(device) for leaf in draw("one", 9, 1, 7)])
 
 
-@pytest.mark.parametrize("name", ["as published", "no feature gates", "one projection"])
+@pytest.mark.parametrize("name", ["as published", "no feature gates", "a feature gate per expert"])
 def test_compiled_exported_traced_and_served(name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     module = home(torch.float32, **VARIANTS[name]).eval()
@@ -292,6 +293,7 @@ def test_experts_end_in_batch_norm_and_swish() -> None:
         ({"groups": 3}, TypeError, "groups: expected a sequence of groups"),
         ({"task_experts": [1, 1]}, ValueError, r"task_experts: expected one count per task \(3\)"),
         ({"feature_gate_experts": -1}, ValueError, "feature_gate_experts: expected 0 or more"),
+        ({"feature_gate_scope": "level"}, ValueError, "feature_gate_scope: expected .owner. or .expert., got 'level'"),
         ({"feature_gate_rank": 0}, ValueError, "feature_gate_rank: expected 1 or more"),
         ({"self_gates": "no"}, TypeError, "self_gates"),
         ({"gate_top_k": 2, "gate_joint_k": 1}, ValueError, "gate_joint_k: expected 0 with self gates"),
@@ -345,4 +347,5 @@ def test_the_wiring_of_levels() -> None:
     scaled = wirings()
     assert [t.num_slots for t in scaled] == [3, 3 + 2 + 1]
     assert [t.mixture_experts for t in scaled] == [meta.mixture_experts, task.mixture_experts]
+    assert [t.num_slots for t in wirings(feature_gate_scope="expert")] == [5, 4 + 3 + 2]
     assert "groups=((0, 2), (1,))" in repr(home())

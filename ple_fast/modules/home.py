@@ -95,8 +95,8 @@ class HoME(Stack):
     the shared ones, and one that is shared, ``z_s``, out of all. At the task level a task's own experts and those of
     its group read ``z_g``, the shared ones ``z_s``. The output of a task weighs these three kinds by a gate that reads
     ``z_g`` and ``z_s`` side by side. To each output of both levels the experts of its owner are added once more,
-    weighed by a *self gate* of their own: a sigmoid for one expert, a softmax over several. The experts of one owner
-    read their slot through a *feature gate*: element by element it is scaled by a mixture of ``2 sigmoid(v A_l B_l)``.
+    weighed by a *self gate* of their own: a sigmoid for one expert, a softmax over several. Experts read their slot
+    through a *feature gate*: element by element it is scaled by a mixture of ``2 sigmoid(v A_l B_l)``.
     Experts end in batch norm and Swish.
 
     Args:
@@ -109,6 +109,8 @@ class HoME(Stack):
         self_gates: whether there are self gates.
         feature_gate_experts: low-rank projections of each feature gate; 0: there are no feature gates.
         feature_gate_rank: rank of each projection; a multiple of 32 is fast on a GPU.
+        feature_gate_scope: the experts of one ``"owner"``, a task, a group or all, have one feature gate, or each
+            ``"expert"`` its own.
         options: the keywords of ``LevelOptions``.
 
     ``levels`` are the meta and the task level, ``feature_gates.{l}`` what stands before each. Published descriptions
@@ -131,6 +133,7 @@ class HoME(Stack):
         self_gates: bool = True,
         feature_gate_experts: int = 2,
         feature_gate_rank: int = 32,
+        feature_gate_scope: Literal["owner", "expert"] = "owner",
         **options: Unpack[LevelOptions],
     ) -> None:
         super().__init__()
@@ -143,6 +146,8 @@ class HoME(Stack):
             )
         projections = check_count("feature_gate_experts", feature_gate_experts, least=0)
         rank, self_gates = check_count("feature_gate_rank", feature_gate_rank), check_flag("self_gates", self_gates)
+        if feature_gate_scope not in ("owner", "expert"):
+            raise ValueError(f'feature_gate_scope: expected "owner" or "expert", got {shown(feature_gate_scope)}')
         if options["gate_joint_k"] and self_gates:
             raise ValueError(
                 "gate_joint_k: expected 0 with self gates, which weigh an owner's experts alone, so that no expert is "
@@ -158,10 +163,13 @@ class HoME(Stack):
             topology = Topology.home(
                 self.groups, group_experts, shared_experts, task_experts=tasks, self_gates=self_gates
             )
+            readers = [(own.slot, own.experts) for own in sets]
+            if feature_gate_scope == "expert":
+                readers = [(own.slot, (expert,)) for own in sets for expert in own.experts]
             if projections:
-                slots = (0,) * len(sets) if tasks is None else tuple(own.slot for own in sets)
+                slots = (0,) * len(readers) if tasks is None else tuple(slot for slot, _ in readers)
                 gates.append(FeatureGates(width, slots, projections, rank, **where))
-                topology = _slot_per_set(topology, [own.experts for own in sets])
+                topology = _slot_per_reader(topology, [experts for _, experts in readers])
             is_scaled = projections > 0 or tasks is not None  # the gates read something else than the experts
             level = ExtractionNetwork(
                 width,
@@ -176,7 +184,7 @@ class HoME(Stack):
         self._set_levels(levels, num_tasks)
         self.feature_gates = nn.ModuleList(gates)
         self.gate_input = BesideShared(
-            tuple(own.slot for own in sets) if projections else tuple(range(len(self.groups) + 1))
+            tuple(slot for slot, _ in readers) if projections else tuple(range(len(self.groups) + 1))
         )
 
     def _networks(self) -> Iterator[ExtractionNetwork]:
@@ -248,8 +256,8 @@ class HoME(Stack):
         return f"{super().extra_repr()}, groups={self.groups}"
 
 
-def _slot_per_set(topology: Topology, sets: Sequence[Sequence[int]]) -> Topology:
-    """The wiring with a slot for the experts of each owner; a gate's is that of its first expert's owner."""
-    own = tuple(number for number, experts in enumerate(sets) for _ in experts)
+def _slot_per_reader(topology: Topology, readers: Sequence[Sequence[int]]) -> Topology:
+    """The wiring with a slot for the experts of each feature gate; a gate's is that of its first expert."""
+    own = tuple(number for number, experts in enumerate(readers) for _ in experts)
     slots = tuple(own[experts[0]] for experts in topology.mixture_experts)
-    return replace(topology, expert_slot=own, mixture_slot=slots, num_slots=len(sets))
+    return replace(topology, expert_slot=own, mixture_slot=slots, num_slots=len(readers))
