@@ -96,11 +96,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 class Settings:
     """How much is trained."""
 
-    seeds: int = 3
+    seeds: int = 6
     rows: int = 120_000
     epochs: int = 4
     synthetic: seesaw.Settings = field(
-        default_factory=lambda: seesaw.Settings(correlations=CORRELATIONS, seeds=3, epochs=20)
+        default_factory=lambda: seesaw.Settings(correlations=CORRELATIONS, seeds=6, epochs=20)
     )
 
 
