@@ -337,7 +337,7 @@ def towers_table(content: Result) -> str:
     rows: dict[tuple[str, int, int], list[str]] = {}
     for entry in sorted(content["results"], key=lambda own: (own["products"], own["mode"] != "train")):
         make = f"{entry['in_features']} to {', '.join(map(str, entry['units']))}, 1"
-        row = rows.setdefault((make, entry["tasks"], entry["batch"]), [f"{entry['products'] / 1e6:,.3g}"])
+        row = rows.setdefault((make, entry["tasks"], entry["batch"]), [number(entry["products"] / 1e6)])
         row += [number(entry["contestants"]["one_by_one"]["median_ms"]), f"{entry['one_by_one_over_stacked']:.2f} x"]
     heads = [
         "widths",
