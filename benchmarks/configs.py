@@ -398,3 +398,6 @@ class TowerConfig:
 TOWERS: tuple[TowerConfig, ...] = (TowerConfig(128, (64,)), TowerConfig(256, (128, 64)))
 TOWER_TASKS: tuple[int, ...] = (2, 6, 12)
 TOWER_BATCHES: tuple[int, ...] = (64, 256, 1024, 4096)
+
+MODEL_STEPS: tuple[tuple[Mode, int], ...] = (("train", 4096), ("train", 256), ("inference", 4096), ("inference", 64))
+"""(mode, batch) of the steps of whole models of ours."""

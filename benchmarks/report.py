@@ -352,6 +352,21 @@ def towers_table(content: Result) -> str:
     return table(heads, [[make, str(tasks), f"{batch:,}", *row] for (make, tasks, batch), row in rows.items()])
 
 
+def model_steps_table(content: Result) -> str:
+    """A row per model, two columns per mode and batch: milliseconds, and times PLE's."""
+    entries = content["results"]
+    rows = []
+    for name in entries[0]["contestants"]:
+        cells = [name]
+        for time in (entry["contestants"][name] for entry in entries):
+            cells += [number(time["median_ms"]), f"{time['ratio_to_PLE']:.2f}"]
+        rows.append(cells)
+    heads = [
+        cell for entry in entries for cell in (f"{MODE_NAMES[entry['mode']]}, {entry['batch']:,} rows, ms", "of PLE")
+    ]
+    return table(["model", *heads], rows)
+
+
 def suite_table(content: Result) -> str:
     """The pytest-benchmark suite: a row per size and contestant, a column per mode."""
     cases: dict[tuple[str, str], dict[str, Result]] = {}
@@ -401,6 +416,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "embeddings": Block(ROOT / "docs" / "model.md", embeddings_table, "growth is the median"),
     "towers": Block(ROOT / "docs" / "how_a_step_runs.md", towers_table, "a gain is the median"),
+    "model_steps": Block(ROOT / "docs" / "model.md", model_steps_table, "a part is the median"),
     "routing": Block(
         ROOT / "docs" / "sparse_gates.md", routing_table, "the gain is the median", notes=_routing_notes
     ),
@@ -430,6 +446,10 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], str]]] = {
     "scaling": ("DistributedDataParallel", lambda machine, files: block("scaling", machine, files["scaling"])),
     "embeddings": ("Embeddings", lambda machine, files: block("embeddings", machine, files["embeddings"])),
     "towers": ("Towers as one level", lambda machine, files: block("towers", machine, files["towers"])),
+    "model_steps": (
+        "Steps of whole models",
+        lambda machine, files: block("model_steps", machine, files["model_steps"]),
+    ),
     "routing": ("Skipping experts", lambda machine, files: block("routing", machine, files["routing"])),
     "host_time": ("Host time of the kernels", lambda machine, files: block("host_time", machine, files["host_time"])),
     "serving": ("Serving", lambda machine, files: serving_block(machine, files["serving"])),
