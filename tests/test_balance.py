@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,15 @@ def test_what_does_not_fit_is_refused() -> None:
     for weight in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="balance_weight"):
             JointLoss(TASKS, balance="gate", balance_weight=weight)
+
+
+def test_a_loss_that_was_pickled_before_there_was_a_balance_has_none() -> None:
+    old = JointLoss(TASKS)
+    for name in ("balance", "balance_weight"):
+        del old.__dict__[name]
+    again = pickle.loads(pickle.dumps(old))
+    predictions = {name: torch.zeros(3) for name in "ab"}
+    assert again(predictions, predictions).balance is None and "balance" not in repr(again)
 
 
 def data() -> tuple[dict[str, Any], dict[str, Any]]:

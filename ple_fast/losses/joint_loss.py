@@ -59,6 +59,8 @@ class JointLoss(nn.Module):
     """
 
     epoch: Tensor
+    balance: Balance | None = None  # of losses that were pickled before there was one
+    balance_weight: float = 0.01
 
     def __init__(
         self,
