@@ -175,6 +175,12 @@ def cut_depth(tile: Tile, depth: int) -> Tile:
     return tile._replace(depth=_cut(tile.depth, depth))
 
 
+def without_ahead(tile: Tile, depth: int) -> Tile:
+    """The tile of a product that is ``depth`` deep: one that is done in a step has nothing to load ahead of, and more
+    stages spill, or make products wait for each other."""
+    return tile._replace(stages=1) if depth < tile.depth else tile
+
+
 @remembered
 def _matmul(key: str, processors: int, kernel: str, operands: str, row_tiles: int, columns: int, members: int) -> Tile:
     tile = _choose(classes_of(key, kernel, operands), _results(row_tiles, columns, members), processors)

@@ -17,7 +17,7 @@ from ._launch import CACHED, Prepared, cdiv, next_power, prefixed, prepare, wide
 from ._layer_end import Norm, RunningConstants, finish_running, norm_pointers, running_constants
 from ._level_tiles import fused_tile
 from ._matmul import accumulate, pick_wide, swizzle, tiles_of
-from ._tiles import Tile, cut_depth
+from ._tiles import Tile, cut_depth, without_ahead
 from .tables import Mixtures
 
 
@@ -234,9 +234,8 @@ def fused_level_fwd(
     if tile is None:
         tile = fused_tile(a, units, len(mixtures.sizes), fused_width(mixtures), precision)
         assert tile is not None, "the caller asks fused_tile first"
-        tile = cut_depth(tile, max(depth, gate_depth))
-        if max(depth, gate_depth) < tile.depth:  # one step, with nothing to load ahead of
-            tile = tile._replace(stages=1)
+        deepest = max(depth, gate_depth)
+        tile = without_ahead(cut_depth(tile, deepest), deepest)
     run = _level(
         tile, precision, depth, units, slots, a.stride(0), a.stride(1), gate_depth, 0 if x is None else x.stride(0),
         0 if x is None else x.stride(1), mixture_slots or (0,) * len(mixtures.sizes), mixtures, temperature,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import CACHED, Prepared, cdiv, prepare
 from ._matmul import accumulate, pick, swizzle, tiles_of
-from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile
+from ._tiles import NARROW, Tile, cut_depth, gate_width, matmul_tile, without_ahead
 from .library import input_grad_in_library, library_input_grad
 from .tables import NO_GATES, GateRuns, Readers
 
@@ -128,8 +128,7 @@ def grouped_input_grad(
             tile = cut_depth(tile, depth)
         if readers.order or adds or depth % tile.depth:  # products of more columns would wait for each other (C7515)
             tile = tile._replace(columns=min(tile.columns, NARROW))
-        if depth < tile.depth:  # one step, with nothing to load ahead of: more stages spill, or make products wait
-            tile = tile._replace(stages=1)
+        tile = without_ahead(tile, depth)
     run = _prepared(
         tile, precision, depth, units, 0 if d is None else d.stride(0), out.stride(0), slots, readers, d is not None,
         gates, 0 if dl is None else dl.shape[1], dl is not None, adds,

@@ -15,6 +15,15 @@ from ._tiles import TOP_K_TILE
 from .tables import Mixtures
 
 
+@triton.jit
+def _is_above(other, own, is_before):
+    """Whether ``other`` is chosen ahead of ``own``: NaN is larger than any number, and of equal ones the first is."""
+    # Of two NaN the first is above, as of two that are equal.
+    same = (other == own) | ((other != other) & (own != own))
+    more = (other > own) | ((other != other) & (own == own))
+    return more | (same & is_before)
+
+
 @triton.jit(do_not_specialize=["B"])
 def _keep_top_k_kernel(
     Logits, Out, B, LOGITS: tl.constexpr, LOGIT_FIRST: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
@@ -37,10 +46,7 @@ def _keep_top_k_kernel(
                 above = tl.zeros((BLOCK_M, WIDTH), tl.int32)
                 for e in tl.static_range(tl.constexpr(SIZES[o])):
                     other = tl.load(Logits + first + e, mask=m_m, other=0.0)[:, None]
-                    # Of two NaN the first is above, as of two that are equal.
-                    same = (other == logit) | ((other != other) & (logit != logit))
-                    more = (other > logit) | ((other != other) & (logit == logit))
-                    above += (more | (same & (e < o_g)[None, :])).to(tl.int32)
+                    above += _is_above(other, logit, (e < o_g)[None, :]).to(tl.int32)
                 logit = tl.where(above < K, logit, float("-inf"))
             tl.store(Out + o_l, logit, mask=m_l)
 
@@ -76,9 +82,7 @@ def _keep_joint_kernel(
     for c in tl.static_range(JOINT):
         above = tl.zeros((BLOCK_M,), tl.int32)
         for d in tl.static_range(JOINT):
-            same = (sums[d] == sums[c]) | ((sums[d] != sums[d]) & (sums[c] != sums[c]))
-            more = (sums[d] > sums[c]) | ((sums[d] != sums[d]) & (sums[c] == sums[c]))
-            above += (more | (same & (d < c))).to(tl.int32)
+            above += _is_above(sums[d], sums[c], d < c).to(tl.int32)
         together = together + (above < JOINT_K,)
     for o in tl.static_range(len(SIZES)):
         if LOGIT_FIRST[o] >= 0:
@@ -97,10 +101,7 @@ def _keep_joint_kernel(
                     for c in tl.static_range(JOINT):
                         if JOINT_PLACE[o * JOINT + c] == e:
                             other = tl.where(together[c], float("inf"), other)
-                    other = other[:, None]
-                    same = (other == before) | ((other != other) & (before != before))
-                    more = (other > before) | ((other != other) & (before == before))
-                    above += (more | (same & (e < o_g)[None, :])).to(tl.int32)
+                    above += _is_above(other[:, None], before, (e < o_g)[None, :]).to(tl.int32)
                 logit = tl.where(above < K, logit, float("-inf"))
             tl.store(Out + o_l, logit, mask=m_l)
 
@@ -122,9 +123,10 @@ def _prepared(mixtures: Mixtures, k: int) -> Prepared:
 @lru_cache(maxsize=CACHED)
 def _prepared_joint(mixtures: Mixtures, k: int, joint_k: int, experts: tuple[int, ...], temperature: float) -> Prepared:
     _, column, _ = mixtures.dense()
-    gated = [o if first >= 0 else -1 for o, first in enumerate(mixtures.logit_first)]
     places = [
-        column[o * mixtures.experts + e] - mixtures.logit_first[o] if o >= 0 else -1 for o in gated for e in experts
+        column[o * mixtures.experts + e] - first if first >= 0 else -1
+        for o, first in enumerate(mixtures.logit_first)
+        for e in experts
     ]
     return prepare(
         _keep_joint_kernel,
