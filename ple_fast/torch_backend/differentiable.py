@@ -41,7 +41,10 @@ def level(
     for block in plan.blocks:
         parts.append(_mlp(block, layers, state, x, moves_statistics))
     h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    gated = None if gate.weight is None else _gated(plan, layers, gate, state, gate_x, moves_statistics)
+    gated = None
+    if gate.weight is not None:
+        logits = _logits(plan, layers, gate, state, gate_x, moves_statistics)
+        gated = mix.gate_softmax(plan, logits, is_traced=True)
     weights = mix.mixture_weights(plan, gated, gate.offset, h.shape[0], h)
     return _mix(plan, mix.output_weights(plan, weights), h), mix.listed_weights(plan, weights)
 
@@ -107,17 +110,6 @@ def gate_shares(
         rows = mix.index_of(tuple(i for i in range(dense.shape[1]) if i not in plan.sigmoid_rows), dense.device)
         dense, chosen = dense.index_select(1, rows), None if chosen is None else chosen.index_select(1, rows)
     return torch.softmax(dense, dim=2), chosen
-
-
-def _gated(
-    plan: LevelPlan,
-    layers: Sequence[LayerTensors],
-    gate: GateTensors,
-    state: LevelState,
-    gate_x: Slots,
-    moves_statistics: bool,
-) -> Tensor:
-    return mix.gate_softmax(plan, _logits(plan, layers, gate, state, gate_x, moves_statistics), is_traced=True)
 
 
 def _logits(
