@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import ROOT
+from benchmarks.rendering import with_block
 from benchmarks.result_files import read, write
 from examples import seesaw
 from examples.progress import console_for, progress
@@ -46,8 +47,8 @@ FEATURES = (
 TASKS = ("is_click", "long_view", "finish", "is_like", "is_profile_enter")
 GROUPS = ((0, 1, 2), (3, 4))  # watching, and interacting
 SINGLE = "single task"
-FIRST, LAST = "<!-- architectures -->", "<!-- /architectures -->"
-"""Around the tables in the page."""
+BLOCK = "architectures"
+"""Of the page, and the kind of the file."""
 
 
 @dataclass(frozen=True)
@@ -262,11 +263,8 @@ def markdown(content: Mapping[str, Any], file: str) -> str:
 def write_page(file: Path) -> None:
     """Puts the tables of a file of figures into docs/architectures.md."""
     page = ROOT / "docs" / "architectures.md"
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(FIRST)
-    _, _, after = rest.partition(LAST)
-    own = markdown(read(file, "architectures"), file.resolve().relative_to(ROOT).as_posix())
-    page.write_text(f"{before}{FIRST}\n{own}{LAST}{after}", encoding="utf-8")
+    own = markdown(read(file, BLOCK), file.resolve().relative_to(ROOT).as_posix())
+    page.write_text(with_block(page.read_text(encoding="utf-8"), BLOCK, own), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -282,8 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = synthetic(settings, console) + of_log(settings, console)
     console.print()
     print_tables(results, console)
-    path = options.out / "architectures.json"
-    write(path, "architectures", {"results": results})
+    path = options.out / f"{BLOCK}.json"
+    write(path, BLOCK, {"results": results})
     console.print(f"figures: {path}")
 
 

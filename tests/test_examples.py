@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.rendering import quoted
 from benchmarks.result_files import load
 from benchmarks.result_files import read as read_result
 from examples import architectures, census_data, census_income, census_pictures, seesaw
@@ -216,13 +217,13 @@ def test_a_gain_is_borne_where_seeds_agree() -> None:
 
 def test_the_page_on_architectures_quotes_its_file() -> None:
     text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
-    block = text.partition(architectures.FIRST)[2].partition(architectures.LAST)[0].strip("\n")
+    block = quoted(text, architectures.BLOCK)
     named = re.search(r"benchmarks/results/[\w.-]+/architectures\.json", block)
     if named is None:
         assert not block  # nothing was measured
         return
     content = read_result(ROOT / named.group(), "architectures")
-    assert block == architectures.markdown(content, named.group()).strip("\n"), (
+    assert block == architectures.markdown(content, named.group()), (
         f"render it again: python examples/architectures.py --write-page {named.group()}"
     )
 
