@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_the_readme_quotes_the_committed_results() -> None:
 def page_block(kind: str) -> str:
     """What the page of a result file quotes of it."""
     return quoted(report.BLOCKS[kind].page.read_text(encoding="utf-8"), kind)
+
+
+def quoted_results(kind: str) -> list[Any]:
+    """Entries of the file that the page of a kind quotes whole; none, and an empty block, where there is no file."""
+    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
+    found = load(report.RESULTS / machine).get(kind)
+    assert page_block(kind) == ("" if found is None else report.block(kind, machine, found)), (
+        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
+    )
+    return [] if found is None else list(found["results"])
 
 
 def test_the_page_on_performance_quotes_the_committed_norms() -> None:
@@ -173,12 +184,7 @@ def test_the_page_on_benchmarks_quotes_the_committed_host_time() -> None:
 
 
 def test_the_page_on_models_quotes_the_committed_embeddings() -> None:
-    """Nothing, as long as nothing was measured."""
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = load(ROOT / "benchmarks" / "results" / machine).get("embeddings")
-    assert page_block("embeddings") == ("" if found is None else report.block("embeddings", machine, found)), (
-        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
-    )
+    quoted_results("embeddings")
 
 
 def test_the_bound_of_sparse_steps_is_the_one_that_was_asked_for() -> None:

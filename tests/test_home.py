@@ -53,14 +53,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_make_up_agrees_with_the_reference(name: str, backend: str, device: torch.device) -> None:
     if backend == "triton" and name not in ("as published", "one projection", "hidden gates", "gates that choose"):

@@ -29,14 +29,6 @@ TRUNKS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
-
-
 def kept(rows: list[list[float]], k: int, joint_k: int, experts: list[int] | None = None) -> list[list[int]]:
     """Per gate of one row of the batch, the places that stay; by both forms."""
     logits = torch.tensor(rows, dtype=torch.float64).unsqueeze(0)

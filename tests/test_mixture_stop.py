@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,6 @@ STOPS = Topology(
     mixture_stop=tuple(tuple(e // 2 not in (t, 2) for e in range(6)) for t in range(3)),
 )
 """Task 0's experts, task 1's, shared ones; mixture 2 is open to the shared ones alone."""
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
 
 
 def expert_grads(module: ExtractionNetwork) -> Tensor:

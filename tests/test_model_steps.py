@@ -11,10 +11,10 @@ import torch
 
 from benchmarks import model_steps, report
 from benchmarks.configs import KUAIRAND, MODEL_STEPS, ROUNDS, ModelConfig
-from benchmarks.result_files import load, read, write
+from benchmarks.result_files import read, write
 from benchmarks.steps import WrongResultError
 from ple_fast.model import MultiTaskModel, tower_stack
-from tests.test_committed_results import page_block
+from tests.test_committed_results import quoted_results
 
 TINY = replace(KUAIRAND, fields=(("a", 9), ("b", 5), ("c", 3)), width=2, num_tasks=3, units=(6, 4), tower_units=(3,))
 
@@ -63,10 +63,5 @@ def test_nothing_is_timed_that_computes_something_else(monkeypatch: pytest.Monke
 
 def test_the_page_quotes_the_committed_file() -> None:
     """Nothing, as long as nothing was measured."""
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = load(report.RESULTS / machine).get("model_steps")
-    assert page_block("model_steps") == ("" if found is None else report.block("model_steps", machine, found)), (
-        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
-    )
-    for own in () if found is None else found["results"]:
+    for own in quoted_results("model_steps"):
         assert own["rounds"] >= ROUNDS and (own["mode"], own["batch"]) in MODEL_STEPS

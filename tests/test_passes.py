@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ SPECS: dict[str, MLPSpec] = {
     "learned": MLPSpec((6, 2), "prelu", last_activation="identity"),
     "norms": MLPSpec((6, 2), norm=("batch", None), last_activation="identity"),
 }
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
 
 
 def passes(topology: Topology, experts: MLPSpec) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,14 +22,6 @@ from tests.model_helpers import TASKS, model, table
 
 PRIORS: dict[str, Any] = {"domain_columns": ["country"], "personal_columns": ["hour", "age"]}
 CHAIN = (TaskLoss("view"), TaskLoss("click"), TaskLoss("buy"))
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
 
 
 def unit(gate: GateNU, number: int, x: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import report, routing
 from benchmarks.configs import ROUNDS, ROUTING_EXPERTS, RoutingConfig
-from benchmarks.result_files import load, read, write
+from benchmarks.result_files import read, write
 from benchmarks.steps import WrongResultError
-from tests.test_committed_results import page_block
+from tests.test_committed_results import quoted_results
 
 TINY = RoutingConfig(batch=9, in_features=5, num_tasks=3, units=(6, 4), top_k=2, joint_k=1)
 
@@ -51,10 +51,5 @@ def test_nothing_is_timed_that_computes_something_else(monkeypatch: pytest.Monke
 
 def test_the_page_quotes_the_committed_file() -> None:
     """Nothing, as long as nothing was measured."""
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = load(report.RESULTS / machine).get("routing")
-    assert page_block("routing") == ("" if found is None else report.block("routing", machine, found)), (
-        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
-    )
-    for own in () if found is None else found["results"]:
+    for own in quoted_results("routing"):
         assert own["rounds"] >= ROUNDS and own["experts"] in ROUTING_EXPERTS

@@ -19,14 +19,6 @@ NAMES = ["home-meta", "home-task", "sigmoids-and-sums"]
 INF = float("inf")
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("gate", ["plain", "hidden", "everything", "top-1", "top-2"])
 @pytest.mark.parametrize("name", NAMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,14 +36,6 @@ def truth(x: Tensor, scale: Tensor, factor: float) -> Tensor:
         factor * (x[:, j] if x.dim() == 3 else x) * (scale[:, j] if scale.dim() == 3 else scale) for j in range(slots)
     ]
     return torch.stack(parts, 1)
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
 
 
 def held(name: str, found: Tensor, expected: Tensor, sums: int) -> None:

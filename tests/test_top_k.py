@@ -20,14 +20,6 @@ BACKENDS = ["torch", "triton"]
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
-
-
 def kept(values: list[float], k: int) -> list[int]:
     logits = torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
     found = keep_top_k(logits, k).flatten().tolist()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from benchmarks import report, towers
 from benchmarks.configs import ROUNDS, TOWER_BATCHES, TOWER_TASKS, TowerConfig
-from benchmarks.result_files import load, read, write
+from benchmarks.result_files import read, write
 from benchmarks.steps import WrongResultError
-from tests.test_committed_results import page_block
+from tests.test_committed_results import quoted_results
 
 TINY = TowerConfig(in_features=5, units=(4, 3))
 
@@ -38,10 +38,5 @@ def test_nothing_is_timed_that_computes_something_else(monkeypatch: pytest.Monke
 
 def test_the_page_quotes_the_committed_file() -> None:
     """Nothing, as long as nothing was measured."""
-    machine = report.readme_source(report.README.read_text(encoding="utf-8"))
-    found = load(report.RESULTS / machine).get("towers")
-    assert page_block("towers") == ("" if found is None else report.block("towers", machine, found)), (
-        "render it again: .venv/bin/python benchmarks/report.py --write-readme"
-    )
-    for own in () if found is None else found["results"]:
+    for own in quoted_results("towers"):
         assert own["rounds"] >= ROUNDS and own["tasks"] in TOWER_TASKS and own["batch"] in TOWER_BATCHES
